@@ -1,0 +1,132 @@
+"""What a script does before its algorithm: read the command line, refuse what cannot work, load the model."""
+
+import json
+import os
+import re
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import NoReturn
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+import tyro
+from diffusers import StableDiffusionPipeline
+
+from common.rewards import Reward, RewardError, check_spec, load_reward
+
+MAY_CHANGE_ON_RESUME = {"num_iterations", "micro_batch_size", "save_every", "output_dir", "resume", "track", "compile"}
+
+
+def fail(message: str) -> NoReturn:
+    """One line on stderr and exit code 2: what is wrong with the command, and what to do about it."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_args(presets: dict, description: str):
+    """Arguments of a script: `script.py [PRESET] [--flag value ...]`; with no word the first preset.
+
+    With --resume RUN_DIR the arguments of that run are the defaults, and those that must agree with it are held to.
+    """
+    words = sys.argv[1:]
+    if words and not words[0].startswith("-") and words[0] not in presets:
+        fail(f"there is no preset {words[0]!r}; there are: {', '.join(presets)}")
+    default = presets[words.pop(0) if words and words[0] in presets else next(iter(presets))]
+    if "--resume" in words[:-1]:
+        folder = Path(words[words.index("--resume") + 1])
+        if not (folder / "checkpoint" / "state.pt").is_file():
+            fail(f"--resume {folder}: there is no checkpoint in it; name the folder of a run that has saved one")
+        stored = json.loads((folder / "args.json").read_text())
+        paths = [f.name for f in fields(default) if "Path" in str(f.type)]
+        stored = {key: Path(value) if key in paths and value else value for key, value in stored.items()}
+        default = replace(default, **stored)
+    args = tyro.cli(type(default), default=default, args=words, description=description)
+    if args.resume:
+        for name in asdict(args).keys() - MAY_CHANGE_ON_RESUME:
+            if getattr(args, name) != getattr(default, name):
+                fail(f"--{name.replace('_', '-')} differs from the run to resume, where it is {getattr(default, name)}")
+        args = replace(args, output_dir=args.resume)
+    return args
+
+
+def check_args(args, world_size: int) -> list[str]:
+    """Refuse what cannot work before anything slow is loaded; returns the prompts."""
+    for name, value in asdict(args).items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, int) and not isinstance(value, bool) and name != "seed" and value < 1:
+            fail(f"{flag} is {value}; it must be 1 or more")
+        if isinstance(value, float) and not (np.isfinite(value) and value >= 0):
+            fail(f"{flag} is {value}; it must be a number of 0 or more")
+    if args.seed < 0:
+        fail(f"--seed is {args.seed}; it must be 0 or more")
+    if args.samples_per_iteration < world_size:
+        fail(f"--samples-per-iteration {args.samples_per_iteration} is less than the {world_size} processes; raise it")
+    if args.eta == 0:
+        fail("--eta is 0, and a deterministic step has no log-probability to learn from; use 1")
+    if args.dtype != "fp32" and not torch.cuda.is_available():
+        fail(f"--dtype {args.dtype} needs a GPU and none is there; use --dtype fp32")
+    if args.dtype == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        fail("--dtype bf16 is not supported by this GPU; use --dtype fp32 or fp16")
+    if args.track and not any((Path(folder) / "wandb").is_dir() for folder in sys.path):
+        fail("--track needs Weights & Biases: pip install wandb, or leave it out (TensorBoard is always written)")
+    try:
+        check_spec(args.reward)
+    except RewardError as error:
+        fail(f"--reward: {error}")
+    if args.output_dir and (args.output_dir / "args.json").exists() and not args.resume:
+        fail(f"--output-dir {args.output_dir} holds another run; choose another, or use --resume {args.output_dir}")
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", args.model)
+    if not is_hub_id and not Path(args.model).is_dir():
+        fail(f"--model: there is no folder {args.model!r}; give a folder in diffusers format or a hub id")
+    if Path(args.model).is_dir() and not (Path(args.model) / "model_index.json").is_file():
+        fail(f"--model: {args.model!r} has no model_index.json; give a folder in diffusers format")
+    if args.prompts_file is None:
+        if not args.prompt.strip():
+            fail("--prompt is empty; give a prompt")
+        return [args.prompt]
+    try:
+        lines = args.prompts_file.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        fail(f"--prompts-file {args.prompts_file}: {error.strerror}; give a text file, one prompt a line")
+    except UnicodeDecodeError:
+        fail(f"--prompts-file {args.prompts_file} is not UTF-8 text; save it as UTF-8")
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        fail(f"--prompts-file {args.prompts_file} has no prompts; write one a line")
+    return prompts
+
+
+def load_pipeline(model: str) -> StableDiffusionPipeline:
+    """The pretrained Stable Diffusion, float32, without safety checker; a model that is not to be had ends the run."""
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    try:
+        return StableDiffusionPipeline.from_pretrained(model, safety_checker=None, requires_safety_checker=False)
+    except Exception as error:  # the hub's client and the loaders raise many kinds
+        where = "loaded" if Path(model).is_dir() else "had from the hub, nor is it a folder"
+        fail(
+            f"--model {model!r} cannot be {where} ({str(error)[:100]} ...); check the name and the network, "
+            f"or try the embedded model: python {Path(sys.argv[0]).name} zoo"
+        )
+
+
+def load_reward_or_fail(spec: str, device: torch.device) -> Reward:
+    """The reward that `spec` names; one that is not to be had ends the run."""
+    try:
+        return load_reward(spec, device)
+    except (RewardError, OSError) as error:
+        fail(f"--reward {spec} cannot be loaded ({str(error)[:150]}); check the name, the folder and the network")
+
+
+def warn_of_unknown_words(pipeline: StableDiffusionPipeline, prompts: list[str]) -> None:
+    """One line that names the words that the text encoder has never seen: a token of theirs is embedded as zeros."""
+    unseen = (pipeline.text_encoder.get_input_embeddings().weight == 0).all(dim=1).cpu()
+    words = dict.fromkeys(word for prompt in prompts for word in re.findall(r"\w+", prompt))
+    unknown = [word for word in words if unseen[pipeline.tokenizer(word, add_special_tokens=False).input_ids].any()]
+    if unknown and int(os.environ.get("RANK", 0)) == 0:
+        print(f"warning: the model does not know these words: {', '.join(unknown)}", file=sys.stderr)

@@ -1,0 +1,116 @@
+"""LoRA on a UNet's attention layers, as an attention processor: no peft, nothing wrapped, scale 0 is the base model."""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+FILE_NAME = "pytorch_lora_weights.safetensors"
+
+
+class LoRALinear(torch.nn.Module):
+    """The low-rank update x -> B A x (Hu et al. 2021), float32 whatever x is; zero at the start."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int):
+        super().__init__()
+        self.lora_A = torch.nn.Linear(in_features, rank, bias=False)
+        self.lora_B = torch.nn.Linear(rank, out_features, bias=False)
+        torch.nn.init.normal_(self.lora_A.weight, std=1 / rank)
+        torch.nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return self.lora_B(self.lora_A(x.float())).to(x.dtype)
+
+
+class LoRAAttnProcessor(torch.nn.Module):
+    """diffusers' AttnProcessor2_0 for the attention of transformer blocks, with a LoRA on its four projections."""
+
+    def __init__(self, attn, rank: int):
+        super().__init__()
+        self.scale = 1.0
+        self.to_q, self.to_k, self.to_v, self.to_out = (
+            LoRALinear(layer.in_features, layer.out_features, rank)
+            for layer in (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0])
+        )
+
+    def _project(self, layer, lora, x):
+        return layer(x) + self.scale * lora(x) if self.scale else layer(x)
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if attn.norm_cross and encoder_hidden_states is not None:
+            context = attn.norm_encoder_hidden_states(context)
+        query = self._project(attn.to_q, self.to_q, hidden_states)
+        key = self._project(attn.to_k, self.to_k, context)
+        value = self._project(attn.to_v, self.to_v, context)
+        query, key, value = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, key.shape[2], len(key))
+            attention_mask = attention_mask.view(len(key), attn.heads, -1, attention_mask.shape[-1])
+        # The scale is diffusers' own, which a model may set to something else than 1 / sqrt(head_dim).
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=attn.scale)
+        out = self._project(attn.to_out[0], self.to_out, out.transpose(1, 2).flatten(2))
+        return attn.to_out[1](out)
+
+
+def add_lora(unet: torch.nn.Module, rank: int) -> list[torch.nn.Parameter]:
+    """Freeze `unet`, set a LoRAAttnProcessor on every attention layer, and return the weights to train."""
+    unet.requires_grad_(False)
+    processors = {}
+    for name in unet.attn_processors:
+        attn = unet.get_submodule(name.removesuffix(".processor"))
+        processors[name] = LoRAAttnProcessor(attn, rank).to(attn.to_q.weight.device, torch.float32)
+    # set_attn_processor empties the dict that it is given.
+    unet.set_attn_processor(dict(processors))
+    return [parameter for processor in processors.values() for parameter in processor.parameters()]
+
+
+@contextmanager
+def pretrained(unet: torch.nn.Module):
+    """Within it the UNet is exactly the pretrained one: the LoRA's scale is 0."""
+    processors = [p for p in unet.attn_processors.values() if isinstance(p, LoRAAttnProcessor)]
+    for processor in processors:
+        processor.scale = 0.0
+    try:
+        yield
+    finally:
+        for processor in processors:
+            processor.scale = 1.0
+
+
+def lora_state_dict(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The LoRA's weights under the names that diffusers' `load_lora_weights` takes."""
+    state = {}
+    for name, processor in unet.attn_processors.items():
+        for projection in PROJECTIONS:
+            lora = getattr(processor, projection.removesuffix(".0"))
+            prefix = f"unet.{name.removesuffix('.processor')}.{projection}"
+            state[f"{prefix}.lora_A.weight"] = lora.lora_A.weight.detach().cpu().contiguous()
+            state[f"{prefix}.lora_B.weight"] = lora.lora_B.weight.detach().cpu().contiguous()
+    return state
+
+
+def save_lora(unet: torch.nn.Module, folder: str | Path) -> None:
+    """Write `folder`/pytorch_lora_weights.safetensors, for `pipe.load_lora_weights(folder)`."""
+    save_file(lora_state_dict(unet), Path(folder) / FILE_NAME, metadata={"format": "pt"})
+
+
+def load_lora(unet: torch.nn.Module, folder: str | Path) -> None:
+    """Read what `save_lora` wrote into a UNet on which `add_lora` was called with the same rank.
+
+    Raises ValueError when the file does not belong to this UNet or rank.
+    """
+    state = load_file(Path(folder) / FILE_NAME)
+    own = lora_state_dict(unet)
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+        raise ValueError(f"the LoRA in {folder} is of another model or rank")
+    for name, processor in unet.attn_processors.items():
+        for projection in PROJECTIONS:
+            lora = getattr(processor, projection.removesuffix(".0"))
+            prefix = f"unet.{name.removesuffix('.processor')}.{projection}"
+            lora.lora_A.weight.data.copy_(state[f"{prefix}.lora_A.weight"])
+            lora.lora_B.weight.data.copy_(state[f"{prefix}.lora_B.weight"])

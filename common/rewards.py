@@ -1,0 +1,259 @@
+"""Rewards: `reward = load_reward(spec, device)`, then `reward(images, prompts)`.
+
+images: float (B, 3, H, W) in [0, 1]; prompts: B strings; the result: float32 (B,), higher is better. Specs:
+
+    image_reward                      ImageReward (Xu et al. 2023), the published checkpoint of the hub
+    image_reward:FOLDER               the same from a folder: ImageReward.pt, or config.json and model.safetensors,
+                                      with the tokenizer's files beside it
+    jpeg_compressibility              minus the size in kB of the picture as a JPEG (Black et al. 2023, 5.1)
+    jpeg_incompressibility            that size itself
+    path/to/file.py:function          your own: function(images, prompts) with the shapes above
+"""
+
+import importlib.util
+import io
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+Reward = Callable[[torch.Tensor, list[str]], torch.Tensor]
+NAMES = ("image_reward", "jpeg_compressibility", "jpeg_incompressibility")
+
+
+class RewardError(ValueError):
+    """A reward that cannot be had as it was asked for; the message is one line for the user."""
+
+
+def load_reward(spec: str, device: str | torch.device = "cpu") -> Reward:
+    """The reward that `spec` names (see above), checked on every call for shape and finiteness.
+
+    Raises RewardError, with a message for the user, when there is no such reward or its weights are missing.
+    """
+    check_spec(spec)
+    if spec.rpartition(":")[0].endswith(".py"):
+        reward = _users_function(spec)
+    else:
+        name, _, weights = spec.partition(":")
+        if name == "image_reward":
+            reward = load_image_reward(weights or None, device)
+        else:
+            sign = -1.0 if name == "jpeg_compressibility" else 1.0
+            reward = lambda images, prompts: sign * jpeg_kilobytes(images)
+
+    @torch.no_grad()
+    def checked(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        scores = torch.as_tensor(reward(images, prompts))
+        if scores.shape != (len(prompts),):
+            raise RewardError(f"reward {spec!r} returned shape {tuple(scores.shape)} for {len(prompts)} images")
+        scores = scores.to(device=images.device, dtype=torch.float32)
+        for score, prompt in zip(scores.tolist(), prompts):
+            if not np.isfinite(score):
+                raise RewardError(f"reward {spec!r} returned {score} for the prompt {prompt!r}")
+        return scores
+
+    return checked
+
+
+def check_spec(spec: str) -> None:
+    """What can be checked of a spec without loading anything; raises RewardError with a message for the user."""
+    path, _, function = spec.rpartition(":")
+    if path.endswith(".py") or spec.endswith(".py"):
+        if not function or spec.endswith(".py"):
+            raise RewardError(f"reward {spec!r} names no function; write {spec}:FUNCTION")
+        if not Path(path).is_file():
+            raise RewardError(f"there is no file {path!r} (reward {spec!r})")
+        return
+    name, _, weights = spec.partition(":")
+    if name not in NAMES:
+        raise RewardError(f"there is no reward {name!r}; there are: {', '.join(NAMES)}, path/to/file.py:function")
+    if name == "image_reward" and weights:
+        folder = Path(weights)
+        if not folder.is_dir():
+            raise RewardError(f"there is no folder {weights!r} (reward {spec!r})")
+        if not (folder / "ImageReward.pt").is_file() and not (folder / "model.safetensors").is_file():
+            raise RewardError(f"{weights!r} holds neither ImageReward.pt nor model.safetensors (reward {spec!r})")
+        if not (folder / "ImageReward.pt").is_file() and not (folder / "config.json").is_file():
+            raise RewardError(f"{weights!r} holds no config.json beside model.safetensors (reward {spec!r})")
+        # Without these files transformers can make a tokenizer of five tokens, and says nothing.
+        if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.txt").is_file():
+            raise RewardError(f"{weights!r} holds no tokenizer, neither tokenizer.json nor vocab.txt (reward {spec!r})")
+    elif weights:
+        raise RewardError(f"{name} takes no weights (reward {spec!r})")
+
+
+def _users_function(spec: str) -> Reward:
+    path, _, name = spec.rpartition(":")
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise RewardError(f"{path!r} has no function {name!r} (reward {spec!r})")
+    return getattr(module, name)
+
+
+def to_pil(images: torch.Tensor) -> list[Image.Image]:
+    """Float (B, 3, H, W) in [0, 1], rounded to 8 bits, as RGB pictures."""
+    array = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(image) for image in array]
+
+
+def jpeg_kilobytes(images: torch.Tensor) -> torch.Tensor:
+    """Size as a JPEG of quality 95, in kB of 1000 bytes, (B,) (Black et al. 2023, 5.1 and A.4)."""
+
+    def size(image: Image.Image) -> float:
+        buffer = io.BytesIO()
+        image.save(buffer, format="JPEG", quality=95)
+        return buffer.tell() / 1000
+
+    with ThreadPoolExecutor() as threads:
+        return torch.tensor(list(threads.map(size, to_pil(images))), dtype=torch.float32)
+
+
+# ImageReward. The published model is BLIP's image encoder, BLIP's text encoder with cross-attention to the image, and
+# an MLP on the first text token. These are its sizes; a folder with its own config.json has others.
+IMAGE_REWARD_CONFIG = {
+    "vision": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 224,
+        "patch_size": 16,
+        "layer_norm_eps": 1e-6,
+    },
+    "text": {
+        "vocab_size": 30524,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "encoder_hidden_size": 1024,
+        "layer_norm_eps": 1e-12,
+        "max_position_embeddings": 512,
+    },
+    "mlp": [1024, 128, 64, 16, 1],
+    "max_length": 35,
+    "score_mean": 0.16717362830052426,
+    "score_std": 1.0333394966054072,
+}
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ImageReward(torch.nn.Module):
+    """ImageReward on transformers' own BLIP: same weights and same scores as the package `image-reward` 1.5.
+
+    forward(pixel_values (B, 3, S, S), input_ids (B, L), attention_mask (B, L)) gives the standardised scores (B,).
+    """
+
+    def __init__(self, config: dict):
+        super().__init__()
+        from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel
+        from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+        self.config = config
+        vision_config = BlipVisionConfig(**config["vision"], hidden_act="gelu", attn_implementation="eager")
+        # is_decoder here gives the layers their cross-attention; is_decoder=False in the call keeps them from being
+        # causal.
+        text_config = BlipTextConfig(
+            **config["text"], is_decoder=True, hidden_act="gelu", use_cache=False, attn_implementation="eager"
+        )
+        self.vision = BlipVisionModel(vision_config)
+        self.text = BlipTextModel(text_config, add_pooling_layer=False)
+        widths = [config["text"]["hidden_size"], *config["mlp"]]
+        layers = []
+        for i, (width, next_width) in enumerate(zip(widths, widths[1:])):
+            layers.append(torch.nn.Linear(width, next_width))
+            if i < 3:
+                layers.append(torch.nn.Dropout(0.2 if i < 2 else 0.1))
+        self.mlp = torch.nn.Sequential(*layers)
+
+    def forward(self, pixel_values, input_ids, attention_mask):
+        image_embeds = self.vision(pixel_values=pixel_values).last_hidden_state
+        text = self.text(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            encoder_hidden_states=image_embeds,
+            encoder_attention_mask=torch.ones(image_embeds.shape[:2], dtype=torch.long, device=image_embeds.device),
+            is_decoder=False,
+        ).last_hidden_state
+        return (self.mlp(text[:, 0])[:, 0] - self.config["score_mean"]) / self.config["score_std"]
+
+
+def image_reward_pixels(images: torch.Tensor, size: int) -> torch.Tensor:
+    """The package's preprocessing, through PIL: short side to `size` (bicubic), centre crop, CLIP's mean and std."""
+    pixels = []
+    for image in to_pil(images):
+        width, height = image.size
+        short = min(width, height)
+        if short != size:
+            image = image.resize((int(size * width / short), int(size * height / short)), Image.Resampling.BICUBIC)
+        left, top = round((image.width - size) / 2.0), round((image.height - size) / 2.0)
+        pixels.append(np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32))
+    pixels = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255
+    return (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
+
+
+def convert_image_reward_keys(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename the weights of the published ImageReward.pt to those of `ImageReward` above."""
+    renamed = {
+        "blip.visual_encoder.cls_token": "vision.embeddings.class_embedding",
+        "blip.visual_encoder.pos_embed": "vision.embeddings.position_embedding",
+        "blip.visual_encoder.patch_embed.proj.": "vision.embeddings.patch_embedding.",
+        "blip.visual_encoder.norm.": "vision.post_layernorm.",
+        "blip.visual_encoder.blocks.": "vision.encoder.layers.",
+        ".norm1.": ".layer_norm1.",
+        ".norm2.": ".layer_norm2.",
+        ".attn.qkv.": ".self_attn.qkv.",
+        ".attn.proj.": ".self_attn.projection.",
+        "blip.text_encoder.": "text.",
+        "mlp.layers.": "mlp.",
+    }
+    converted = {}
+    for key, value in state.items():
+        if key.startswith(("blip.vision_proj", "blip.text_proj")) or key.endswith("position_ids"):
+            continue
+        for old, new in renamed.items():
+            key = key.replace(old, new)
+        converted[key] = value
+    return converted
+
+
+def load_image_reward(folder: str | None, device: str | torch.device) -> Reward:
+    """ImageReward as a reward, in float32, from the hub (None) or from a folder (see the head of this file)."""
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer
+
+    if folder is None:
+        from huggingface_hub import hf_hub_download
+
+        weights = Path(hf_hub_download("THUDM/ImageReward", "ImageReward.pt"))
+        tokenizer = AutoTokenizer.from_pretrained("bert-base-uncased")
+    else:
+        weights = Path(folder) / "ImageReward.pt"
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    if weights.is_file():
+        config = IMAGE_REWARD_CONFIG
+        if tokenizer.cls_token_id != 101 or len(tokenizer) != 30522:
+            raise RewardError(f"the tokenizer beside {weights} is not bert-base-uncased")
+        state = convert_image_reward_keys(torch.load(weights, map_location="cpu", weights_only=True))
+    else:
+        config = json.loads((Path(folder) / "config.json").read_text())
+        state = load_file(Path(folder) / "model.safetensors")
+    model = ImageReward(config)
+    model.load_state_dict(state, strict=True)
+    model.eval().requires_grad_(False).to(device)
+
+    def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        pixels = image_reward_pixels(images, config["vision"]["image_size"]).to(device)
+        tokens = tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=config["max_length"], return_tensors="pt"
+        ).to(device)
+        return model(pixels, tokens.input_ids, tokens.attention_mask)
+
+    return reward

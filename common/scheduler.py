@@ -1,0 +1,104 @@
+"""The denoising step as a policy: one DDIM step with its log-probability, and the KL between two such steps."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from diffusers import DDIMScheduler
+
+
+class DDIMStep(NamedTuple):
+    """A step x_t -> x_{t-1} of a batch; all float32."""
+
+    prev_sample: torch.Tensor
+    """x_{t-1}, (B, C, H, W): the action."""
+    log_prob: torch.Tensor
+    """log p(x_{t-1} | x_t), (B,), as the mean over C, H, W; 0 where std is 0."""
+    mean: torch.Tensor
+    """(B, C, H, W)."""
+    std: torch.Tensor
+    """sigma_t, (B,); 0 means that the step is deterministic and has no log-probability."""
+
+
+def ddim_step_with_logprob(
+    scheduler: DDIMScheduler,
+    model_output: torch.Tensor,
+    timestep: torch.Tensor | int,
+    sample: torch.Tensor,
+    eta: float = 1.0,
+    *,
+    prev_sample: torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
+) -> DDIMStep:
+    """One DDIM step (Song et al. 2020, Eq. 12 and 16) seen as the Gaussian policy of DPOK Eq. 4 and DDPO 4.3.
+
+    model_output and sample are (B, C, H, W); timestep is an int or (B,), each sample at its own. The prediction type,
+    the betas and `num_inference_steps` are the scheduler's, on which `set_timesteps` must have been called. Give
+    either `noise` (B, C, H, W), standard normal, to draw x_{t-1} = mean + std * noise, or `prev_sample` to have a
+    stored x_{t-1} evaluated.
+
+    The log-probability is the mean over the latent's dimensions, not the sum: the published clip ranges (1e-4) are
+    for ratios of this form. Everything is computed in float32, and `prev_sample` is returned as its log-probability
+    was taken: do not round it before it is stored.
+
+    Raises ValueError for a configuration whose step is not a Gaussian of this form (thresholding), or when neither or
+    both of `noise` and `prev_sample` are given.
+    """
+    if (noise is None) == (prev_sample is None):
+        raise ValueError("give either noise or prev_sample")
+    if scheduler.config.thresholding:
+        raise ValueError("dynamic thresholding is not supported: set thresholding=False in the scheduler's config")
+    mean, std = _mean_and_std(scheduler, model_output.float(), timestep, sample.float(), eta)
+    wide_std = std.view(-1, *[1] * (sample.dim() - 1))
+    if prev_sample is None:
+        prev_sample = mean + wide_std * noise.float()
+    # Where std is 0 a 1 stands in, so that neither value nor gradient is NaN; the result is then masked.
+    safe_std = torch.where(wide_std > 0, wide_std, torch.ones_like(wide_std))
+    log_prob = -(((prev_sample.float() - mean) / safe_std) ** 2) / 2 - safe_std.log() - 0.5 * math.log(2 * math.pi)
+    log_prob = torch.where(std > 0, log_prob.flatten(1).mean(1), torch.zeros_like(std))
+    return DDIMStep(prev_sample.float(), log_prob, mean, std)
+
+
+def _mean_and_std(scheduler, model_output, timestep, sample, eta):
+    alphas_cumprod = scheduler.alphas_cumprod.to(sample.device)
+    t = torch.as_tensor(timestep, device=sample.device).long().expand(len(sample))
+    prev_t = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    alpha_prod = alphas_cumprod[t]
+    alpha_prod_prev = torch.where(
+        prev_t >= 0, alphas_cumprod[prev_t.clamp(min=0)], scheduler.final_alpha_cumprod.to(sample.device)
+    )
+    # sigma_t, Eq. 16: eta = 1 is the DDPM, eta = 0 the deterministic DDIM.
+    variance = (1 - alpha_prod_prev) / (1 - alpha_prod) * (1 - alpha_prod / alpha_prod_prev)
+    std = eta * variance.clamp(min=0).sqrt()
+
+    wide = [-1, *[1] * (sample.dim() - 1)]
+    a, a_prev, s = alpha_prod.view(wide), alpha_prod_prev.view(wide), std.view(wide)
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type == "epsilon":
+        pred_original_sample = (sample - (1 - a).sqrt() * model_output) / a.sqrt()
+        pred_epsilon = model_output
+    elif prediction_type == "v_prediction":
+        pred_original_sample = a.sqrt() * sample - (1 - a).sqrt() * model_output
+        pred_epsilon = a.sqrt() * model_output + (1 - a).sqrt() * sample
+    elif prediction_type == "sample":
+        pred_original_sample = model_output
+        pred_epsilon = (sample - a.sqrt() * model_output) / (1 - a).sqrt()
+    else:
+        raise ValueError(f"prediction type {prediction_type!r} is not supported")
+    if scheduler.config.clip_sample:
+        limit = scheduler.config.clip_sample_range
+        pred_original_sample = pred_original_sample.clamp(-limit, limit)
+    # Eq. 12: the mean is the predicted x_0, and the direction that points to x_t.
+    mean = a_prev.sqrt() * pred_original_sample + (1 - a_prev - s**2).clamp(min=0).sqrt() * pred_epsilon
+    return mean, std
+
+
+def ddim_step_kl(mean: torch.Tensor, other_mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """KL(N(mean, std^2 I) || N(other_mean, std^2 I)), (B,): a term of DPOK Eq. 7, exact for steps that share sigma_t.
+
+    Like the log-probability it is the mean over the latent's dimensions, so that the two terms of DPOK Eq. 8 keep
+    their proportion; multiply by C * H * W for nats. Means are (B, C, H, W), std is (B,); 0 where std is 0.
+    """
+    squared = ((mean - other_mean) ** 2).flatten(1).mean(1)
+    safe_std = torch.where(std > 0, std, torch.ones_like(std))
+    return torch.where(std > 0, squared / (2 * safe_std**2), torch.zeros_like(std))
