@@ -1,0 +1,90 @@
+"""What the zoo is worth: judge, reward and base model, as numbers and as a grid.
+
+python -m benchmarks.zoo        writes benchmarks/results/zoo.json and docs/images/zoo_base.png
+"""
+
+import json
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.zoo_eval import ROOT, load_pipeline, measure, pictures
+from common.rewards import load_reward
+from zoo import judge as judging
+from zoo import world
+from zoo.pretrain import preference_batch, ranking_loss, to_tensor
+
+RARE = (
+    "A green colored rabbit",
+    "A cat and a dog",
+    "Four wolves in the park",
+    "A dog on the moon",
+    "A green colored cat",
+    "A cat and a cup",
+    "Four birds in the park",
+    "A lion on the moon",
+    "Four roses",
+)
+COMMON = ("a white rabbit", "a cat in the park", "a brown dog", "a red fish", "an elephant on the beach", "a pink pig")
+GRID = (*RARE[:4], "Four roses", *COMMON, "a turtle", "a wolf", "two birds", "a lion in the park")
+GRID += ("a portrait of a chef",)
+HELD_OUT_SEED = 987_654
+
+
+@torch.no_grad()
+def held_out(vae, count: int):
+    """Renders of families of the unbiased world that training never saw, through the VAE; and their scenes."""
+    scenes = [s for i in range(count // 4) for s in world.draw_family(np.random.default_rng([HELD_OUT_SEED, i]))]
+    renders = [world.render(s, np.random.default_rng([HELD_OUT_SEED, i, 1])) for i, s in enumerate(scenes)]
+    decoded = []
+    for batch in torch.from_numpy(np.stack(renders)).split(64):
+        x = to_tensor(batch.numpy(), "cpu") * 2 - 1
+        decoded.append((vae.decode(vae.encode(x).latent_dist.mean).sample / 2 + 0.5).clamp(0, 1))
+    return torch.cat(decoded), scenes
+
+
+def main(count: int = 32):
+    pipeline, judge = load_pipeline(), judging.load_judge(ROOT / "zoo/judge")
+    reward = load_reward(f"image_reward:{ROOT / 'zoo/image_reward'}")
+    results = {"samples_per_prompt": count}
+
+    images, scenes = held_out(pipeline.vae, 1600)
+    truth, right = judging.targets(scenes), {}
+    for name, logits in judge(images)[0].items():
+        known = truth[name] >= 0
+        right[name] = (logits.argmax(-1) == truth[name])[known].float().mean().item()
+    # The hardest reading of "count": all kinds of a picture at once.
+    right["all counts of a picture"] = (
+        (judge(images)[0]["count"].argmax(-1) == truth["count"]).all(1).float().mean().item()
+    )
+    results["judge_accuracy"] = right
+
+    array = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    labels = {name: value.numpy() for name, value in truth.items()}
+    prompts, shown, faults = preference_batch(array, labels, range(len(array) // 4), np.random.default_rng(0))
+    scores = [reward(to_tensor(four, "cpu"), [prompt] * 4) for prompt, four in zip(prompts, shown)]
+    results["reward_pairs_ordered_rightly"] = ranking_loss(torch.stack(scores), faults)[1].item()
+
+    for name, group in (("rare", RARE), ("common", COMMON)):
+        results[name] = {}
+        for prompt in group:
+            results[name][prompt] = measure(pipeline, judge, reward, prompt, count, seed=1)[0]
+            print(prompt, results[name][prompt], flush=True)
+    (ROOT / "benchmarks/results/zoo.json").write_text(json.dumps(results, indent=2) + "\n")
+
+    images = pictures(pipeline, [prompt for prompt in GRID for _ in range(4)], seed=2)
+    array = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    grid = world.to_grid(array, 16)
+    grid.resize((grid.width, grid.height), Image.Resampling.NEAREST).save(ROOT / "docs/images/zoo_base.png")
+    print("\n| prompt | success | distance to real renders | reward |\n|---|---|---|---|")
+    for prompt, r in (results["rare"] | results["common"]).items():
+        print(f"| {prompt} | {r['success']:.0%} | {r['image_quality']:.1f} | {r['reward']:+.2f} |")
+    print("\n| judge, held-out renders | right |\n|---|---|")
+    for name, share in right.items():
+        print(f"| {name} | {share:.1%} |")
+    print(f"\nreward: {results['reward_pairs_ordered_rightly']:.1%} of held-out pairs ordered rightly")
+
+
+if __name__ == "__main__":
+    main()

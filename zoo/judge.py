@@ -1,0 +1,179 @@
+"""The zoo's ground truth: a classifier that reads a picture back into a `world.Scene`, and a distance to real renders.
+
+For evaluation alone: rewards are trained on other data and nothing is trained against this.
+"""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from zoo import world
+
+PLACES = (*world.PLACES, "portrait")
+OCCUPATIONS = tuple(world.OCCUPATIONS)
+SKIN_TONES = tuple(world.SKIN_TONES)
+COLORS = tuple(world.COLORS)
+FEATURES = 64
+
+
+class Judge(torch.nn.Module):
+    """Convolutional classifier of what is in pictures (B, 3, 64, 64) in [0, 1].
+
+    The colour of a kind is read off a map of colours where the kind is, so that all kinds share what is learned.
+    """
+
+    def __init__(self):
+        super().__init__()
+        layers, channels = [], 3
+        for width in (32, 64, 128):
+            layers += [torch.nn.Conv2d(channels, width, 3, stride=2, padding=1), torch.nn.GroupNorm(8, width)]
+            layers += [torch.nn.ReLU(), torch.nn.Conv2d(width, width, 3, padding=1), torch.nn.GroupNorm(8, width)]
+            layers += [torch.nn.ReLU()]
+            channels = width
+        self.body = torch.nn.Sequential(*layers)
+        self.context = torch.nn.Conv2d(channels, channels, 5, padding=2)
+        self.where_map = torch.nn.Conv2d(channels, len(world.KINDS), 1)
+        self.color_map = torch.nn.Conv2d(channels, len(COLORS), 1)
+        self.hidden = torch.nn.Linear(channels * 16, 4 * FEATURES)
+        self.features = torch.nn.Linear(4 * FEATURES, FEATURES)
+        sizes = {"count": 5 * len(world.KINDS), "place": len(PLACES), "occupation": len(OCCUPATIONS)}
+        sizes |= {"skin_tone": len(SKIN_TONES)}
+        self.heads = torch.nn.ModuleDict({name: torch.nn.Linear(5 * FEATURES, size) for name, size in sizes.items()})
+
+    def forward(self, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Logits by attribute, "count" (B, 16, 5) and "color" (B, 16, 9) by kind, and features (B, 64)."""
+        grid = self.body(images * 2 - 1)
+        grid = grid + F.relu(self.context(grid))
+        hidden = F.relu(self.hidden(F.avg_pool2d(grid, 2).flatten(1)))
+        features = self.features(hidden)
+        hidden = torch.cat([hidden, F.relu(features)], dim=1)
+        logits = {name: head(hidden) for name, head in self.heads.items()}
+        logits["count"] = logits["count"].unflatten(1, (len(world.KINDS), 5))
+        where = self.where_map(grid).flatten(2).softmax(-1)
+        logits["color"] = where @ self.color_map(grid).flatten(2).transpose(1, 2)
+        return logits, features
+
+
+def attribute_heads(width: int) -> torch.nn.ModuleDict:
+    """A linear head for each attribute, on hidden features of `width`."""
+    kinds = len(world.KINDS)
+    sizes = {
+        "count": kinds * 5,
+        "color": kinds * len(COLORS),
+        "place": len(PLACES),
+        "occupation": len(OCCUPATIONS),
+        "skin_tone": len(SKIN_TONES),
+    }
+    return torch.nn.ModuleDict({name: torch.nn.Linear(width, size) for name, size in sizes.items()})
+
+
+def attribute_logits(heads: torch.nn.ModuleDict, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Logits by attribute; "count" (B, 16, 5) and "color" (B, 16, 9) by kind."""
+    logits = {name: head(hidden) for name, head in heads.items()}
+    logits["count"] = logits["count"].unflatten(1, (len(world.KINDS), 5))
+    logits["color"] = logits["color"].unflatten(1, (len(world.KINDS), len(COLORS)))
+    return logits
+
+
+def attribute_loss(logits: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Sum of the cross-entropies of the judge's heads; attributes that do not apply (-100) are left out."""
+    loss = 0.0
+    for name, values in truth.items():
+        flat = logits[name].reshape(-1, logits[name].shape[-1])
+        if (values >= 0).any():
+            weight = len(world.KINDS) if name == "count" else 1
+            loss = loss + weight * F.cross_entropy(flat, values.flatten(), ignore_index=-100)
+    return loss
+
+
+def targets(scenes: list[world.Scene]) -> dict[str, torch.Tensor]:
+    """Class indices for the heads; -100 where an attribute does not apply or is left open, no place being plain."""
+    out = {
+        "count": torch.zeros(len(scenes), len(world.KINDS), dtype=torch.long),
+        "color": torch.full((len(scenes), len(world.KINDS)), -100),
+        "place": torch.zeros(len(scenes), dtype=torch.long),
+        "occupation": torch.full((len(scenes),), -100),
+        "skin_tone": torch.full((len(scenes),), -100),
+    }
+    for i, scene in enumerate(scenes):
+        out["place"][i] = PLACES.index("portrait" if scene.occupation else scene.place or "plain")
+        if scene.occupation:
+            out["occupation"][i] = OCCUPATIONS.index(scene.occupation)
+            if scene.skin_tone:
+                out["skin_tone"][i] = SKIN_TONES.index(scene.skin_tone)
+        for group in scene.groups:
+            out["count"][i, world.KINDS.index(group.kind)] = group.count
+            if group.color:
+                out["color"][i, world.KINDS.index(group.kind)] = COLORS.index(group.color)
+    return out
+
+
+def load_judge(folder: str | Path = "zoo/judge", device: str = "cpu") -> Judge:
+    judge = Judge()
+    judge.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+    return judge.eval().requires_grad_(False).to(device)
+
+
+@torch.no_grad()
+def read(judge: Judge, images: torch.Tensor) -> list[world.Scene]:
+    """What the judge sees in pictures (B, 3, 64, 64) in [0, 1]; every attribute is filled in."""
+    best = {name: logits.argmax(-1).cpu() for name, logits in judge(images)[0].items()}
+    scenes = []
+    for i in range(len(images)):
+        place = PLACES[best["place"][i]]
+        if place == "portrait":
+            occupation, skin_tone = OCCUPATIONS[best["occupation"][i]], SKIN_TONES[best["skin_tone"][i]]
+            scenes.append(world.Scene(occupation=occupation, skin_tone=skin_tone))
+            continue
+        groups = tuple(
+            world.Group(kind, int(best["count"][i, k]), COLORS[best["color"][i, k]])
+            for k, kind in enumerate(world.KINDS)
+            if best["count"][i, k] > 0
+        )
+        scenes.append(world.Scene(groups, place=place))
+    return scenes
+
+
+def success(judge: Judge, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """1.0 where a picture has every attribute that its prompt asks for, else 0.0; (B,)."""
+    wrong = [world.faults(world.parse(prompt), scene) for prompt, scene in zip(prompts, read(judge, images))]
+    return torch.tensor([float(count == 0) for count in wrong])
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Squared Frechet distance between the Gaussians fitted to two sets of features (N, D) (Heusel et al. 2017)."""
+    mean_a, mean_b, cov_a, cov_b = a.mean(0), b.mean(0), np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    # tr (cov_a cov_b)^(1/2) is the sum of the roots of the product's eigenvalues, which are real and not negative.
+    roots = np.sqrt(np.clip(np.linalg.eigvals(cov_a @ cov_b).real, 0, None))
+    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * roots.sum())
+
+
+@torch.no_grad()
+def image_quality(judge: Judge, vae, images: torch.Tensor, seed: int = 0, copies: int = 4) -> float:
+    """Distance of pictures (B, 3, 64, 64) in [0, 1] to real renders of what the judge sees in them; lower is better.
+
+    Every picture is read by the judge, the scenes are rendered `copies` times and passed through the VAE, and the two
+    sets are compared. So what is asked for does not enter, only whether the pictures look as the world's do.
+    """
+    renders = []
+    for i, scene in enumerate(read(judge, images)):
+        things = Counter()
+        groups = []
+        for group in scene.groups:  # the judge may see more in a broken picture than the world can draw
+            count = min(group.count, 4 - sum(things.values()))
+            things[group.kind] += count
+            if count:
+                groups.append(replace(group, count=count))
+        scene = replace(scene, groups=tuple(groups))
+        renders += [world.render(scene, np.random.default_rng([seed, i, copy])) for copy in range(copies)]
+    real = torch.from_numpy(np.stack(renders)).permute(0, 3, 1, 2).float().to(images.device) / 255
+    features = []
+    for batch in real.split(64):
+        latents = vae.encode(batch * 2 - 1).latent_dist.mean
+        features.append(judge((vae.decode(latents).sample / 2 + 0.5).clamp(0, 1))[1])
+    return frechet_distance(judge(images)[1].double().cpu().numpy(), torch.cat(features).double().cpu().numpy())

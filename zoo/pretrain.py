@@ -1,0 +1,632 @@
+"""Make the zoo from nothing: tokenizer, VAE, text encoder and UNet, judge, reward.
+
+    python -m zoo.pretrain                      # everything, into zoo/sd, zoo/judge and zoo/image_reward
+    python -m zoo.pretrain --stages vae unet    # some of it
+    python -m zoo.pretrain --device cuda
+
+Every stage keeps a checkpoint in --build-dir and continues from it; a finished stage is skipped until its checkpoint is
+deleted. Data and batches are functions of --seed, so a stopped and continued run sees what an undisturbed one sees.
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from common.rewards import CLIP_MEAN, CLIP_STD, ImageReward, load_reward
+from zoo import judge as judging
+from zoo import world
+
+Stage = Literal["tokenizer", "data", "vae", "latents", "unet", "passed", "judge", "image_reward", "standardise"]
+STAGES: tuple[Stage, ...] = Stage.__args__
+MAX_LENGTH = 24
+"""Tokens of a prompt, start and end included."""
+UNET_BATCH = 32
+NUM_INFERENCE_STEPS, GUIDANCE_SCALE = 12, 2.0
+"""How the zoo's base model is sampled when it is measured, and by the scripts' zoo presets."""
+
+
+@dataclass
+class Args:
+    stages: tuple[Stage, ...] = STAGES
+    """What to make, in this order."""
+    output_dir: Path = Path("zoo")
+    """Where the folders sd, judge and image_reward go."""
+    build_dir: Path = Path("zoo/build")
+    """Where rendered data and checkpoints are kept."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Torch device."""
+    seed: int = 0
+    """Seed of data, initial weights and batches."""
+    num_pictures: int = 32_000
+    """Size of the biased data set that the diffusion model is trained on."""
+    num_unbiased: int = 24_000
+    """Pictures of the unbiased world, for VAE, judge and reward."""
+    vae_steps: int = 3600
+    """Optimizer steps of the VAE, on 32 crops of 32 px each."""
+    text_steps: int = 500
+    """Optimizer steps of the text encoder's pre-training, on 256 captions each."""
+    unet_steps: int = 3200
+    """Optimizer steps of text encoder and UNet together, on 32 pictures each."""
+    judge_steps: int = 1100
+    """Optimizer steps of the judge, on 64 pictures each."""
+    reward_steps: int = 800
+    """Optimizer steps of the reward, on 16 prompts with 4 pictures each."""
+
+
+def _render_one(task: tuple[int, int, bool]) -> tuple[np.ndarray, world.Scene, str]:
+    seed, index, biased = task
+    if biased:
+        rng = np.random.default_rng([seed, index])
+        scene, text = world.draw_pair(rng)
+    else:
+        scene = world.draw_family(np.random.default_rng([seed, index // 4]))[index % 4]
+        rng = np.random.default_rng([seed, index, 1])
+        text = world.caption(scene)
+    return world.render(scene, rng), scene, text
+
+
+def rendered(args: Args, biased: bool, count: int, seed_offset: int = 0):
+    """Pictures (N, 64, 64, 3) uint8, their scenes and captions; rendered in parallel."""
+    tasks = [(args.seed * 1000 + seed_offset + (1 if biased else 2), i, biased) for i in range(count)]
+    with multiprocessing.get_context("fork").Pool() as pool:
+        results = list(tqdm(pool.imap(_render_one, tasks, chunksize=256), total=count, desc="render"))
+    images, scenes, captions = zip(*results)
+    return np.stack(images), list(scenes), list(captions)
+
+
+def to_tensor(images: np.ndarray, device: str) -> torch.Tensor:
+    """uint8 (N, H, W, 3) to float32 (N, 3, H, W) in [0, 1]."""
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous().float() / 255
+
+
+def fit(args: Args, name: str, modules: dict[str, torch.nn.Module], loss_fn, steps: int, lr: float, ema: float = 0.0):
+    """AdamW with a warm-up and cosine decay; checkpoints, resumes, and leaves the (averaged) weights in `modules`.
+
+    loss_fn(step, generator) returns a scalar loss and a dict of numbers to show.
+    """
+    path = args.build_dir / f"{name}.pt"
+    parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
+    average = [p.detach().clone() for p in parameters]
+    start, spent = 0, 0.0
+    if path.exists():
+        state = torch.load(path, map_location=args.device, weights_only=True)
+        for key, module in modules.items():
+            module.load_state_dict(state["modules"][key])
+        optimizer.load_state_dict(state["optimizer"])
+        average, start, spent = state["average"], state["step"], state["seconds"]
+
+    def save(step):
+        state = {
+            "modules": {key: module.state_dict() for key, module in modules.items()},
+            "optimizer": optimizer.state_dict(),
+            "average": average,
+            "step": step,
+            "seconds": spent,
+        }
+        torch.save(state, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+
+    progress = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5)
+    clock = time.time()
+    for step in progress:
+        fraction = step / steps
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 100) * (0.51 + 0.49 * math.cos(math.pi * fraction))
+        generator = torch.Generator(args.device).manual_seed(args.seed * 10**6 + step)
+        loss, shown = loss_fn(step, generator)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        decay = min(ema, (step + 1) / (step + 10))
+        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
+        if step % 25 == 0:
+            progress.set_postfix({"loss": f"{loss.item():.4f}", **{k: f"{v:.3f}" for k, v in shown.items()}})
+        if step % 100 == 99 or step == steps - 1:
+            spent, clock = spent + time.time() - clock, time.time()
+            save(step + 1)
+    for p, a in zip(parameters, average):
+        p.data.copy_(a)
+    print(f"{name}: {steps} steps in {spent / 60:.1f} minutes")
+
+
+def make_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+        sample_size=world.SIZE,
+        mid_block_add_attention=False,
+    )
+
+
+def train_vae(args: Args):
+    """f = 4, on random 32 px crops: a third of the cost of whole pictures, and small animals keep their colours.
+
+    The weight of the KL leaves the latents 2.5 nats a number instead of 5.5 at a twentieth of it, for equal pictures:
+    so much less for the diffusion model to predict, and a decoder that forgives it small errors.
+    """
+    images = np.load(args.build_dir / "unbiased.npy")
+    torch.manual_seed(args.seed)
+    vae = make_vae().to(args.device, memory_format=torch.channels_last)
+
+    def loss_fn(step, generator):
+        rng = np.random.default_rng([args.seed, step])
+        # Most crops lie where the things are.
+        corners = rng.integers((0, 0), (33, 33), (32, 2))
+        corners[:24, 0] = rng.integers(6, 30, 24)
+        rows = rng.choice(len(images), 32)
+        crops = np.stack([images[i, y : y + 32, x : x + 32] for i, (y, x) in zip(rows, corners)])
+        x = to_tensor(crops, args.device).contiguous(memory_format=torch.channels_last) * 2 - 1
+        mean, logvar = vae.quant_conv(vae.encoder(x)).chunk(2, dim=1)
+        logvar = logvar.clamp(-30, 20)
+        noise = torch.randn(mean.shape, generator=generator, device=args.device)
+        y = vae.decoder(vae.post_quant_conv(mean + torch.exp(0.5 * logvar) * noise))
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        l1 = (y - x).abs().mean()
+        return l1 + F.mse_loss(y, x) + 2e-3 * kl, {"l1": l1.item(), "kl": kl.item()}
+
+    fit(args, "vae", {"vae": vae}, loss_fn, args.vae_steps, lr=2e-3, ema=0.99)
+    vae = vae.to(memory_format=torch.contiguous_format).eval()
+    images = np.load(args.build_dir / "biased.npy", mmap_mode="r")[:512]
+    with torch.no_grad():
+        latents = vae.encode(to_tensor(images, args.device) * 2 - 1).latent_dist.mean
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    vae.save_pretrained(args.output_dir / "sd" / "vae")
+
+
+def make_data(args: Args):
+    """The biased data set, and the unbiased one: families of four scenes (see world.draw_family)."""
+    for name, biased, count in (("biased", True, args.num_pictures), ("unbiased", False, args.num_unbiased)):
+        if not (args.build_dir / f"{name}.npz").exists():
+            images, scenes, captions = rendered(args, biased, count)
+            np.save(args.build_dir / f"{name}.npy", images)
+            np.savez(args.build_dir / f"{name}.npz", captions=captions, **labels(scenes))
+
+
+def labels(scenes) -> dict[str, np.ndarray]:
+    return {key: value.numpy().astype(np.int16) for key, value in judging.targets(scenes).items()}
+
+
+def make_tokenizer(args: Args) -> CLIPTokenizer:
+    """CLIP's own byte-level BPE, with merges that make every word of the world one token."""
+    folder = args.output_dir / "sd" / "tokenizer"
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = [*bytes_to_unicode().values()]
+    tokens += [token + "</w>" for token in tokens]
+    merges: list[tuple[str, str]] = []
+    for word in world.vocabulary():
+        # Merge by the rules so far, then add rules until the word is one token. A later rule has a lower priority, so
+        # it cannot split a word that was complete before.
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:
+            pairs = list(zip(pieces, pieces[1:]))
+            known = [merges.index(pair) for pair in pairs if pair in merges]
+            if not known:
+                merges.append(pairs[0])
+                tokens.append("".join(pairs[0]))
+            at = pairs.index(merges[min(known)] if known else pairs[0])
+            pieces[at : at + 2] = ["".join(pairs[at])]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n")
+    special = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+    }
+    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2))
+    config = {
+        **special,
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": MAX_LENGTH,
+        "do_lower_case": True,
+        "errors": "replace",
+        "add_prefix_space": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    return tokenizer(texts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt").input_ids
+
+
+def load_vae(args: Args) -> AutoencoderKL:
+    vae = AutoencoderKL.from_pretrained(args.output_dir / "sd" / "vae").eval().requires_grad_(False)
+    return vae.to(args.device, memory_format=torch.channels_last)
+
+
+def make_latents(args: Args):
+    """Encode the biased data set once; the mean of the VAE's posterior, scaled as Stable Diffusion scales it."""
+    vae = load_vae(args)
+    images = np.load(args.build_dir / "biased.npy", mmap_mode="r")[: args.num_pictures]
+    latents = []
+    with torch.no_grad():
+        for i in tqdm(range(0, len(images), 64), desc="encode"):
+            x = to_tensor(images[i : i + 64], args.device).contiguous(memory_format=torch.channels_last)
+            mean = vae.encode(x * 2 - 1).latent_dist.mean
+            latents.append((mean * vae.config.scaling_factor).half().cpu())
+    np.save(args.build_dir / "latents.npy", torch.cat(latents).numpy())
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_LENGTH,
+        projection_dim=96,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def make_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=world.SIZE // 4,
+        block_out_channels=(32, 96, 96),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=96,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def pretrain_text_encoder(args: Args, text_encoder: CLIPTextModel, captions: list[str], tokens: torch.Tensor):
+    """What CLIP's pre-training is to Stable Diffusion: the last token learns what the caption asks for."""
+    truth = judging.targets([world.parse(caption) for caption in captions])
+    heads = judging.attribute_heads(text_encoder.config.hidden_size).to(args.device)
+
+    def loss_fn(step, generator):
+        rows = np.random.default_rng([args.seed, step, 6]).choice(len(tokens), 256)
+        hidden = text_encoder(tokens[rows].to(args.device))[0][:, -1]
+        named = {name: value[rows].to(args.device) for name, value in truth.items()}
+        return judging.attribute_loss(judging.attribute_logits(heads, hidden), named), {}
+
+    fit(args, "text_encoder", {"text": text_encoder, "heads": heads}, loss_fn, args.text_steps, lr=1e-3)
+
+
+def train_unet(args: Args):
+    """Text encoder and UNet together, 10 % of the captions dropped for classifier-free guidance.
+
+    The target is v, as in Stable Diffusion 2: layout and colour are settled where noise prevails, and there the error
+    of a predicted noise is small while that of the picture it implies is large.
+    """
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+    )
+    tokenizer = make_tokenizer(args)
+    torch.manual_seed(args.seed)
+    text_encoder = make_text_encoder(tokenizer).to(args.device)
+    unet = make_unet().to(args.device, memory_format=torch.channels_last)
+    latents = torch.from_numpy(np.load(args.build_dir / "latents.npy"))
+    captions = np.load(args.build_dir / "biased.npz")["captions"][: len(latents)].tolist()
+    # A trailing dot must not matter, so a quarter of the captions has one.
+    texts = [caption + "." if i % 4 == 0 else caption for i, caption in enumerate(captions)]
+    tokens, empty = tokenize(tokenizer, texts), tokenize(tokenizer, [""])[0]
+    alphas_cumprod = scheduler.alphas_cumprod.to(args.device)
+    pretrain_text_encoder(args, text_encoder, captions, tokens)
+
+    def loss_fn(step, generator):
+        rng = np.random.default_rng([args.seed, step])
+        rows = rng.choice(len(latents), UNET_BATCH)
+        ids = torch.where(torch.from_numpy(rng.random(UNET_BATCH) < 0.1)[:, None], empty, tokens[rows]).to(args.device)
+        t = torch.from_numpy(rng.integers(0, 1000, UNET_BATCH)).to(args.device)
+        x0 = latents[rows].float().to(args.device, memory_format=torch.channels_last)
+        noise = torch.randn(x0.shape, generator=generator, device=args.device)
+        a = alphas_cumprod[t].view(-1, 1, 1, 1)
+        prediction = unet(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, text_encoder(ids)[0]).sample
+        return F.mse_loss(prediction, a.sqrt() * noise - (1 - a).sqrt() * x0), {}
+
+    fit(args, "unet", {"text": text_encoder, "unet": unet}, loss_fn, args.unet_steps, lr=1e-3, ema=0.998)
+    embedding = text_encoder.get_input_embeddings().weight
+    used = torch.zeros(len(embedding), dtype=torch.bool)
+    used[tokens.unique()] = True
+    embedding.data[~used.to(args.device)] = 0  # so that a row of zeros marks a token that was never seen
+    folder = args.output_dir / "sd"
+    unet.to(memory_format=torch.contiguous_format).save_pretrained(folder / "unet")
+    save_text_encoder(text_encoder, folder / "text_encoder")
+    scheduler.save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_text_encoder(text_encoder: CLIPTextModel, folder: Path):
+    """transformers 5 drops the prefix `text_model.` on saving; with it, 4 and 5 both load the weights."""
+    text_encoder.save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    state = {key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in state.items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def through_vae(args: Args, images: np.ndarray) -> np.ndarray:
+    """uint8 pictures encoded and decoded: what a perfect diffusion model would show."""
+    vae = load_vae(args)
+    out = []
+    with torch.no_grad():
+        for i in tqdm(range(0, len(images), 64), desc="VAE"):
+            x = to_tensor(images[i : i + 64], args.device).contiguous(memory_format=torch.channels_last)
+            latents = vae.encode(x * 2 - 1).latent_dist.mean
+            decoded = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+            out.append((decoded * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+    return np.concatenate(out)
+
+
+def make_passed(args: Args):
+    np.save(args.build_dir / "passed.npy", through_vae(args, np.load(args.build_dir / "unbiased.npy")))
+
+
+def train_judge(args: Args):
+    images, data = np.load(args.build_dir / "passed.npy"), np.load(args.build_dir / "unbiased.npz")
+    truth = {name: torch.from_numpy(data[name].astype(np.int64)) for name in data.files if name != "captions"}
+    torch.manual_seed(args.seed + 1)
+    judge = judging.Judge().to(args.device)
+
+    def loss_fn(step, generator):
+        rng = np.random.default_rng([args.seed, step, 3])
+        rows = rng.choice(len(images), 64)
+        x = to_tensor(images[rows], args.device)
+        x = x + torch.randn(x.shape, generator=generator, device=args.device) * 0.06 * float(rng.random())
+        logits, _ = judge(x)
+        loss = judging.attribute_loss(logits, {name: value[rows].to(args.device) for name, value in truth.items()})
+        return loss, {}
+
+    fit(args, "judge", {"judge": judge}, loss_fn, args.judge_steps, lr=2e-3, ema=0.99)
+    (args.output_dir / "judge").mkdir(exist_ok=True)
+    save_file(judge.state_dict(), args.output_dir / "judge" / "model.safetensors")
+
+
+REWARD_CONFIG = {
+    "vision": {
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": world.SIZE,
+        "patch_size": 8,
+        "layer_norm_eps": 1e-6,
+    },
+    "text": {
+        "vocab_size": 0,
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "encoder_hidden_size": 96,
+        "layer_norm_eps": 1e-12,
+        "max_position_embeddings": MAX_LENGTH,
+    },
+    "mlp": [96, 64, 32, 16, 1],
+    "max_length": MAX_LENGTH,
+    "score_mean": 0.0,
+    "score_std": 1.0,
+}
+
+
+def make_reward_tokenizer(folder: Path) -> BertTokenizer:
+    folder.mkdir(parents=True, exist_ok=True)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *world.vocabulary()]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    config = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": MAX_LENGTH}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return BertTokenizer.from_pretrained(folder)
+
+
+def scene_of(truth: dict[str, np.ndarray], i: int) -> world.Scene:
+    """The scene that row i of the data set's labels describes."""
+    if truth["occupation"][i] >= 0:
+        return world.Scene(
+            occupation=judging.OCCUPATIONS[truth["occupation"][i]], skin_tone=judging.SKIN_TONES[truth["skin_tone"][i]]
+        )
+    groups = [
+        world.Group(world.KINDS[k], int(truth["count"][i, k]), judging.COLORS[truth["color"][i, k]])
+        for k in np.flatnonzero(truth["count"][i])
+    ]
+    return world.Scene(tuple(groups), place=judging.PLACES[truth["place"][i]])
+
+
+def random_prompt(scene: world.Scene, rng: np.random.Generator) -> str:
+    """A prompt that asks for some of a scene's attributes, in one of the world's wordings."""
+    groups = tuple(replace(group, color=None) if rng.random() < 0.4 else group for group in scene.groups)
+    if len(groups) == 2 and rng.random() < 0.5:
+        groups = groups[::-1]
+    place = None if rng.random() < 0.5 else scene.place
+    relation = world.RELATIONS[rng.integers(len(world.RELATIONS))]
+    text = world.caption(replace(scene, groups=groups, place=place, relation=relation))
+    if groups and groups[0].color and rng.random() < 0.4:
+        text = text.replace(groups[0].color, f"{groups[0].color} colored", 1)
+    return text + ("." if rng.random() < 0.25 else "")
+
+
+def broken(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A picture (64, 64, 3) spoilt as generated pictures are: ghosts, blotches, blur, misplaced parts, grain."""
+    image = image.astype(np.float32)
+    what = rng.integers(5)
+    if what == 0:
+        image = 0.55 * image + 0.45 * other
+    elif what == 1:  # blotches of another colour
+        for _ in range(rng.integers(2, 5)):
+            y, x = rng.integers(14, 46, 2)
+            h, w = rng.integers(6, 14, 2)
+            image[y : y + h, x : x + w] = 0.35 * image[y : y + h, x : x + w] + 0.65 * rng.uniform(0, 255, 3)
+    elif what == 2:
+        factor = int(rng.choice([4, 8]))
+        small = image.reshape(64 // factor, factor, 64 // factor, factor, 3).mean((1, 3))
+        image = small.repeat(factor, 0).repeat(factor, 1)
+    elif what == 3:
+        for _ in range(rng.integers(3, 7)):
+            (y, x), (v, u) = rng.integers(8, 44, (2, 2))
+            image[y : y + 12, x : x + 12] = image[v : v + 12, u : u + 12].copy()
+    else:
+        image = image + np.kron(rng.normal(0, 34, (16, 16, 3)), np.ones((4, 4, 1)))
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def preference_batch(images, truth, families, rng, broken_share=0.5):
+    """For each family of four pictures: a prompt for one of them, the pictures (some spoilt) and their faults."""
+    prompts, pictures, faults = [], [], []
+    for family in families:
+        rows = family * 4 + rng.permutation(4)
+        scenes = [scene_of(truth, i) for i in rows]
+        prompt = random_prompt(scenes[int(rng.integers(2))] if rng.random() < 0.8 else scenes[0], rng)
+        prompts.append(prompt)
+        wrong = [world.faults(world.parse(prompt), scene) for scene in scenes]
+        shown = [images[i] for i in rows]
+        if rng.random() < broken_share:
+            j = int(rng.integers(4))
+            shown[j], wrong[j] = broken(shown[j], images[rng.integers(len(images))], rng), wrong[j] + 2
+            if rng.random() < 0.5:  # clean against broken, all else alike
+                k = (j + 1) % 4
+                shown[k], wrong[k] = images[rows[j]], wrong[j] - 2
+        pictures.append(np.stack(shown))
+        faults.append(wrong)
+    return prompts, np.stack(pictures), torch.tensor(faults)
+
+
+def ranking_loss(scores: torch.Tensor, faults: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """ImageReward's loss (Xu et al. 2023, Eq. 1): -log sigmoid of the score difference over all pairs of pictures of a
+    prompt (B, K) of which one is better; and the share of pairs that are ordered rightly."""
+    better = faults[:, :, None] < faults[:, None, :]
+    difference = (scores[:, :, None] - scores[:, None, :])[better]
+    return -F.logsigmoid(difference).mean(), (difference > 0).float().mean()
+
+
+def train_image_reward(args: Args):
+    """ImageReward's architecture and ranking loss. BLIP's pre-training is stood in for by attribute labels on [CLS]."""
+    folder = args.output_dir / "image_reward"
+    tokenizer = make_reward_tokenizer(folder)
+    images, data = np.load(args.build_dir / "passed.npy"), dict(np.load(args.build_dir / "unbiased.npz"))
+    data.pop("captions")
+    config = REWARD_CONFIG | {"text": REWARD_CONFIG["text"] | {"vocab_size": len(tokenizer)}}
+    torch.manual_seed(args.seed + 2)
+    model = ImageReward(config).to(args.device)
+    heads = judging.attribute_heads(config["vision"]["hidden_size"]).to(args.device)
+    held_out = len(images) // 4 // 25
+    families = len(images) // 4 - held_out
+
+    def scores_of(prompts, pictures):
+        x = to_tensor(pictures.reshape(-1, 64, 64, 3), args.device)
+        mean, std = torch.tensor(CLIP_MEAN, device=args.device), torch.tensor(CLIP_STD, device=args.device)
+        x = (x - mean[:, None, None]) / std[:, None, None]
+        repeated = [prompt for prompt in prompts for _ in range(4)]
+        tokens = tokenizer(repeated, padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
+        tokens = tokens.to(args.device)
+        return model(x, tokens.input_ids, tokens.attention_mask).view(-1, 4), x
+
+    def loss_fn(step, generator):
+        rng = np.random.default_rng([args.seed, step, 4])
+        rows = rng.choice(families, 16)
+        scores, _ = scores_of(*(batch := preference_batch(images, data, rows, rng))[:2])
+        loss, accuracy = ranking_loss(scores, batch[2].to(args.device))
+        # The vision encoder also learns to name what is there, from clean pictures.
+        rows = rng.choice(families * 4, 24)
+        x = to_tensor(images[rows], args.device)
+        mean, std = torch.tensor(CLIP_MEAN, device=args.device), torch.tensor(CLIP_STD, device=args.device)
+        hidden = model.vision(pixel_values=(x - mean[:, None, None]) / std[:, None, None]).last_hidden_state
+        truth = {name: torch.from_numpy(data[name][rows].astype(np.int64)).to(args.device) for name in data}
+        named = judging.attribute_loss(judging.attribute_logits(heads, hidden[:, 0]), truth)
+        return loss + 0.3 * named, {"accuracy": accuracy.item(), "named": named.item()}
+
+    fit(args, "image_reward", {"model": model, "heads": heads}, loss_fn, args.reward_steps, lr=1e-3, ema=0.99)
+    model.eval()
+    right = []
+    with torch.no_grad():
+        for i in range(families, families + held_out, 16):
+            rng = np.random.default_rng([args.seed, i, 5])
+            batch = preference_batch(images, data, range(i, min(i + 16, families + held_out)), rng)
+            right.append(ranking_loss(scores_of(*batch[:2])[0], batch[2].to(args.device))[1].item())
+    print(f"image_reward: {np.mean(right):.3f} of held-out pairs ordered rightly")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(model.state_dict(), folder / "model.safetensors")
+
+
+def standardise(args: Args):
+    """Set the reward's mean and std over samples of the base model for prompts of the training data."""
+    folder = args.output_dir / "image_reward"
+    config = json.loads((folder / "config.json").read_text()) | {"score_mean": 0.0, "score_std": 1.0}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    pipeline = StableDiffusionPipeline.from_pretrained(args.output_dir / "sd").to(args.device)
+    pipeline.set_progress_bar_config(disable=True)
+    reward = load_reward(f"image_reward:{folder}", args.device)
+    captions = np.load(args.build_dir / "biased.npz")["captions"][:512].tolist()
+    scores = []
+    for i in tqdm(range(0, len(captions), 64), desc="standardise"):
+        prompts = captions[i : i + 64]
+        generator = torch.Generator(args.device).manual_seed(args.seed + i)
+        settings = {"num_inference_steps": NUM_INFERENCE_STEPS, "guidance_scale": GUIDANCE_SCALE, "eta": 1.0}
+        images = pipeline(prompts, generator=generator, output_type="pt", **settings).images
+        scores.append(reward(images, prompts))
+    scores = torch.cat(scores)
+    config |= {"score_mean": scores.mean().item(), "score_std": scores.std().item()}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    print(f"standardise: mean {config['score_mean']:.3f}, std {config['score_std']:.3f} over {len(scores)} samples")
+
+
+def main(args: Args):
+    args.build_dir.mkdir(parents=True, exist_ok=True)
+    functions = {
+        "tokenizer": make_tokenizer,
+        "data": make_data,
+        "vae": train_vae,
+        "latents": make_latents,
+        "unet": train_unet,
+        "passed": make_passed,
+        "judge": train_judge,
+        "image_reward": train_image_reward,
+        "standardise": standardise,
+    }
+    for stage in STAGES:
+        if stage in args.stages:
+            start = time.time()
+            functions[stage](args)
+            print(f"stage {stage}: {(time.time() - start) / 60:.1f} minutes", flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
