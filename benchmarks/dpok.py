@@ -1,0 +1,110 @@
+"""The figures and curves of docs/dpok.md: dpok.py on the zoo, four prompts of the paper, several seeds.
+
+python -m benchmarks.dpok run       trains, one run after the other; a finished run is kept
+python -m benchmarks.dpok report    judges them: benchmarks/results/dpok.json, docs/images/dpok_*.png, a table
+"""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+
+from benchmarks.zoo_eval import ROOT, load_pipeline, measure
+from common.rewards import load_reward
+from zoo import judge as judging
+from zoo import world
+
+PROMPTS = ("A green colored rabbit", "A cat and a dog", "Four wolves in the park", "A dog on the moon")
+
+
+@dataclass
+class Args:
+    what: tyro.conf.Positional[Literal["run", "report"]]
+    """Train, or judge what was trained."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the runs."""
+    prompts: tuple[str, ...] = PROMPTS
+    """Prompts, one run each."""
+    runs: Path = Path("runs/benchmark-dpok")
+    """Where the runs are."""
+    count: int = 128
+    """Pictures for each figure."""
+
+
+def run_dir(args: Args, prompt: str, seed: int) -> Path:
+    return args.runs / f"{prompt.lower().replace(' ', '-')}__{seed}"
+
+
+def run(args: Args):
+    for seed in args.seeds:
+        for prompt in args.prompts:
+            folder = run_dir(args, prompt, seed)
+            if (folder / "wall_time.json").exists():
+                continue
+            command = ["dpok.py", "zoo", "--prompt", prompt, "--seed", str(seed), "--output-dir", str(folder)]
+            start = time.time()
+            subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+            (folder / "wall_time.json").write_text(json.dumps(time.time() - start))
+
+
+def report(args: Args):
+    from matplotlib.figure import Figure
+
+    judge, reward = judging.load_judge(ROOT / "zoo/judge"), load_reward(f"image_reward:{ROOT / 'zoo/image_reward'}")
+    base, results, rows = load_pipeline(), {}, []
+    figure = Figure(figsize=(13, 3.2), layout="constrained")
+    axes = figure.subplots(1, len(args.prompts), squeeze=False)[0]
+    for prompt, axis in zip(args.prompts, axes):
+        before, images = measure(base, judge, reward, prompt, args.count, seed=7)
+        rows.append(images[:12])
+        result = results[prompt] = {"base": before, "runs": []}
+        for seed in args.seeds:
+            folder = run_dir(args, prompt, seed)
+            if not (folder / "wall_time.json").exists():
+                continue
+            numbers, images = measure(load_pipeline(folder), judge, reward, prompt, args.count, seed=7)
+            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            if seed == args.seeds[0]:
+                rows.append(images[:12])
+            numbers |= {
+                "seed": seed,
+                "reward_gain": numbers["reward"] - before["reward"],
+                "quality_ratio": numbers["image_quality"] / before["image_quality"],
+                "wall_seconds": json.loads((folder / "wall_time.json").read_text()),
+                "training_reward": [line["reward/mean"] for line in lines],
+                "first_max_deviation": lines[0]["ratio/first_max_deviation"],
+            }
+            result["runs"].append(numbers)
+            axis.plot(
+                [line["samples"] for line in lines], [line["reward/mean"] for line in lines], label=f"seed {seed}"
+            )
+        keys = ("success", "image_quality", "reward", "reward_gain", "quality_ratio", "wall_seconds")
+        result["median"] = {key: float(np.median([numbers[key] for numbers in result["runs"]])) for key in keys}
+        axis.set(title=prompt, xlabel="reward queries", ylabel="reward/mean")
+        axis.legend()
+    (ROOT / "benchmarks/results/dpok.json").write_text(json.dumps(results, indent=2) + "\n")
+    figure.savefig(ROOT / "docs/images/dpok_curves.png", dpi=100)
+    array = (torch.cat(rows) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    grid = world.to_grid(array, 12)
+    grid.resize((grid.width, grid.height), Image.Resampling.NEAREST).save(ROOT / "docs/images/dpok_before_after.png")
+    print("| prompt | success | reward | distance to real renders | seconds |\n|---|---|---|---|---|")
+    for prompt, result in results.items():
+        b, m = result["base"], result["median"]
+        print(
+            f"| {prompt} | {b['success']:.0%} → {m['success']:.0%} | {b['reward']:+.2f} → {m['reward']:+.2f} "
+            f"| {b['image_quality']:.1f} → {m['image_quality']:.1f} (x{m['quality_ratio']:.2f}) "
+            f"| {m['wall_seconds']:.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    arguments = tyro.cli(Args, description=__doc__)
+    {"run": run, "report": report}[arguments.what](arguments)
