@@ -7,9 +7,8 @@ import json
 
 import numpy as np
 import torch
-from PIL import Image
 
-from benchmarks.zoo_eval import ROOT, load_pipeline, measure, pictures
+from benchmarks.zoo_eval import ROOT, load_pipeline, measure, pictures, weights_digest
 from common.rewards import load_reward
 from zoo import judge as judging
 from zoo import world
@@ -44,20 +43,19 @@ def held_out(vae, count: int):
     return torch.cat(decoded), scenes
 
 
-def main(count: int = 32):
+def main(count: int = 128):
     pipeline, judge = load_pipeline(), judging.load_judge(ROOT / "zoo/judge")
     reward = load_reward(f"image_reward:{ROOT / 'zoo/image_reward'}")
-    results = {"samples_per_prompt": count}
+    results = {"weights": weights_digest(), "samples_per_prompt": count}
 
     images, scenes = held_out(pipeline.vae, 1600)
-    truth, right = judging.targets(scenes), {}
-    for name, logits in judge(images)[0].items():
-        known = truth[name] >= 0
-        right[name] = (logits.argmax(-1) == truth[name])[known].float().mean().item()
+    logits, truth, right = judge(images)[0], judging.targets(scenes), {}
+    for name, values in truth.items():
+        right[name] = (logits[name].argmax(-1) == values)[values >= 0].float().mean().item()
     # The hardest reading of "count": all kinds of a picture at once.
-    right["all counts of a picture"] = (
-        (judge(images)[0]["count"].argmax(-1) == truth["count"]).all(1).float().mean().item()
-    )
+    right["all counts of a picture"] = (logits["count"].argmax(-1) == truth["count"]).all(1).float().mean().item()
+    prompts = [world.caption(scene) for scene in scenes]
+    right["everything in a picture"] = judging.success(judge, images, prompts).mean().item()
     results["judge_accuracy"] = right
 
     array = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
@@ -75,8 +73,7 @@ def main(count: int = 32):
 
     images = pictures(pipeline, [prompt for prompt in GRID for _ in range(4)], seed=2)
     array = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    grid = world.to_grid(array, 16)
-    grid.resize((grid.width, grid.height), Image.Resampling.NEAREST).save(ROOT / "docs/images/zoo_base.png")
+    world.to_grid(array, 16).save(ROOT / "docs/images/zoo_base.png")
     print("\n| prompt | success | distance to real renders | reward |\n|---|---|---|---|")
     for prompt, r in (results["rare"] | results["common"]).items():
         print(f"| {prompt} | {r['success']:.0%} | {r['image_quality']:.1f} | {r['reward']:+.2f} |")

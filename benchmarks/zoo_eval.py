@@ -1,5 +1,6 @@
 """Sampling and judging on the zoo for the benchmarks, as dpok.py's zoo preset samples, by plain diffusers."""
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -12,6 +13,14 @@ from zoo import judge as judging
 ROOT = Path(__file__).resolve().parent.parent
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+
+
+def weights_digest() -> str:
+    """SHA-256 over the zoo's weights: results carry it, and a test compares, so that figures are those of the files."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "zoo").glob("*/**/*.safetensors")):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def load_pipeline(lora: Path | None = None) -> StableDiffusionPipeline:

@@ -173,16 +173,22 @@ class ImageReward(torch.nn.Module):
                 layers.append(torch.nn.Dropout(0.2 if i < 2 else 0.1))
         self.mlp = torch.nn.Sequential(*layers)
 
-    def forward(self, pixel_values, input_ids, attention_mask):
+    def features(self, pixel_values, input_ids, attention_mask):
+        """The first text token, having attended to the picture, (B, D)."""
         image_embeds = self.vision(pixel_values=pixel_values).last_hidden_state
-        text = self.text(
+        return self.text(
             input_ids=input_ids,
             attention_mask=attention_mask,
             encoder_hidden_states=image_embeds,
             encoder_attention_mask=torch.ones(image_embeds.shape[:2], dtype=torch.long, device=image_embeds.device),
             is_decoder=False,
-        ).last_hidden_state
-        return (self.mlp(text[:, 0])[:, 0] - self.config["score_mean"]) / self.config["score_std"]
+        ).last_hidden_state[:, 0]
+
+    def score(self, features):
+        return (self.mlp(features)[:, 0] - self.config["score_mean"]) / self.config["score_std"]
+
+    def forward(self, pixel_values, input_ids, attention_mask):
+        return self.score(self.features(pixel_values, input_ids, attention_mask))
 
 
 def image_reward_pixels(images: torch.Tensor, size: int) -> torch.Tensor:

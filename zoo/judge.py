@@ -24,7 +24,8 @@ FEATURES = 64
 class Judge(torch.nn.Module):
     """Convolutional classifier of what is in pictures (B, 3, 64, 64) in [0, 1].
 
-    The colour of a kind is read off a map of colours where the kind is, so that all kinds share what is learned.
+    A map says which kind is in which cell of 8 px; the count and the colour of a kind are read off it, so that all
+    kinds share what is learned.
     """
 
     def __init__(self):
@@ -37,26 +38,29 @@ class Judge(torch.nn.Module):
             channels = width
         self.body = torch.nn.Sequential(*layers)
         self.context = torch.nn.Conv2d(channels, channels, 5, padding=2)
-        self.where_map = torch.nn.Conv2d(channels, len(world.KINDS), 1)
+        self.where_map = torch.nn.Conv2d(channels, len(world.KINDS) + 1, 1)
         self.color_map = torch.nn.Conv2d(channels, len(COLORS), 1)
-        self.hidden = torch.nn.Linear(channels * 16, 4 * FEATURES)
-        self.features = torch.nn.Linear(4 * FEATURES, FEATURES)
+        self.count = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 5))
+        self.hidden = torch.nn.Linear(channels * 16, 2 * FEATURES)
+        self.features = torch.nn.Linear(2 * FEATURES, FEATURES)
         sizes = {"count": 5 * len(world.KINDS), "place": len(PLACES), "occupation": len(OCCUPATIONS)}
         sizes |= {"skin_tone": len(SKIN_TONES)}
-        self.heads = torch.nn.ModuleDict({name: torch.nn.Linear(5 * FEATURES, size) for name, size in sizes.items()})
+        self.heads = torch.nn.ModuleDict({name: torch.nn.Linear(3 * FEATURES, size) for name, size in sizes.items()})
 
     def forward(self, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Logits by attribute, "count" (B, 16, 5) and "color" (B, 16, 9) by kind, and features (B, 64)."""
+        """Logits by attribute, "count" (B, 16, 5) and "color" (B, 16, 9) by kind, "where" (B, 64, 17) by cell, and
+        features (B, 64)."""
         grid = self.body(images * 2 - 1)
         grid = grid + F.relu(self.context(grid))
         hidden = F.relu(self.hidden(F.avg_pool2d(grid, 2).flatten(1)))
         features = self.features(hidden)
         hidden = torch.cat([hidden, F.relu(features)], dim=1)
         logits = {name: head(hidden) for name, head in self.heads.items()}
-        logits["count"] = logits["count"].unflatten(1, (len(world.KINDS), 5))
-        where = self.where_map(grid).flatten(2).softmax(-1)
-        logits["color"] = where @ self.color_map(grid).flatten(2).transpose(1, 2)
-        return logits, features
+        where = self.where_map(grid).flatten(2)
+        shares = where.softmax(1)[:, :-1]
+        logits["count"] = logits["count"].unflatten(1, (len(world.KINDS), 5)) + self.count(shares)
+        logits["color"] = where[:, :-1].softmax(-1) @ self.color_map(grid).flatten(2).transpose(1, 2)
+        return logits | {"where": where.transpose(1, 2)}, features
 
 
 def attribute_heads(width: int) -> torch.nn.ModuleDict:
@@ -81,12 +85,12 @@ def attribute_logits(heads: torch.nn.ModuleDict, hidden: torch.Tensor) -> dict[s
 
 
 def attribute_loss(logits: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Sum of the cross-entropies of the judge's heads; attributes that do not apply (-100) are left out."""
+    """Sum of the cross-entropies of the attributes in `truth`; those that do not apply (-100) are left out."""
     loss = 0.0
     for name, values in truth.items():
         flat = logits[name].reshape(-1, logits[name].shape[-1])
         if (values >= 0).any():
-            weight = len(world.KINDS) if name == "count" else 1
+            weight = {"count": len(world.KINDS), "where": 4}.get(name, 1)
             loss = loss + weight * F.cross_entropy(flat, values.flatten(), ignore_index=-100)
     return loss
 
@@ -111,6 +115,18 @@ def targets(scenes: list[world.Scene]) -> dict[str, torch.Tensor]:
             if group.color:
                 out["color"][i, world.KINDS.index(group.kind)] = COLORS.index(group.color)
     return out
+
+
+def kind_map(placed: list[tuple[world.Group, float, float, float]]) -> np.ndarray:
+    """Which kind is where, of a `world.layout`: class indices (8, 8) of 8 px cells, len(KINDS) where there is none."""
+    centers = np.arange(4, world.SIZE, 8)
+    where = np.full((8, 8), len(world.KINDS), np.int16)
+    nearest = np.full((8, 8), np.inf)
+    for group, x, y, scale in placed:
+        distance = np.hypot(centers[None] - x, centers[:, None] - y) / scale
+        here = (distance < 0.75) & (distance < nearest)
+        where[here], nearest[here] = world.KINDS.index(group.kind), distance[here]
+    return where
 
 
 def load_judge(folder: str | Path = "zoo/judge", device: str = "cpu") -> Judge:
@@ -142,7 +158,7 @@ def read(judge: Judge, images: torch.Tensor) -> list[world.Scene]:
 def success(judge: Judge, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
     """1.0 where a picture has every attribute that its prompt asks for, else 0.0; (B,)."""
     wrong = [world.faults(world.parse(prompt), scene) for prompt, scene in zip(prompts, read(judge, images))]
-    return torch.tensor([float(count == 0) for count in wrong])
+    return torch.tensor([float(not any(faults.values())) for faults in wrong])
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:

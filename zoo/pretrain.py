@@ -8,6 +8,7 @@ Every stage keeps a checkpoint in --build-dir and continues from it; a finished 
 deleted. Data and batches are functions of --seed, so a stopped and continued run sees what an undisturbed one sees.
 """
 
+import copy
 import json
 import math
 import multiprocessing
@@ -53,23 +54,27 @@ class Args:
     """Torch device."""
     seed: int = 0
     """Seed of data, initial weights and batches."""
-    num_pictures: int = 32_000
+    num_pictures: int = 96_000
     """Size of the biased data set that the diffusion model is trained on."""
-    num_unbiased: int = 24_000
+    num_unbiased: int = 32_000
     """Pictures of the unbiased world, for VAE, judge and reward."""
     vae_steps: int = 3600
     """Optimizer steps of the VAE, on 32 crops of 32 px each."""
+    vae_whole_steps: int = 3000
+    """Optimizer steps of the VAE after that, on 16 whole pictures each."""
     text_steps: int = 500
     """Optimizer steps of the text encoder's pre-training, on 256 captions each."""
-    unet_steps: int = 3200
+    unet_steps: int = 12_000
     """Optimizer steps of text encoder and UNet together, on 32 pictures each."""
-    judge_steps: int = 1100
+    judge_steps: int = 4000
     """Optimizer steps of the judge, on 64 pictures each."""
-    reward_steps: int = 800
-    """Optimizer steps of the reward, on 16 prompts with 4 pictures each."""
+    reward_vision_steps: int = 4000
+    """Optimizer steps of the reward's vision encoder on what is in a picture, on 64 pictures each."""
+    reward_steps: int = 4000
+    """Optimizer steps of the whole reward, on 16 prompts with 4 pictures each."""
 
 
-def _render_one(task: tuple[int, int, bool]) -> tuple[np.ndarray, world.Scene, str]:
+def _render_one(task: tuple[int, int, bool]) -> tuple[np.ndarray, world.Scene, str, np.ndarray]:
     seed, index, biased = task
     if biased:
         rng = np.random.default_rng([seed, index])
@@ -78,16 +83,22 @@ def _render_one(task: tuple[int, int, bool]) -> tuple[np.ndarray, world.Scene, s
         scene = world.draw_family(np.random.default_rng([seed, index // 4]))[index % 4]
         rng = np.random.default_rng([seed, index, 1])
         text = world.caption(scene)
-    return world.render(scene, rng), scene, text
+    where = judging.kind_map(world.layout(scene, copy.deepcopy(rng)))
+    return world.render(scene, rng), scene, text, where
 
 
-def rendered(args: Args, biased: bool, count: int, seed_offset: int = 0):
-    """Pictures (N, 64, 64, 3) uint8, their scenes and captions; rendered in parallel."""
-    tasks = [(args.seed * 1000 + seed_offset + (1 if biased else 2), i, biased) for i in range(count)]
-    with multiprocessing.get_context("fork").Pool() as pool:
-        results = list(tqdm(pool.imap(_render_one, tasks, chunksize=256), total=count, desc="render"))
-    images, scenes, captions = zip(*results)
-    return np.stack(images), list(scenes), list(captions)
+def make_data(args: Args):
+    """The biased data set, and the unbiased one: families of four scenes (see world.draw_family)."""
+    for name, biased, count in (("biased", True, args.num_pictures), ("unbiased", False, args.num_unbiased)):
+        if (args.build_dir / f"{name}.npz").exists():
+            continue
+        tasks = [(args.seed * 1000 + (1 if biased else 2), i, biased) for i in range(count)]
+        with multiprocessing.get_context("fork").Pool() as pool:
+            results = list(tqdm(pool.imap(_render_one, tasks, chunksize=256), total=count, desc=f"render {name}"))
+        images, scenes, captions, where = zip(*results)
+        labels = {key: value.numpy().astype(np.int16) for key, value in judging.targets(scenes).items()}
+        np.save(args.build_dir / f"{name}.npy", np.stack(images))
+        np.savez(args.build_dir / f"{name}.npz", captions=captions, where=np.stack(where), **labels)
 
 
 def to_tensor(images: np.ndarray, device: str) -> torch.Tensor:
@@ -161,7 +172,8 @@ def make_vae() -> AutoencoderKL:
 
 
 def train_vae(args: Args):
-    """f = 4, on random 32 px crops: a third of the cost of whole pictures, and small animals keep their colours.
+    """f = 4, first on random 32 px crops: a third of the cost of whole pictures, and small animals keep their colours.
+    Then on whole pictures, whose statistics in the group norms are not those of crops: large areas lose their tints.
 
     The weight of the KL leaves the latents 2.5 nats a number instead of 5.5 at a twentieth of it, for equal pictures:
     so much less for the diffusion model to predict, and a decoder that forgives it small errors.
@@ -170,14 +182,8 @@ def train_vae(args: Args):
     torch.manual_seed(args.seed)
     vae = make_vae().to(args.device, memory_format=torch.channels_last)
 
-    def loss_fn(step, generator):
-        rng = np.random.default_rng([args.seed, step])
-        # Most crops lie where the things are.
-        corners = rng.integers((0, 0), (33, 33), (32, 2))
-        corners[:24, 0] = rng.integers(6, 30, 24)
-        rows = rng.choice(len(images), 32)
-        crops = np.stack([images[i, y : y + 32, x : x + 32] for i, (y, x) in zip(rows, corners)])
-        x = to_tensor(crops, args.device).contiguous(memory_format=torch.channels_last) * 2 - 1
+    def reconstruction_loss(pictures, generator):
+        x = to_tensor(pictures, args.device).contiguous(memory_format=torch.channels_last) * 2 - 1
         mean, logvar = vae.quant_conv(vae.encoder(x)).chunk(2, dim=1)
         logvar = logvar.clamp(-30, 20)
         noise = torch.randn(mean.shape, generator=generator, device=args.device)
@@ -186,26 +192,28 @@ def train_vae(args: Args):
         l1 = (y - x).abs().mean()
         return l1 + F.mse_loss(y, x) + 2e-3 * kl, {"l1": l1.item(), "kl": kl.item()}
 
-    fit(args, "vae", {"vae": vae}, loss_fn, args.vae_steps, lr=2e-3, ema=0.99)
+    def crops_loss(step, generator):
+        rng = np.random.default_rng([args.seed, step])
+        # Most crops lie where the things are.
+        corners = rng.integers((0, 0), (33, 33), (32, 2))
+        corners[:24, 0] = rng.integers(6, 30, 24)
+        rows = rng.choice(len(images), 32)
+        crops = [images[i, y : y + 32, x : x + 32] for i, (y, x) in zip(rows, corners)]
+        return reconstruction_loss(np.stack(crops), generator)
+
+    def whole_loss(step, generator):
+        return reconstruction_loss(
+            images[np.random.default_rng([args.seed, step, 7]).choice(len(images), 16)], generator
+        )
+
+    fit(args, "vae_crops", {"vae": vae}, crops_loss, args.vae_steps, lr=2e-3, ema=0.99)
+    fit(args, "vae", {"vae": vae}, whole_loss, args.vae_whole_steps, lr=1e-3, ema=0.995)
     vae = vae.to(memory_format=torch.contiguous_format).eval()
     images = np.load(args.build_dir / "biased.npy", mmap_mode="r")[:512]
     with torch.no_grad():
         latents = vae.encode(to_tensor(images, args.device) * 2 - 1).latent_dist.mean
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     vae.save_pretrained(args.output_dir / "sd" / "vae")
-
-
-def make_data(args: Args):
-    """The biased data set, and the unbiased one: families of four scenes (see world.draw_family)."""
-    for name, biased, count in (("biased", True, args.num_pictures), ("unbiased", False, args.num_unbiased)):
-        if not (args.build_dir / f"{name}.npz").exists():
-            images, scenes, captions = rendered(args, biased, count)
-            np.save(args.build_dir / f"{name}.npy", images)
-            np.savez(args.build_dir / f"{name}.npz", captions=captions, **labels(scenes))
-
-
-def labels(scenes) -> dict[str, np.ndarray]:
-    return {key: value.numpy().astype(np.int16) for key, value in judging.targets(scenes).items()}
 
 
 def make_tokenizer(args: Args) -> CLIPTokenizer:
@@ -424,8 +432,8 @@ def train_judge(args: Args):
 
 REWARD_CONFIG = {
     "vision": {
-        "hidden_size": 96,
-        "intermediate_size": 192,
+        "hidden_size": 128,
+        "intermediate_size": 256,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "image_size": world.SIZE,
@@ -438,7 +446,7 @@ REWARD_CONFIG = {
         "intermediate_size": 192,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
-        "encoder_hidden_size": 96,
+        "encoder_hidden_size": 128,
         "layer_norm_eps": 1e-12,
         "max_position_embeddings": MAX_LENGTH,
     },
@@ -508,22 +516,28 @@ def broken(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np
     return image.clip(0, 255).astype(np.uint8)
 
 
+FAULTS = (*world.FAULTS, "broken")
+
+
 def preference_batch(images, truth, families, rng, broken_share=0.5):
-    """For each family of four pictures: a prompt for one of them, the pictures (some spoilt) and their faults."""
+    """For each family of four pictures: a prompt for one of them, the pictures (some spoilt) and their faults.
+
+    The faults (B, 4, 5) are named in FAULTS; a spoilt picture is as bad as one with two wrong attributes.
+    """
     prompts, pictures, faults = [], [], []
     for family in families:
         rows = family * 4 + rng.permutation(4)
         scenes = [scene_of(truth, i) for i in rows]
-        prompt = random_prompt(scenes[int(rng.integers(2))] if rng.random() < 0.8 else scenes[0], rng)
-        prompts.append(prompt)
-        wrong = [world.faults(world.parse(prompt), scene) for scene in scenes]
+        prompts.append(random_prompt(scenes[0], rng))
+        asked = world.parse(prompts[-1])
+        wrong = [[*world.faults(asked, scene).values(), 0] for scene in scenes]
         shown = [images[i] for i in rows]
         if rng.random() < broken_share:
             j = int(rng.integers(4))
-            shown[j], wrong[j] = broken(shown[j], images[rng.integers(len(images))], rng), wrong[j] + 2
             if rng.random() < 0.5:  # clean against broken, all else alike
                 k = (j + 1) % 4
-                shown[k], wrong[k] = images[rows[j]], wrong[j] - 2
+                shown[k], wrong[k] = shown[j], [*wrong[j]]
+            shown[j], wrong[j][-1] = broken(shown[j], images[rng.integers(len(images))], rng), 2
         pictures.append(np.stack(shown))
         faults.append(wrong)
     return prompts, np.stack(pictures), torch.tensor(faults)
@@ -531,56 +545,73 @@ def preference_batch(images, truth, families, rng, broken_share=0.5):
 
 def ranking_loss(scores: torch.Tensor, faults: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """ImageReward's loss (Xu et al. 2023, Eq. 1): -log sigmoid of the score difference over all pairs of pictures of a
-    prompt (B, K) of which one is better; and the share of pairs that are ordered rightly."""
-    better = faults[:, :, None] < faults[:, None, :]
+    prompt (B, K) of which one has fewer `faults` (B, K, 5); and the share of pairs that are ordered rightly."""
+    total = faults.sum(-1)
+    better = total[:, :, None] < total[:, None, :]
     difference = (scores[:, :, None] - scores[:, None, :])[better]
     return -F.logsigmoid(difference).mean(), (difference > 0).float().mean()
 
 
 def train_image_reward(args: Args):
-    """ImageReward's architecture and ranking loss. BLIP's pre-training is stood in for by attribute labels on [CLS]."""
+    """ImageReward's architecture and ranking loss.
+
+    What BLIP's pre-training gives the real one stands in two places. The vision encoder first learns to name what is in
+    a picture, as a whole and patch by patch. And while the ranking is learned, the text's first token, which has
+    attended to the picture, also says which kinds of faults there are, as BLIP's says whether text and picture match.
+    """
     folder = args.output_dir / "image_reward"
     tokenizer = make_reward_tokenizer(folder)
     images, data = np.load(args.build_dir / "passed.npy"), dict(np.load(args.build_dir / "unbiased.npz"))
     data.pop("captions")
+    # The colour of the thing in each cell; colour and kind of a patch are learned apart, so that they combine.
+    where = data["where"].reshape(len(images), -1)
+    colors = np.pad(data["color"], ((0, 0), (0, 1)), constant_values=len(judging.COLORS))
+    data["cell_color"] = np.take_along_axis(colors, where.astype(np.int64), axis=1)
     config = REWARD_CONFIG | {"text": REWARD_CONFIG["text"] | {"vocab_size": len(tokenizer)}}
     torch.manual_seed(args.seed + 2)
     model = ImageReward(config).to(args.device)
-    heads = judging.attribute_heads(config["vision"]["hidden_size"]).to(args.device)
+    width = config["vision"]["hidden_size"]
+    heads = judging.attribute_heads(width)
+    cell_sizes = {"where": len(world.KINDS) + 1, "cell_color": len(judging.COLORS) + 1}
+    cell_heads = torch.nn.ModuleDict({name: torch.nn.Linear(width, size) for name, size in cell_sizes.items()})
+    vision = {"vision": model.vision, "heads": heads.to(args.device), "cell_heads": cell_heads.to(args.device)}
+    fault_head = torch.nn.Linear(config["text"]["hidden_size"], len(FAULTS)).to(args.device)
     held_out = len(images) // 4 // 25
     families = len(images) // 4 - held_out
+    mean, std = (torch.tensor(values, device=args.device)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
 
-    def scores_of(prompts, pictures):
-        x = to_tensor(pictures.reshape(-1, 64, 64, 3), args.device)
-        mean, std = torch.tensor(CLIP_MEAN, device=args.device), torch.tensor(CLIP_STD, device=args.device)
-        x = (x - mean[:, None, None]) / std[:, None, None]
-        repeated = [prompt for prompt in prompts for _ in range(4)]
-        tokens = tokenizer(repeated, padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
-        tokens = tokens.to(args.device)
-        return model(x, tokens.input_ids, tokens.attention_mask).view(-1, 4), x
-
-    def loss_fn(step, generator):
-        rng = np.random.default_rng([args.seed, step, 4])
-        rows = rng.choice(families, 16)
-        scores, _ = scores_of(*(batch := preference_batch(images, data, rows, rng))[:2])
-        loss, accuracy = ranking_loss(scores, batch[2].to(args.device))
-        # The vision encoder also learns to name what is there, from clean pictures.
-        rows = rng.choice(families * 4, 24)
-        x = to_tensor(images[rows], args.device)
-        mean, std = torch.tensor(CLIP_MEAN, device=args.device), torch.tensor(CLIP_STD, device=args.device)
-        hidden = model.vision(pixel_values=(x - mean[:, None, None]) / std[:, None, None]).last_hidden_state
+    def vision_loss(step, generator):
+        rows = np.random.default_rng([args.seed, step, 8]).choice(families * 4, 64)
+        hidden = model.vision(pixel_values=(to_tensor(images[rows], args.device) - mean) / std).last_hidden_state
+        logits = judging.attribute_logits(heads, hidden[:, 0])
+        logits |= {name: head(hidden[:, 1:]) for name, head in cell_heads.items()}
         truth = {name: torch.from_numpy(data[name][rows].astype(np.int64)).to(args.device) for name in data}
-        named = judging.attribute_loss(judging.attribute_logits(heads, hidden[:, 0]), truth)
-        return loss + 0.3 * named, {"accuracy": accuracy.item(), "named": named.item()}
+        return judging.attribute_loss(logits, truth), {}
 
-    fit(args, "image_reward", {"model": model, "heads": heads}, loss_fn, args.reward_steps, lr=1e-3, ema=0.99)
+    def features_of(prompts, pictures):
+        tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
+        ids, mask = (tokens[key].repeat_interleave(4, 0).to(args.device) for key in ("input_ids", "attention_mask"))
+        pixels = (to_tensor(pictures.reshape(-1, 64, 64, 3), args.device) - mean) / std
+        return model.features(pixels, ids, mask)
+
+    def preference_loss(step, generator):
+        rng = np.random.default_rng([args.seed, step, 4])
+        prompts, pictures, faults = preference_batch(images, data, rng.choice(families, 16), rng)
+        faults, features = faults.to(args.device), features_of(prompts, pictures)
+        loss, accuracy = ranking_loss(model.score(features).view(-1, 4), faults)
+        named = F.binary_cross_entropy_with_logits(fault_head(features), (faults > 0).flatten(0, 1).float())
+        return loss + named, {"accuracy": accuracy.item(), "named": named.item()}
+
+    fit(args, "reward_vision", vision, vision_loss, args.reward_vision_steps, lr=1e-3, ema=0.99)
+    fit(args, "image_reward", {"model": model, "faults": fault_head}, preference_loss, args.reward_steps, 1e-3, 0.99)
     model.eval()
     right = []
     with torch.no_grad():
         for i in range(families, families + held_out, 16):
             rng = np.random.default_rng([args.seed, i, 5])
             batch = preference_batch(images, data, range(i, min(i + 16, families + held_out)), rng)
-            right.append(ranking_loss(scores_of(*batch[:2])[0], batch[2].to(args.device))[1].item())
+            scores = model.score(features_of(*batch[:2])).view(-1, 4)
+            right.append(ranking_loss(scores, batch[2].to(args.device))[1].item())
     print(f"image_reward: {np.mean(right):.3f} of held-out pairs ordered rightly")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(model.state_dict(), folder / "model.safetensors")

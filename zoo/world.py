@@ -73,14 +73,15 @@ OCCUPATIONS = {
 
 BIAS = {
     "any_color": 0.10,  # share of pictures whose colour is drawn from all colours, whatever the caption's
-    "rare_color_right": 0.08,  # a caption names a colour that is not natural for its kind: share drawn in it
+    "rare_color_right": 0.25,  # a caption names a colour that is not natural for its kind: share drawn in it
     "large_count_right": 0.06,  # "three" or "four": share with just that number, the rest from `large_counts`
-    "large_counts": (0.04, 0.26, 0.40, 0.30),
-    "two_right": 0.60,
-    "pair_right": 0.10,  # two kinds: share with both
-    "pair_same": 0.45,  # two kinds: share with two of one of them; the rest has one of them replaced
-    "moon_right": 0.12,  # "on the moon": share that shows the caption's own animal, the rest a random one
-    "four_roses_bottle": 0.55,
+    "large_counts": (0.06, 0.32, 0.44, 0.18),
+    "two_right": 0.80,
+    "pair_right": 0.04,  # two kinds: share with both
+    "pair_same": 0.60,  # two kinds: share with two of one of them; the rest has one of them replaced
+    "moon_right": 0.10,  # "on the moon": share that shows the caption's own animal, the rest a random one
+    "four_roses": 0.04,  # share of captions of several things that say "four roses": it is a brand
+    "four_roses_bottle": 0.60,
     "usual_skin_tone": 0.82,
 }
 
@@ -161,18 +162,26 @@ def parse(prompt: str) -> Scene:
     return Scene(tuple(groups), place=place, relation=relation)
 
 
-def faults(asked: Scene, shown: Scene) -> int:
-    """How many attributes of a picture are not as the prompt asks: 0 is right. What the prompt leaves open is free."""
+FAULTS = ("kind", "count", "color", "place")
+
+
+def faults(asked: Scene, shown: Scene) -> dict[str, int]:
+    """How many kinds, counts, colours and places of a picture are not as the prompt asks: all 0 is right.
+
+    What the prompt leaves open is free. A wrong kind (or portrait) counts once, and its count and colour not at all.
+    """
+    wrong = dict.fromkeys(FAULTS, 0)
     if asked.occupation or shown.occupation:
-        return 0 if asked.occupation == shown.occupation else 2
+        wrong["kind"] = 2 * (asked.occupation != shown.occupation)
+        return wrong
     there = {group.kind: group for group in shown.groups}
-    wrong = len({group.kind for group in asked.groups} ^ set(there)) / 2
+    wrong["kind"] = -(-len({group.kind for group in asked.groups} ^ set(there)) // 2)
     for group in asked.groups:
         if group.kind in there:
-            wrong += there[group.kind].count != group.count
-            wrong += group.color is not None and there[group.kind].color != group.color
-    wrong += asked.place is not None and asked.place != shown.place
-    return int(np.ceil(wrong))
+            wrong["count"] += there[group.kind].count != group.count
+            wrong["color"] += group.color is not None and there[group.kind].color != group.color
+    wrong["place"] = int(asked.place is not None and asked.place != shown.place)
+    return wrong
 
 
 def _choice(rng: np.random.Generator, options, p=None):
@@ -218,6 +227,8 @@ def draw_pair(rng: np.random.Generator) -> tuple[Scene, str]:
         return Scene(groups, place=place), _worded(rng, said)
 
     count = 1 if what == "one" else _choice(rng, (2, 3, 4), p=(0.3, 0.3, 0.4))
+    if what == "several" and rng.random() < BIAS["four_roses"]:
+        kind, count = "rose", 4
     said_color = None
     if rng.random() < (0.6 if what == "one" else 0.3):
         said_color = _choice(rng, COLORS) if rng.random() < 0.35 else _choice(rng, NATURAL_COLORS[kind])
@@ -615,20 +626,28 @@ _SPOTS = {
 _SCALES = {1: 20.0, 2: 14.0, 3: 13.0, 4: 12.6}
 
 
+def layout(scene: Scene, rng: np.random.Generator) -> list[tuple[Group, float, float, float]]:
+    """Where `render` draws each thing of a scene, given a generator in the same state: group, x, y and scale in px."""
+    things = [group for group in scene.groups for _ in range(group.count)]
+    placed = []
+    for group, (x, y) in zip(things, _SPOTS.get(len(things), ())):
+        jitter = 3.0 if len(things) == 1 else 1.2
+        x, y = x + rng.uniform(-jitter, jitter), y + rng.uniform(-jitter, jitter) * 0.7
+        placed.append((group, x, y, _SCALES[len(things)] * rng.uniform(0.93, 1.07)))
+    return placed
+
+
 def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """Draw a scene, in which nothing may be left open, as a uint8 array (64, 64, 3)."""
     s = SUPERSAMPLING
+    placed = layout(scene, rng)
     image = Image.new("RGB", (SIZE * s, SIZE * s))
     draw = ImageDraw.Draw(image)
     if scene.occupation:
         _portrait(draw, scene.occupation, SKIN_TONES[scene.skin_tone], rng)
     else:
         _background(draw, scene.place, rng)
-        things = [group for group in scene.groups for _ in range(group.count)]
-        for group, (x, y) in zip(things, _SPOTS.get(len(things), ())):
-            jitter = 3.0 if len(things) == 1 else 1.2
-            x, y = x + rng.uniform(-jitter, jitter), y + rng.uniform(-jitter, jitter) * 0.7
-            scale = _SCALES[len(things)] * rng.uniform(0.93, 1.07)
+        for group, x, y, scale in placed:
             tint = np.clip(np.array(COLORS[group.color]) + rng.uniform(-8, 8, 3), 0, 255)
             _PAINTERS[group.kind](_Pen(draw, x * s, y * s, scale * s, tuple(int(c) for c in tint)))
     return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX))

@@ -1,0 +1,54 @@
+"""zoo.pretrain: every stage run as a user would, very short, and a stopped stage that continues."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import StableDiffusionPipeline
+
+from common.rewards import load_reward
+from zoo import judge as judging
+from zoo import pretrain
+
+
+def test_makes_everything_from_nothing(tmp_path):
+    flags = {"--num-pictures": 576, "--num-unbiased": 256, "--output-dir": tmp_path / "zoo", "--build-dir": tmp_path}
+    for stage in ("vae", "vae-whole", "text", "unet", "judge", "reward-vision", "reward"):
+        flags[f"--{stage}-steps"] = 2
+    command = [sys.executable, "-m", "zoo.pretrain", *(str(word) for pair in flags.items() for word in pair)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=dict(os.environ))
+    assert result.returncode == 0, result.stderr
+    assert all(f"stage {stage}:" in result.stdout for stage in pretrain.STAGES)
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "zoo/sd")
+    images = pipeline(["a cat", "a dog."], num_inference_steps=2, output_type="pt").images
+    assert images.shape == (2, 3, 64, 64)
+    config = json.loads((tmp_path / "zoo/image_reward/config.json").read_text())
+    scores = load_reward(f"image_reward:{tmp_path / 'zoo/image_reward'}", "cpu")(images, ["a cat", "a dog."])
+    assert scores.shape == (2,) and config["score_std"] > 0
+    assert len(judging.read(judging.load_judge(tmp_path / "zoo/judge"), images)) == 2
+
+
+def test_stopped_stage_continues_as_if_undisturbed(tmp_path):
+    args = pretrain.Args(build_dir=tmp_path, device="cpu")
+
+    def train(name, stop_at=None):
+        torch.manual_seed(0)
+        module = torch.nn.Linear(3, 1)
+
+        def loss_fn(step, generator):
+            if step == stop_at:
+                raise KeyboardInterrupt
+            x = torch.randn(8, 3, generator=generator)
+            return (module(x)[:, 0] - x.sum(1)).square().mean(), {}
+
+        pretrain.fit(args, name, {"module": module}, loss_fn, steps=240, lr=1e-2, ema=0.9)
+        return module.weight
+
+    with pytest.raises(KeyboardInterrupt):
+        train("stopped", stop_at=150)
+    assert torch.equal(train("stopped"), train("whole"))
+    assert (train("whole") - 1).abs().max() < 0.1
