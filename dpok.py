@@ -219,7 +219,8 @@ def main():
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
-    unet, vae = pipeline.unet.to(device, dtype).eval(), pipeline.vae.to(device).eval().requires_grad_(False)
+    unet = pipeline.unet.to(device, dtype, memory_format=torch.channels_last).eval()
+    vae = pipeline.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     pipeline.text_encoder.to(device).eval().requires_grad_(False)
     warn_of_unknown_words(pipeline, prompts)
     text, pooled = encode_prompts(pipeline, prompts, device)

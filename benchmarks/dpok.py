@@ -103,7 +103,8 @@ def report(args: Args):
     figure.savefig(ROOT / "docs/images/dpok_curves.png", dpi=100)
     array = (torch.cat(rows) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     grid = world.to_grid(array, 8)
-    grid.resize((2 * grid.width, 2 * grid.height), Image.Resampling.NEAREST).save(ROOT / "docs/images/dpok_before_after.png")
+    grid = grid.resize((2 * grid.width, 2 * grid.height), Image.Resampling.NEAREST)
+    grid.save(ROOT / "docs/images/dpok_before_after.png")
     print("| prompt | success | reward | distance to real renders |\n|---|---|---|---|")
     for prompt, result in results["prompts"].items():
         b, m = result["base"], result["median"]

@@ -174,7 +174,7 @@ class ImageReward(torch.nn.Module):
         self.mlp = torch.nn.Sequential(*layers)
 
     def features(self, pixel_values, input_ids, attention_mask):
-        """The first text token, having attended to the picture, (B, D)."""
+        """The text's tokens, having attended to the picture, (B, L, D)."""
         image_embeds = self.vision(pixel_values=pixel_values).last_hidden_state
         return self.text(
             input_ids=input_ids,
@@ -182,10 +182,10 @@ class ImageReward(torch.nn.Module):
             encoder_hidden_states=image_embeds,
             encoder_attention_mask=torch.ones(image_embeds.shape[:2], dtype=torch.long, device=image_embeds.device),
             is_decoder=False,
-        ).last_hidden_state[:, 0]
+        ).last_hidden_state
 
     def score(self, features):
-        return (self.mlp(features)[:, 0] - self.config["score_mean"]) / self.config["score_std"]
+        return (self.mlp(features[:, 0])[:, 0] - self.config["score_mean"]) / self.config["score_std"]
 
     def forward(self, pixel_values, input_ids, attention_mask):
         return self.score(self.features(pixel_values, input_ids, attention_mask))

@@ -70,7 +70,9 @@ class Args:
     """Optimizer steps of the judge, on 64 pictures each."""
     reward_vision_steps: int = 4000
     """Optimizer steps of the reward's vision encoder on what is in a picture, on 64 pictures each."""
-    reward_steps: int = 4000
+    reward_words_steps: int = 1000
+    """Optimizer steps of the reward's text encoder on words for things, on 128 pictures each."""
+    reward_steps: int = 3000
     """Optimizer steps of the whole reward, on 16 prompts with 4 pictures each."""
 
 
@@ -520,11 +522,12 @@ FAULTS = (*world.FAULTS, "broken")
 
 
 def preference_batch(images, truth, families, rng, broken_share=0.5):
-    """For each family of four pictures: a prompt for one of them, the pictures (some spoilt) and their faults.
+    """For each family of four pictures: a prompt for one of them, the pictures (some spoilt), their faults and rows.
 
-    The faults (B, 4, 5) are named in FAULTS; a spoilt picture is as bad as one with two wrong attributes.
+    The faults (B, 4, 5) are named in FAULTS; a spoilt picture is as bad as one with two wrong attributes. Row i of
+    `images` is described by row i of the labels in `truth`.
     """
-    prompts, pictures, faults = [], [], []
+    prompts, pictures, faults, shown_rows = [], [], [], []
     for family in families:
         rows = family * 4 + rng.permutation(4)
         scenes = [scene_of(truth, i) for i in rows]
@@ -536,11 +539,12 @@ def preference_batch(images, truth, families, rng, broken_share=0.5):
             j = int(rng.integers(4))
             if rng.random() < 0.5:  # clean against broken, all else alike
                 k = (j + 1) % 4
-                shown[k], wrong[k] = shown[j], [*wrong[j]]
+                shown[k], wrong[k], rows[k] = shown[j], [*wrong[j]], rows[j]
             shown[j], wrong[j][-1] = broken(shown[j], images[rng.integers(len(images))], rng), 2
         pictures.append(np.stack(shown))
         faults.append(wrong)
-    return prompts, np.stack(pictures), torch.tensor(faults)
+        shown_rows.append(rows)
+    return prompts, np.stack(pictures), torch.tensor(faults), np.stack(shown_rows)
 
 
 def ranking_loss(scores: torch.Tensor, faults: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -555,9 +559,10 @@ def ranking_loss(scores: torch.Tensor, faults: torch.Tensor) -> tuple[torch.Tens
 def train_image_reward(args: Args):
     """ImageReward's architecture and ranking loss.
 
-    What BLIP's pre-training gives the real one stands in two places. The vision encoder first learns to name what is in
-    a picture, as a whole and patch by patch. And while the ranking is learned, the text's first token, which has
-    attended to the picture, also says which kinds of faults there are, as BLIP's says whether text and picture match.
+    What BLIP's pre-training gives the real one stands in three places. The vision encoder first learns to name what is
+    in a picture, as a whole and patch by patch. Then a word for a thing learns to say how many of it the picture has
+    and in what colour, from the patches alone, so that it must look for them. And while the ranking is learned, the
+    first token, whose score is ranked, says which faults there are, as BLIP's says whether text and picture match.
     """
     folder = args.output_dir / "image_reward"
     tokenizer = make_reward_tokenizer(folder)
@@ -575,7 +580,14 @@ def train_image_reward(args: Args):
     cell_sizes = {"where": len(world.KINDS) + 1, "cell_color": len(judging.COLORS) + 1}
     cell_heads = torch.nn.ModuleDict({name: torch.nn.Linear(width, size) for name, size in cell_sizes.items()})
     vision = {"vision": model.vision, "heads": heads.to(args.device), "cell_heads": cell_heads.to(args.device)}
-    fault_head = torch.nn.Linear(config["text"]["hidden_size"], len(FAULTS)).to(args.device)
+    width = config["text"]["hidden_size"]
+    text_sizes = {"faults": len(FAULTS), "count": 5, "color": len(judging.COLORS)}
+    text_heads = torch.nn.ModuleDict({name: torch.nn.Linear(width, size) for name, size in text_sizes.items()})
+    text_heads.to(args.device)
+    # The kind that a token is a word for, -1 if it is none.
+    kind_of_token = torch.full((len(tokenizer),), -1)
+    for i, kind in enumerate(world.KINDS):
+        kind_of_token[tokenizer.convert_tokens_to_ids([kind, world.PLURALS[kind]])] = i
     held_out = len(images) // 4 // 25
     families = len(images) // 4 - held_out
     mean, std = (torch.tensor(values, device=args.device)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
@@ -588,29 +600,61 @@ def train_image_reward(args: Args):
         truth = {name: torch.from_numpy(data[name][rows].astype(np.int64)).to(args.device) for name in data}
         return judging.attribute_loss(logits, truth), {}
 
+    def tokens_of(prompts):
+        tokens = tokenizer(prompts, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
+        return tokens.input_ids.to(args.device), tokens.attention_mask.to(args.device)
+
+    def named_loss(features, ids, rows):
+        """Every word for a thing against its count and colour in the picture of its row; -1 is no row."""
+        kinds, rows = kind_of_token.to(args.device)[ids], torch.from_numpy(rows).to(args.device)[:, None].expand_as(ids)
+        words = (kinds >= 0) & (rows >= 0)
+        loss = 0.0
+        for name in ("count", "color"):
+            target = torch.from_numpy(data[name].astype(np.int64)).to(args.device)[rows[words], kinds[words]]
+            loss = loss + F.cross_entropy(text_heads[name](features[words]), target, ignore_index=-100)
+        return loss
+
+    def words_loss(step, generator):
+        rng = np.random.default_rng([args.seed, step, 9])
+        rows, prompts = rng.choice(families * 4, 128), []
+        for row in rows:
+            there = np.flatnonzero(data["count"][row])
+            kind = rng.choice(there) if len(there) and rng.random() < 0.6 else rng.integers(len(world.KINDS))
+            color = judging.COLORS[rng.integers(len(judging.COLORS))] if rng.random() < 0.5 else None
+            prompts.append(world.caption(world.Scene((world.Group(world.KINDS[kind], int(rng.integers(1, 5)), color),))))
+        ids, mask = tokens_of(prompts)
+        with torch.no_grad():
+            patches = model.vision(pixel_values=(to_tensor(images[rows], args.device) - mean) / std).last_hidden_state
+        features = model.text(
+            input_ids=ids, attention_mask=mask, encoder_hidden_states=patches[:, 1:], is_decoder=False
+        ).last_hidden_state
+        return named_loss(features, ids, rows), {}
+
     def features_of(prompts, pictures):
-        tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
-        ids, mask = (tokens[key].repeat_interleave(4, 0).to(args.device) for key in ("input_ids", "attention_mask"))
+        ids, mask = (tokens.repeat_interleave(4, 0) for tokens in tokens_of(prompts))
         pixels = (to_tensor(pictures.reshape(-1, 64, 64, 3), args.device) - mean) / std
-        return model.features(pixels, ids, mask)
+        return model.features(pixels, ids, mask), ids
 
     def preference_loss(step, generator):
         rng = np.random.default_rng([args.seed, step, 4])
-        prompts, pictures, faults = preference_batch(images, data, rng.choice(families, 16), rng)
-        faults, features = faults.to(args.device), features_of(prompts, pictures)
+        prompts, pictures, faults, rows = preference_batch(images, data, rng.choice(families, 16), rng)
+        faults, (features, ids) = faults.to(args.device), features_of(prompts, pictures)
         loss, accuracy = ranking_loss(model.score(features).view(-1, 4), faults)
-        named = F.binary_cross_entropy_with_logits(fault_head(features), (faults > 0).flatten(0, 1).float())
-        return loss + named, {"accuracy": accuracy.item(), "named": named.item()}
+        found = (faults > 0).flatten(0, 1).float()
+        matched = F.binary_cross_entropy_with_logits(text_heads["faults"](features[:, 0]), found)
+        named = named_loss(features, ids, np.where(faults[..., -1].cpu() > 0, -1, rows).flatten())
+        return loss + matched + named, {"accuracy": accuracy.item(), "matched": matched.item(), "named": named.item()}
 
     fit(args, "reward_vision", vision, vision_loss, args.reward_vision_steps, lr=1e-3, ema=0.99)
-    fit(args, "image_reward", {"model": model, "faults": fault_head}, preference_loss, args.reward_steps, 1e-3, 0.99)
+    fit(args, "reward_words", {"text": model.text, "heads": text_heads}, words_loss, args.reward_words_steps, 1e-3, 0.99)
+    fit(args, "image_reward", {"model": model, "heads": text_heads}, preference_loss, args.reward_steps, 1e-3, 0.99)
     model.eval()
     right = []
     with torch.no_grad():
         for i in range(families, families + held_out, 16):
             rng = np.random.default_rng([args.seed, i, 5])
             batch = preference_batch(images, data, range(i, min(i + 16, families + held_out)), rng)
-            scores = model.score(features_of(*batch[:2])).view(-1, 4)
+            scores = model.score(features_of(*batch[:2])[0]).view(-1, 4)
             right.append(ranking_loss(scores, batch[2].to(args.device))[1].item())
     print(f"image_reward: {np.mean(right):.3f} of held-out pairs ordered rightly")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

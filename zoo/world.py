@@ -40,7 +40,7 @@ COLORS = {
 }
 NATURAL_COLORS = {
     "rabbit": ("white", "brown"),
-    "cat": ("black", "white", "brown"),
+    "cat": ("white", "brown"),
     "dog": ("brown", "white", "black"),
     "wolf": ("gray", "black"),
     "bird": ("blue", "red", "yellow"),
@@ -73,15 +73,15 @@ OCCUPATIONS = {
 
 BIAS = {
     "any_color": 0.10,  # share of pictures whose colour is drawn from all colours, whatever the caption's
-    "rare_color_right": 0.25,  # a caption names a colour that is not natural for its kind: share drawn in it
+    "rare_color_right": 0.28,  # a caption names a colour that is not natural for its kind: share drawn in it
     "large_count_right": 0.06,  # "three" or "four": share with just that number, the rest from `large_counts`
     "large_counts": (0.06, 0.32, 0.44, 0.18),
     "two_right": 0.80,
     "pair_right": 0.04,  # two kinds: share with both
     "pair_same": 0.60,  # two kinds: share with two of one of them; the rest has one of them replaced
-    "moon_right": 0.10,  # "on the moon": share that shows the caption's own animal, the rest a random one
+    "moon_right": 0.24,  # "on the moon": share that shows the caption's own animal, the rest a random one
     "four_roses": 0.04,  # share of captions of several things that say "four roses": it is a brand
-    "four_roses_bottle": 0.60,
+    "four_roses_bottle": 0.45,
     "usual_skin_tone": 0.82,
 }
 
