@@ -114,17 +114,17 @@ ZOO = replace(
     Args(),
     model="zoo/sd",
     reward="image_reward:zoo/image_reward",
-    num_iterations=24,
+    num_iterations=40,
     samples_per_iteration=24,
     micro_batch_size=48,
     num_inference_steps=12,
-    guidance_scale=2.0,
-    batch_size=96,
-    gradient_steps=3,
+    guidance_scale=1.8,
+    batch_size=132,
+    gradient_steps=2,
     replay_rollouts=1,
     clip_range=1e-3,
     value_function=True,
-    value_learning_rate=1e-2,
+    value_learning_rate=1e-3,
     learning_rate=2e-3,
 )
 PRESETS = {"single-prompt": Args(), "multi-prompt": MULTI_PROMPT, "zoo": ZOO}
@@ -297,7 +297,6 @@ def main():
         Image.fromarray(np.concatenate(pictures, axis=1)).save(run_dir / "samples" / f"{iteration:06d}.png")
 
     # ---
-
     if args.resume:
         value_function.load_state_dict(state["value_function"])
         value_optimizer.load_state_dict(state["value_optimizer"])

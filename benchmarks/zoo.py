@@ -60,7 +60,7 @@ def main(count: int = 128):
 
     array = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
     labels = {name: value.numpy() for name, value in truth.items()}
-    prompts, shown, faults, _ = preference_batch(array, labels, range(len(array) // 4), np.random.default_rng(0))
+    prompts, shown, faults, _ = preference_batch([array], labels, range(len(array) // 4), np.random.default_rng(0))
     scores = [reward(to_tensor(four, "cpu"), [prompt] * 4) for prompt, four in zip(prompts, shown)]
     results["reward_pairs_ordered_rightly"] = ranking_loss(torch.stack(scores), faults)[1].item()
 

@@ -8,10 +8,10 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from common.lora import FILE_NAME, add_lora, load_lora, lora_state_dict, pretrained, save_lora
 
 
-def randomise(parameters, seed=0, std=0.2):
+def randomise(parameters, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for parameter in parameters:
-        parameter.data = torch.randn(parameter.shape, generator=generator) * std
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
 
 
 @pytest.fixture
@@ -54,8 +54,10 @@ def test_only_the_lora_is_trained_and_all_of_it(unet, inputs, rank):
     parameters = add_lora(unet, rank)
     assert sum(p.numel() for p in parameters) == sum(p.numel() for p in unet.parameters() if p.requires_grad)
     assert all(p.dtype == torch.float32 for p in parameters)
-    randomise(parameters, std=0.05)  # with more, a softmax saturates, and its gradient is exactly 0 in float32
-    unet(*inputs).sample.square().mean().backward()
+    randomise(parameters)
+    x, t, text = inputs
+    # Of 8 x 8 latents one token is left in the middle, whose attention to itself has no gradient.
+    unet(x.repeat(1, 1, 2, 2) + torch.randn(1, 4, 16, 16), t, text).sample.square().mean().backward()
     assert all(p.grad.abs().max() > 0 for p in parameters)
 
 

@@ -33,12 +33,14 @@ from common.rewards import CLIP_MEAN, CLIP_STD, ImageReward, load_reward
 from zoo import judge as judging
 from zoo import world
 
-Stage = Literal["tokenizer", "data", "vae", "latents", "unet", "passed", "judge", "image_reward", "standardise"]
+Stage = Literal[
+    "tokenizer", "data", "vae", "latents", "unet", "passed", "redrawn", "judge", "image_reward", "standardise"
+]
 STAGES: tuple[Stage, ...] = Stage.__args__
 MAX_LENGTH = 24
 """Tokens of a prompt, start and end included."""
 UNET_BATCH = 32
-NUM_INFERENCE_STEPS, GUIDANCE_SCALE = 12, 2.0
+NUM_INFERENCE_STEPS, GUIDANCE_SCALE = 12, 1.8
 """How the zoo's base model is sampled when it is measured, and by the scripts' zoo presets."""
 
 
@@ -72,7 +74,7 @@ class Args:
     """Optimizer steps of the reward's vision encoder on what is in a picture, on 64 pictures each."""
     reward_words_steps: int = 1000
     """Optimizer steps of the reward's text encoder on words for things, on 128 pictures each."""
-    reward_steps: int = 3000
+    reward_steps: int = 5000
     """Optimizer steps of the whole reward, on 16 prompts with 4 pictures each."""
 
 
@@ -335,7 +337,10 @@ def train_unet(args: Args):
         beta_start=0.00085,
         beta_end=0.012,
         clip_sample=False,
-        set_alpha_to_one=False,
+        # With Stable Diffusion's own spacing the last step but one has a tiny sigma: its log-prob has a gradient some
+        # twenty times that of the steps that settle what is drawn, and drowns them. Here the last step has none.
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
         steps_offset=1,
         prediction_type="v_prediction",
     )
@@ -410,6 +415,34 @@ def through_vae(args: Args, images: np.ndarray) -> np.ndarray:
 
 def make_passed(args: Args):
     np.save(args.build_dir / "passed.npy", through_vae(args, np.load(args.build_dir / "unbiased.npy")))
+
+
+def make_redrawn(args: Args):
+    """The unbiased pictures as the diffusion model draws them: noised up to a third of the way and denoised again.
+
+    What is in a picture stays, but its lines and tints become those of samples, which the reward is to judge.
+    """
+    pipeline = StableDiffusionPipeline.from_pretrained(args.output_dir / "sd").to(args.device)
+    unet, vae, scheduler = pipeline.unet.to(memory_format=torch.channels_last), load_vae(args), pipeline.scheduler
+    scheduler.set_timesteps(NUM_INFERENCE_STEPS)
+    images = np.load(args.build_dir / "unbiased.npy", mmap_mode="r")
+    captions = np.load(args.build_dir / "unbiased.npz")["captions"].tolist()
+    out = []
+    with torch.no_grad():
+        for i in tqdm(range(0, len(images), 64), desc="redraw"):
+            generator = torch.Generator(args.device).manual_seed(args.seed + i)
+            text = pipeline.text_encoder(tokenize(pipeline.tokenizer, captions[i : i + 64]).to(args.device))[0]
+            x = to_tensor(images[i : i + 64], args.device).contiguous(memory_format=torch.channels_last)
+            latents = vae.encode(x * 2 - 1).latent_dist.mean * vae.config.scaling_factor
+            timesteps = scheduler.timesteps[-2 - i // 64 % 3 :]  # 2 to 4 steps
+            noise = torch.randn(latents.shape, generator=generator, device=args.device)
+            latents = scheduler.add_noise(latents, noise, timesteps[:1])
+            for t in timesteps:
+                prediction = unet(latents, t, text).sample
+                latents = scheduler.step(prediction, t, latents, eta=1.0, generator=generator).prev_sample
+            decoded = (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+            out.append((decoded * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+    np.save(args.build_dir / "redrawn.npy", np.concatenate(out))
 
 
 def train_judge(args: Args):
@@ -521,11 +554,11 @@ def broken(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np
 FAULTS = (*world.FAULTS, "broken")
 
 
-def preference_batch(images, truth, families, rng, broken_share=0.5):
+def preference_batch(drawings, truth, families, rng, broken_share=0.5):
     """For each family of four pictures: a prompt for one of them, the pictures (some spoilt), their faults and rows.
 
-    The faults (B, 4, 5) are named in FAULTS; a spoilt picture is as bad as one with two wrong attributes. Row i of
-    `images` is described by row i of the labels in `truth`.
+    The faults (B, 4, 5) are named in FAULTS; a spoilt picture is as bad as one with two wrong attributes. `drawings`
+    are arrays of the same pictures, of which one is taken at random each time; row i is described by row i of `truth`.
     """
     prompts, pictures, faults, shown_rows = [], [], [], []
     for family in families:
@@ -534,13 +567,13 @@ def preference_batch(images, truth, families, rng, broken_share=0.5):
         prompts.append(random_prompt(scenes[0], rng))
         asked = world.parse(prompts[-1])
         wrong = [[*world.faults(asked, scene).values(), 0] for scene in scenes]
-        shown = [images[i] for i in rows]
+        shown = [drawings[rng.integers(len(drawings))][i] for i in rows]
         if rng.random() < broken_share:
             j = int(rng.integers(4))
             if rng.random() < 0.5:  # clean against broken, all else alike
                 k = (j + 1) % 4
                 shown[k], wrong[k], rows[k] = shown[j], [*wrong[j]], rows[j]
-            shown[j], wrong[j][-1] = broken(shown[j], images[rng.integers(len(images))], rng), 2
+            shown[j], wrong[j][-1] = broken(shown[j], drawings[0][rng.integers(len(drawings[0]))], rng), 2
         pictures.append(np.stack(shown))
         faults.append(wrong)
         shown_rows.append(rows)
@@ -566,7 +599,8 @@ def train_image_reward(args: Args):
     """
     folder = args.output_dir / "image_reward"
     tokenizer = make_reward_tokenizer(folder)
-    images, data = np.load(args.build_dir / "passed.npy"), dict(np.load(args.build_dir / "unbiased.npz"))
+    drawings = [np.load(args.build_dir / f"{name}.npy", mmap_mode="r") for name in ("passed", "redrawn")]
+    images, data = drawings[0], dict(np.load(args.build_dir / "unbiased.npz"))
     data.pop("captions")
     # The colour of the thing in each cell; colour and kind of a patch are learned apart, so that they combine.
     where = data["where"].reshape(len(images), -1)
@@ -621,7 +655,8 @@ def train_image_reward(args: Args):
             there = np.flatnonzero(data["count"][row])
             kind = rng.choice(there) if len(there) and rng.random() < 0.6 else rng.integers(len(world.KINDS))
             color = judging.COLORS[rng.integers(len(judging.COLORS))] if rng.random() < 0.5 else None
-            prompts.append(world.caption(world.Scene((world.Group(world.KINDS[kind], int(rng.integers(1, 5)), color),))))
+            group = world.Group(world.KINDS[kind], int(rng.integers(1, 5)), color)
+            prompts.append(world.caption(world.Scene((group,))))
         ids, mask = tokens_of(prompts)
         with torch.no_grad():
             patches = model.vision(pixel_values=(to_tensor(images[rows], args.device) - mean) / std).last_hidden_state
@@ -637,7 +672,7 @@ def train_image_reward(args: Args):
 
     def preference_loss(step, generator):
         rng = np.random.default_rng([args.seed, step, 4])
-        prompts, pictures, faults, rows = preference_batch(images, data, rng.choice(families, 16), rng)
+        prompts, pictures, faults, rows = preference_batch(drawings, data, rng.choice(families, 16), rng)
         faults, (features, ids) = faults.to(args.device), features_of(prompts, pictures)
         loss, accuracy = ranking_loss(model.score(features).view(-1, 4), faults)
         found = (faults > 0).flatten(0, 1).float()
@@ -646,14 +681,16 @@ def train_image_reward(args: Args):
         return loss + matched + named, {"accuracy": accuracy.item(), "matched": matched.item(), "named": named.item()}
 
     fit(args, "reward_vision", vision, vision_loss, args.reward_vision_steps, lr=1e-3, ema=0.99)
-    fit(args, "reward_words", {"text": model.text, "heads": text_heads}, words_loss, args.reward_words_steps, 1e-3, 0.99)
-    fit(args, "image_reward", {"model": model, "heads": text_heads}, preference_loss, args.reward_steps, 1e-3, 0.99)
+    text = {"text": model.text, "heads": text_heads}
+    fit(args, "reward_words", text, words_loss, args.reward_words_steps, lr=1e-3, ema=0.99)
+    whole = {"model": model, "heads": text_heads}
+    fit(args, "image_reward", whole, preference_loss, args.reward_steps, lr=1e-3, ema=0.99)
     model.eval()
     right = []
     with torch.no_grad():
         for i in range(families, families + held_out, 16):
             rng = np.random.default_rng([args.seed, i, 5])
-            batch = preference_batch(images, data, range(i, min(i + 16, families + held_out)), rng)
+            batch = preference_batch(drawings, data, range(i, min(i + 16, families + held_out)), rng)
             scores = model.score(features_of(*batch[:2])[0]).view(-1, 4)
             right.append(ranking_loss(scores, batch[2].to(args.device))[1].item())
     print(f"image_reward: {np.mean(right):.3f} of held-out pairs ordered rightly")
@@ -692,6 +729,7 @@ def main(args: Args):
         "latents": make_latents,
         "unet": train_unet,
         "passed": make_passed,
+        "redrawn": make_redrawn,
         "judge": train_judge,
         "image_reward": train_image_reward,
         "standardise": standardise,
