@@ -16,11 +16,18 @@ from zoo import pretrain
 
 
 def test_makes_everything_from_nothing(tmp_path):
-    flags = {"--num-pictures": 576, "--num-unbiased": 256, "--output-dir": tmp_path / "zoo", "--build-dir": tmp_path}
-    for stage in ("vae", "vae-whole", "text", "unet", "judge", "reward-vision", "reward"):
+    flags = {
+        "--num-pictures": 128,
+        "--num-unbiased": 256,
+        "--standardise-samples": 32,
+        "--output-dir": tmp_path / "zoo",
+        "--build-dir": tmp_path,
+    }
+    for stage in ("vae", "vae-whole", "text", "unet", "judge", "reward-vision", "reward-words", "reward"):
         flags[f"--{stage}-steps"] = 2
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "zoo.pretrain", *(str(word) for pair in flags.items() for word in pair)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=dict(os.environ))
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=env)
     assert result.returncode == 0, result.stderr
     assert all(f"stage {stage}:" in result.stdout for stage in pretrain.STAGES)
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "zoo/sd")
@@ -45,7 +52,7 @@ def test_stopped_stage_continues_as_if_undisturbed(tmp_path):
             x = torch.randn(8, 3, generator=generator)
             return (module(x)[:, 0] - x.sum(1)).square().mean(), {}
 
-        pretrain.fit(args, name, {"module": module}, loss_fn, steps=240, lr=1e-2, ema=0.9)
+        pretrain.fit(args, name, {"module": module}, loss_fn, steps=240, lr=5e-2, ema=0.9)
         return module.weight
 
     with pytest.raises(KeyboardInterrupt):

@@ -76,6 +76,8 @@ class Args:
     """Optimizer steps of the reward's text encoder on words for things, on 128 pictures each."""
     reward_steps: int = 5000
     """Optimizer steps of the whole reward, on 16 prompts with 4 pictures each."""
+    standardise_samples: int = 512
+    """Samples of the base model over which the reward's mean is 0 and its standard deviation 1."""
 
 
 def _render_one(task: tuple[int, int, bool]) -> tuple[np.ndarray, world.Scene, str, np.ndarray]:
@@ -706,7 +708,7 @@ def standardise(args: Args):
     pipeline = StableDiffusionPipeline.from_pretrained(args.output_dir / "sd").to(args.device)
     pipeline.set_progress_bar_config(disable=True)
     reward = load_reward(f"image_reward:{folder}", args.device)
-    captions = np.load(args.build_dir / "biased.npz")["captions"][:512].tolist()
+    captions = np.load(args.build_dir / "biased.npz")["captions"][: args.standardise_samples].tolist()
     scores = []
     for i in tqdm(range(0, len(captions), 64), desc="standardise"):
         prompts = captions[i : i + 64]
