@@ -272,6 +272,12 @@ def load_vae(args: Args) -> AutoencoderKL:
     return vae.to(args.device, memory_format=torch.channels_last)
 
 
+def decoded(vae: AutoencoderKL, latents: torch.Tensor) -> np.ndarray:
+    """Pictures (B, 64, 64, 3) uint8 of unscaled latents."""
+    images = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
 def make_latents(args: Args):
     """Encode the biased data set once; the mean of the VAE's posterior, scaled as Stable Diffusion scales it."""
     vae = load_vae(args)
@@ -410,8 +416,7 @@ def through_vae(args: Args, images: np.ndarray) -> np.ndarray:
         for i in tqdm(range(0, len(images), 64), desc="VAE"):
             x = to_tensor(images[i : i + 64], args.device).contiguous(memory_format=torch.channels_last)
             latents = vae.encode(x * 2 - 1).latent_dist.mean
-            decoded = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
-            out.append((decoded * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+            out.append(decoded(vae, latents))
     return np.concatenate(out)
 
 
@@ -442,8 +447,7 @@ def make_redrawn(args: Args):
             for t in timesteps:
                 prediction = unet(latents, t, text).sample
                 latents = scheduler.step(prediction, t, latents, eta=1.0, generator=generator).prev_sample
-            decoded = (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
-            out.append((decoded * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+            out.append(decoded(vae, latents / vae.config.scaling_factor))
     np.save(args.build_dir / "redrawn.npy", np.concatenate(out))
 
 
