@@ -75,6 +75,8 @@ class Args:
     """n: transitions of a policy update, all ranks together (App. B)."""
     replay_rollouts: int = 2
     """Transitions are drawn from that many last rollouts; 1 is on-policy (the released buffer holds two)."""
+    trained_share: float = 1.0
+    """Share of a sample's steps that is learned from, the noisiest first; 1 is Eq. 9 (docs/dpok.md says why less)."""
     value_function: bool = False
     """Subtract a learned V(x_t, z) from the reward (A.5)."""
     value_learning_rate: float = 1e-4
@@ -107,8 +109,7 @@ class Args:
     """Log to Weights & Biases as well (pip install wandb)."""
 
 
-# E.3: 50 000 samples.
-MULTI_PROMPT = replace(Args(), samples_per_iteration=45, num_iterations=1112, beta=0.001, value_function=True)
+MULTI_PROMPT = replace(Args(), samples_per_iteration=45, num_iterations=1112, beta=0.001, value_function=True)  # E.3
 # A latent of 1024 numbers instead of 16384: the mean over them leaves ratios about 16 times farther from 1.
 ZOO = replace(
     Args(),
@@ -345,17 +346,16 @@ def main():
         time_reward, clock = time.perf_counter() - clock, time.perf_counter()
 
         # A step with sigma_t = 0 has no log-probability and is never drawn.
-        steps_with_noise = torch.nonzero(stds > 0)[:, 0].cpu()
+        trained_steps = torch.nonzero(stds > 0)[: int(np.ceil(args.trained_share * T)), 0].cpu()
         num_slots, grad_norms = min(iteration + 1, args.replay_rollouts), []
 
         def draw_transitions(count: int, *key: int):
             """`count` transitions of the whole replay, the same on all ranks: slot, sample and step of this rank's."""
-            total = num_slots * m * len(steps_with_noise)
-            drawn = torch.randperm(total, generator=seeded(args.seed, *key))[:count]
-            slots, rest = drawn // (m * len(steps_with_noise)), drawn % (m * len(steps_with_noise))
-            samples, steps = rest // len(steps_with_noise), steps_with_noise[rest % len(steps_with_noise)]
+            shape = (num_slots, m, len(trained_steps))
+            drawn = torch.randperm(int(np.prod(shape)), generator=seeded(args.seed, *key))[:count]
+            slots, samples, steps = torch.unravel_index(drawn, shape)
             mine = (samples >= start) & (samples < stop)
-            return len(drawn), torch.stack([slots[mine], samples[mine] - start, steps[mine]]).to(device)
+            return len(drawn), torch.stack([slots, samples - start, trained_steps[steps]])[:, mine].to(device)
 
         # Value function: one update on 5 x value_batch_size transitions (Eq. 24).
         sums, first_deviation = torch.zeros(8, dtype=torch.float64, device=device).split([7, 1])
@@ -388,8 +388,8 @@ def main():
 
                 advantages = replay["reward"][s, i]
                 if args.value_function:
-                    with torch.no_grad():
-                        advantages = advantages - value_function(x_t, j, pooled[replay["prompt"][s, i]])  # Eq. 22
+                    value = value_function(x_t, j, pooled[replay["prompt"][s, i]])
+                    advantages = advantages - value.detach()  # Eq. 22
                 ratio = torch.exp(step.log_prob - replay["log_prob"][s, i, j])  # Eq. 25
                 clipped = ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
                 policy_loss = -args.alpha * advantages * clipped  # Eq. 26
@@ -414,7 +414,7 @@ def main():
             "samples": queries,
             "reward/mean": all_rewards.mean().item(),
             "reward/std": all_rewards.std(correction=0).item(),
-            "kl/pretrained": sums[2] * int(np.prod(latent_shape)) * len(steps_with_noise),
+            "kl/pretrained": sums[2] * int(np.prod(latent_shape)) * len(trained_steps),
             "ratio/first_max_deviation": first_deviation.item(),
             "ratio/clip_fraction": sums[3],
             "loss/policy": sums[0],

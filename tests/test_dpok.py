@@ -206,6 +206,15 @@ def test_micro_batch_size_does_not_change_the_result(tiny_sd, tmp_path, smooth):
             assert small[key] == pytest.approx(large[key], rel=1e-3, abs=1e-5), key
 
 
+def test_trained_share_draws_from_the_first_steps_alone(tiny_sd, tmp_path):
+    flags = [*TINY, "--model", tiny_sd, "--num-iterations", 1, "--trained-share", 0.5, "--output-dir", tmp_path / "run"]
+    result = run_script("dpok.py", *flags)
+    assert result.returncode == 0, result.stderr
+    replay = torch.load(tmp_path / "run/checkpoint/replay-00000.pt", weights_only=True)
+    drawn = replay["has_pre_noise"][0]  # 10 samples, 4 steps; 5 updates on 32 of the 20 transitions draw each
+    assert drawn[:, :2].all() and not drawn[:, 2:].any()
+
+
 def test_resumed_run_equals_an_undisturbed_one(tiny_sd, tmp_path):
     flags = [*TINY, "--model", tiny_sd, "--value-function", "--learning-rate", 1e-3]
     for folder, iterations in (("whole", 4), ("parts", 2)):
@@ -256,6 +265,8 @@ WRONG = {
     "no steps": (["zoo", "--num-inference-steps", "0"], "--num-inference-steps"),
     "negative learning rate": (["zoo", "--learning-rate", "-1e-4"], "--learning-rate"),
     "nan": (["zoo", "--alpha", "nan"], "--alpha"),
+    "no share of the steps": (["zoo", "--trained-share", "0"], "--trained-share"),
+    "more than all steps": (["zoo", "--trained-share", "1.5"], "--trained-share"),
     "eta 0": (["zoo", "--eta", "0"], "--eta"),
     "folder of another run": (["zoo", "--output-dir", "OTHER"], "--resume"),
     "nothing to resume": (["zoo", "--resume", "nowhere"], "--resume"),
