@@ -1,4 +1,4 @@
-"""How loudly each denoising step speaks in the policy gradient: |d mu / d prediction| / sigma_t, squared and shared out.
+"""How loudly each denoising step speaks in the policy gradient: |d mu / d prediction| / sigma_t, squared, as shares.
 
 The gradient of log p(x_{t-1} | x_t) with respect to what the UNet predicts is (z / sigma_t) d mu / d prediction with z
 standard normal, so these are the steps' shares of the gradient's variance as far as the sampler alone decides.
