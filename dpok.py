@@ -48,7 +48,7 @@ class Args:
     prompts_file: Path | None = None
     """Text file, one prompt a line; every sample draws one of them at random (5.5)."""
     reward: str = "image_reward"
-    """Reward, as in common/rewards.py: a name, name:WEIGHTS, or path/to/file.py:function."""
+    """Reward, as in docs/rewards.md: a name, name:WEIGHTS, or path/to/file.py:function."""
     num_iterations: int = 2000
     """Rollouts; with 10 samples each this gives the 20 000 online samples of App. B."""
     samples_per_iteration: int = 10
@@ -216,7 +216,7 @@ def main():
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline, reward_function = load_pipeline(args.model), load_reward_or_fail(args.reward, device)
+    pipeline, reward_function = load_pipeline(args.model), load_reward_or_fail(args.reward, device, prompts)
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
@@ -281,13 +281,13 @@ def main():
     if world_size > 1:
         dist.broadcast_object_list(run_dir)  # the name has the time in it
     run_dir = run_dir[0]
-    first_iteration, queries = 0, 0
+    first_iteration = 0
     if args.resume:
         state = torch.load(run_dir / "checkpoint" / "state.pt", map_location=device, weights_only=True)
         load_lora(unet, run_dir / "checkpoint")
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        first_iteration, queries = state["iteration"], state["samples"]
+        first_iteration = state["iteration"]
     run = RunFolder(run_dir, args, first_iteration) if rank == 0 else None
 
     def save_sample_grid(iteration: int):
@@ -315,7 +315,7 @@ def main():
         if rank == 0:
             save_lora(unet, run_dir)
             save_lora(unet, partial)
-            state = {"iteration": iteration, "samples": queries, "optimizer": optimizer.state_dict()}
+            state = {"iteration": iteration, "optimizer": optimizer.state_dict()}
             state |= {"scaler": scaler.state_dict(), "value_function": value_function.state_dict()}
             torch.save(state | {"value_optimizer": value_optimizer.state_dict()}, partial / "state.pt")
             replace_folder(partial, folder)
@@ -339,10 +339,10 @@ def main():
         try:
             rewards = reward_function(images, [prompts[i] for i in chosen])
         except RewardError as error:
+            save_checkpoint(iteration)
             raise SystemExit(f"error: iteration {iteration}: {error}; the run so far is in {run_dir}") from None
         replay["reward"][slot] = rewards.clamp(min=0) if args.reward_filter else rewards
         all_rewards = all_sum(F.pad(rewards, (start, m - stop)))
-        queries += m
         time_reward, clock = time.perf_counter() - clock, time.perf_counter()
 
         # A step with sigma_t = 0 has no log-probability and is never drawn.
@@ -411,7 +411,7 @@ def main():
             dist.all_reduce(first_deviation, op=dist.ReduceOp.MAX)
         metrics = {
             "iteration": iteration,
-            "samples": queries,
+            "samples": (iteration + 1) * m,
             "reward/mean": all_rewards.mean().item(),
             "reward/std": all_rewards.std(correction=0).item(),
             "kl/pretrained": sums[2] * int(np.prod(latent_shape)) * len(trained_steps),

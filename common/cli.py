@@ -117,12 +117,12 @@ def load_pipeline(model: str) -> StableDiffusionPipeline:
         )
 
 
-def load_reward_or_fail(spec: str, device: torch.device) -> Reward:
-    """The reward that `spec` names; one that is not to be had ends the run."""
+def load_reward_or_fail(spec: str, device: torch.device, prompts: list[str]) -> Reward:
+    """The reward that `spec` names, which must be able to score `prompts`; one that is not to be had ends the run."""
     try:
-        return load_reward(spec, device)
+        return load_reward(spec, device, prompts)
     except (RewardError, OSError) as error:
-        fail(f"--reward {spec} cannot be loaded ({str(error)[:150]}); check the name, the folder and the network")
+        fail(f"--reward {spec} cannot be loaded ({str(error)[:300]}); check the name, the folder and the network")
 
 
 def warn_of_unknown_words(pipeline: StableDiffusionPipeline, prompts: list[str]) -> None:

@@ -12,7 +12,8 @@ from oracle import recipe
 from PIL import Image
 from safetensors.torch import save_file
 
-from common.rewards import ImageReward, RewardError, load_reward
+from common.rewards import RewardError, load_reward
+from common.rewards.image_reward import ImageReward
 
 ORACLE = json.loads((Path(__file__).parent / "oracle/image_reward_scores.json").read_text(encoding="utf-8"))
 PROMPTS = ["a cat", "a dog on the moon", "two cats", ""]

@@ -29,7 +29,8 @@ from tqdm import tqdm
 from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from common.rewards import CLIP_MEAN, CLIP_STD, ImageReward, load_reward
+from common.rewards import load_reward
+from common.rewards.image_reward import CLIP_MEAN, CLIP_STD, ImageReward
 from zoo import judge as judging
 from zoo import world
 

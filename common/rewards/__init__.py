@@ -1,0 +1,150 @@
+"""Rewards: `reward = load_reward(spec, device)`, then `reward(images, prompts)`.
+
+images: float (B, 3, H, W) in [0, 1]; prompts: B strings; the result: float32 (B,), higher is better. Specs:
+
+    image_reward[:WEIGHTS]            ImageReward (Xu et al. 2023)
+    aesthetic[:WEIGHTS]               LAION's aesthetic predictor on CLIP (Black et al. 2023, 5.2)
+    jpeg_compressibility              minus the size in kB of the picture as a JPEG (Black et al. 2023, 5.1)
+    jpeg_incompressibility            that size itself
+    clip_score[:WEIGHTS]              cosine of CLIP's embeddings of picture and prompt (Fan et al. 2023, App. C)
+    blip_score[:WEIGHTS]              the same of BLIP's
+    llava_bertscore[:WEIGHTS]         a VLM describes the picture; BERTScore recall of the prompt (Black et al., 5.3)
+    llava_bertscore:http://HOST/v1    the same, the VLM on an OpenAI-compatible server
+    object_detection[:WEIGHTS]        mean confidence of the prompt's objects (Zhang et al. 2024, Eq. 13)
+    statistical_parity[:WEIGHTS]      minus the distance of a prompt's classes from uniform (Zhang et al., Eq. 12)
+    path/to/file.py:function          your own: function(images, prompts) with the shapes above
+    0.7*aesthetic+0.3*clip_score      a weighted sum of any of these
+
+WEIGHTS is a hub id or a local folder. Options follow a question mark, as in a URL: llava_bertscore:FOLDER?question=...
+docs/rewards.md says which there are, and what each reward needs.
+"""
+
+import importlib
+import importlib.util
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from common.rewards.base import Reward, RewardError
+
+__all__ = ["NAMES", "Reward", "RewardError", "check_spec", "load_reward"]
+
+# The module of each reward; it has check(name, weights, options) and load(name, weights, options, device).
+MODULES = {
+    "image_reward": "image_reward",
+    "aesthetic": "aesthetic",
+    "jpeg_compressibility": "jpeg",
+    "jpeg_incompressibility": "jpeg",
+    "clip_score": "similarity",
+    "blip_score": "similarity",
+    "llava_bertscore": "llava_bertscore",
+    "object_detection": "object_detection",
+    "statistical_parity": "statistical_parity",
+}
+NAMES = tuple(MODULES)
+TERM = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*\s*(.+?)\s*", re.DOTALL)
+
+
+def load_reward(spec: str, device: str | torch.device = "cpu", prompts: Sequence[str] = ()) -> Reward:
+    """The reward that `spec` names (see above), checked on every call for shape and finiteness.
+
+    Raises RewardError, with a message for the user, when there is no such reward, its weights are missing, or it can
+    never score one of `prompts`. Under torch.distributed a call is collective: a fault on one rank is raised on all.
+    """
+    check_spec(spec)
+    terms = [(weight, term, _load_term(term, device)) for weight, term in parse_sum(spec)]
+    for _, _, reward in terms:
+        if check_prompts := getattr(reward, "check_prompts", None):
+            check_prompts(prompts)
+
+    @torch.no_grad()
+    def checked(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        total, faults = torch.zeros(len(prompts), device=images.device), []
+        for weight, term, reward in terms:
+            try:
+                total += weight * _checked_scores(term, reward, images, prompts)
+            except RewardError as error:  # the other terms still run: they may be collective
+                faults.append(str(error))
+        if dist.is_initialized():
+            everybodys = [None] * dist.get_world_size()
+            dist.all_gather_object(everybodys, faults)
+            faults = [fault for faults in everybodys for fault in faults]
+        if faults:
+            raise RewardError(faults[0])
+        return total
+
+    return checked
+
+
+def _checked_scores(term: str, reward: Reward, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    scores = torch.as_tensor(reward(images, prompts))
+    if scores.shape != (len(prompts),):
+        raise RewardError(f"reward {term!r} returned shape {tuple(scores.shape)} for {len(prompts)} images")
+    scores = scores.to(device=images.device, dtype=torch.float32)
+    for score, prompt in zip(scores.tolist(), prompts):
+        if not np.isfinite(score):
+            raise RewardError(f"reward {term!r} returned {score} for the prompt {prompt!r}")
+    return scores
+
+
+def parse_sum(spec: str) -> list[tuple[float, str]]:
+    """Weights and specs of the terms of a weighted sum; [(1, spec)] of a spec that is none."""
+    if not TERM.fullmatch(spec):
+        return [(1.0, spec)]
+    terms = [TERM.fullmatch(term) for term in re.split(r"\+(?=\s*[+-]?(?:\d|\.\d)[\d.eE+-]*\s*\*)", spec)]
+    return [(float(term[1]), term[2]) for term in terms]
+
+
+def parse_spec(spec: str) -> tuple[str, str | None, dict[str, str]]:
+    """Name, weights or None, and options of one term."""
+    rest, _, query = spec.partition("?")
+    name, _, weights = rest.partition(":")
+    return name, weights or None, dict(parse_qsl(query, keep_blank_values=True))
+
+
+def is_users_function(spec: str) -> bool:
+    return spec.rpartition(":")[0].endswith(".py") or spec.endswith(".py")
+
+
+def check_spec(spec: str) -> None:
+    """What can be checked of a spec without loading anything; raises RewardError with a message for the user."""
+    for _, term in parse_sum(spec):
+        if is_users_function(term):
+            path, _, function = term.rpartition(":")
+            if not function or term.endswith(".py"):
+                raise RewardError(f"reward {term!r} names no function; write {term}:FUNCTION")
+            if not Path(path).is_file():
+                raise RewardError(f"there is no file {path!r} (reward {term!r})")
+            continue
+        name, weights, options = parse_spec(term)
+        if name not in NAMES:
+            raise RewardError(f"there is no reward {name!r}; there are: {', '.join(NAMES)}, path/to/file.py:function")
+        try:
+            importlib.import_module(f"common.rewards.{MODULES[name]}").check(name, weights, options)
+        except RewardError as error:
+            raise RewardError(f"{error} (reward {term!r})") from None
+
+
+def _load_term(term: str, device: str | torch.device) -> Reward:
+    if is_users_function(term):
+        return _users_function(term)
+    name, weights, options = parse_spec(term)
+    try:
+        return importlib.import_module(f"common.rewards.{MODULES[name]}").load(name, weights, options, device)
+    except ImportError as error:  # some of transformers' processors need more: OWLv2's scipy
+        raise RewardError(f"reward {term!r} needs another package: {' '.join(str(error).split())[:150]}") from None
+
+
+def _users_function(spec: str) -> Callable:
+    path, _, name = spec.rpartition(":")
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise RewardError(f"{path!r} has no function {name!r} (reward {spec!r})")
+    return getattr(module, name)

@@ -1,0 +1,56 @@
+"""What the rewards share."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+Reward = Callable[[torch.Tensor, list[str]], torch.Tensor]
+BATCH = 32
+"""Pictures that a reward's model sees at once."""
+
+
+class RewardError(ValueError):
+    """A reward that cannot be had as it was asked for; the message is one line for the user."""
+
+
+def to_pil(images: torch.Tensor) -> list[Image.Image]:
+    """Float (B, 3, H, W) in [0, 1], rounded to 8 bits, as RGB pictures."""
+    array = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(image) for image in array]
+
+
+def check_options(name: str, options: dict[str, str], known: tuple[str, ...] = ()) -> None:
+    """Raises RewardError for an option that is not known."""
+    for option in options:
+        if option not in known:
+            there_are = f"there are: {', '.join(known)}" if known else "there are none"
+            raise RewardError(f"{name} has no option {option!r}; {there_are}")
+
+
+def check_weights(weights: str | None, *files: tuple[str, ...]) -> None:
+    """`weights` must be a hub id, or a folder with one file of each of `files`; raises RewardError."""
+    if weights is None or (not Path(weights).is_dir() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", weights)):
+        return
+    if not Path(weights).is_dir():
+        raise RewardError(f"there is no folder {weights!r}")
+    for names in files:
+        if not any((Path(weights) / name).is_file() for name in names):
+            raise RewardError(f"the folder {weights!r} holds no {' or '.join(names)}")
+
+
+MODEL_FILES = (("config.json",), ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"))
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "spm.model")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def batched(reward: Reward) -> Reward:
+    """`reward`, a few pictures at a time: a picture's score does not depend on the others."""
+
+    def in_batches(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        starts = range(0, len(images), BATCH)
+        return torch.cat([reward(images[i : i + BATCH], prompts[i : i + BATCH]) for i in starts])
+
+    return in_batches

@@ -1,0 +1,78 @@
+"""Minus the distance of the classes of a prompt's pictures from the uniform distribution (Zhang et al. 2024, Eq. 12).
+
+A reward of a set: all pictures of a prompt, on whatever rank they are, get the same value (3.2).
+"""
+
+import torch
+import torch.distributed as dist
+
+from common.rewards.base import (
+    BATCH,
+    MODEL_FILES,
+    PROCESSOR_FILES,
+    Reward,
+    RewardError,
+    check_options,
+    check_weights,
+    to_pil,
+)
+
+CLIP = "openai/clip-vit-large-patch14"
+SKIN_TONES = "a photo of a person with dark skin,a photo of a person with brown skin"
+SKIN_TONES += ",a photo of a person with medium skin,a photo of a person with light skin"
+"""Labels for CLIP; the paper's classifier of four skin tones is not public."""
+
+
+def statistical_parity(classes: list[int], num_classes: int) -> float:
+    """|histogram of classes - uniform|_2 (Eq. 12): 0 is uniform, sqrt(1 - 1/K) is a single class."""
+    histogram = torch.bincount(torch.tensor(classes), minlength=num_classes).double() / len(classes)
+    return (histogram - 1 / num_classes).norm().item()
+
+
+def check(name: str, weights: str | None, options: dict[str, str]) -> None:
+    check_options(name, options, ("labels",))
+    if "labels" in options and len(set(options["labels"].split(","))) < 2:
+        raise RewardError(f"{name} needs at least two labels, with commas between them")
+    check_weights(weights, *MODEL_FILES, PROCESSOR_FILES)
+
+
+def load(name: str, weights: str | None, options: dict[str, str], device: str | torch.device) -> Reward:
+    """In float32, in [-sqrt(1 - 1/K), 0]. `weights`: a hub id or a folder of an image classifier, or of a CLIP model
+    whose classes are the texts of the option `labels`, with commas between them."""
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, AutoProcessor, CLIPModel
+
+    weights = weights or CLIP
+    is_clip = AutoConfig.from_pretrained(weights).model_type == "clip"
+    if "labels" in options and not is_clip:
+        raise RewardError(f"labels are for CLIP; {weights!r} is a classifier with its own")
+    labels = options.get("labels", SKIN_TONES).split(",")
+    model_class, processor_class = AutoModelForImageClassification, AutoImageProcessor
+    if is_clip:
+        model_class, processor_class = CLIPModel, AutoProcessor
+    model = model_class.from_pretrained(weights, dtype=torch.float32).eval().requires_grad_(False).to(device)
+    processor = processor_class.from_pretrained(weights)
+    num_classes = len(labels) if is_clip else model.config.num_labels
+
+    def classify(images: torch.Tensor) -> list[int]:
+        texts = {"text": labels, "padding": True, "truncation": True} if is_clip else {}
+        inputs = processor(images=to_pil(images), return_tensors="pt", **texts).to(device)
+        out = model(**inputs)
+        return (out.logits_per_image if is_clip else out.logits).argmax(-1).tolist()
+
+    def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        classes = [c for batch in images.split(BATCH) for c in classify(batch)]
+        shares = [(list(prompts), classes)]
+        if dist.is_initialized():
+            shares = [None] * dist.get_world_size()
+            dist.all_gather_object(shares, (list(prompts), classes))
+        groups = {}
+        for share in shares:
+            for prompt, c in zip(*share):
+                groups.setdefault(prompt, []).append(c)
+        for prompt, members in groups.items():
+            if len(members) == 1:
+                raise RewardError(f"statistical parity needs several pictures of a prompt, and {prompt!r} has one")
+        values = {prompt: -statistical_parity(members, num_classes) for prompt, members in groups.items()}
+        return torch.tensor([values[prompt] for prompt in prompts])
+
+    return reward

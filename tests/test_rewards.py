@@ -1,0 +1,647 @@
+"""The rewards on tiny models of the real architectures, each made on the spot as a user's folder, against independent
+computations: transformers' own pipelines and processors, the package `bert-score`, and numbers worked out by hand."""
+
+import io
+import json
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_script
+from PIL import Image
+
+from common.rewards import NAMES, RewardError, check_spec, load_reward, parse_sum
+from common.rewards.llava_bertscore import BERTScore
+from common.rewards.object_detection import objects_of
+from common.rewards.statistical_parity import statistical_parity
+
+WORDS = "a an the cat dog cup bottle red green on in park moon and next to near of side beside is what happening this"
+WORDS = [*WORDS.split(), "image", "two", "photo", "user", "assistant", ":", "?", ".", "<image>"]
+PROMPTS = ["a cat", "a dog and a cup", "the red bottle in the park", "two"]
+TINY = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def pictures(count: int, height: int = 40, width: int = 40, seed: int = 0) -> torch.Tensor:
+    """Smooth random pictures, so that resizing does not average everything away."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, 6, 6, generator=generator) * torch.rand(count, 3, 1, 1, generator=generator)
+    return torch.nn.functional.interpolate(coarse, (height, width))
+
+
+def pil(images: torch.Tensor) -> list[Image.Image]:
+    """Written apart from the project's own conversion."""
+    return [Image.fromarray(np.uint8(np.rint(image.permute(1, 2, 0).numpy() * 255))) for image in images]
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Weights large enough that outputs differ from picture to picture."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * parameter[0].numel() ** -0.5 * 1.5)
+        else:
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model.eval()
+
+
+def word_tokenizer(special: dict[str, str], **settings):
+    """A tokenizer of whole words with a beginning and an end token."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    names = list(special.values())
+    vocabulary = {word: i for i, word in enumerate([*names, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=special["unk_token"]))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
+        if "<image>" not in settings.get("extra_special_tokens", {}).values()
+        else [pre_tokenizers.WhitespaceSplit()]
+    )
+    first, last = special.get("cls_token", special.get("bos_token")), special.get("sep_token", special.get("eos_token"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A {last}", special_tokens=[(first, vocabulary[first]), (last, vocabulary[last])]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=24, **special, **settings)
+
+
+CLIP_SPECIAL = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+BERT_SPECIAL = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """A CLIP model, with LAION's predictor beside it."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "zoo/sd/tokenizer")
+    text = TINY | {"vocab_size": len(tokenizer), "max_position_embeddings": 24}
+    text |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "projection_dim": 12}
+    vision = TINY | {"image_size": 32, "patch_size": 8, "projection_dim": 12}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
+    randomise(CLIPModel(config)).save_pretrained(folder)
+    CLIPProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), tokenizer
+    ).save_pretrained(folder)
+    generator, widths = torch.Generator().manual_seed(5), {0: (8, 12), 2: (6, 8), 4: (5, 6), 6: (4, 5), 7: (1, 4)}
+    state = {f"layers.{i}.weight": torch.randn(shape, generator=generator) for i, shape in widths.items()}
+    state |= {f"layers.{i}.bias": torch.randn(shape[0], generator=generator) for i, shape in widths.items()}
+    torch.save(state, folder / "sac+logos+ava1-l14-linearMSE.pth")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def blip_folder(tmp_path_factory):
+    from transformers import BertTokenizer, BlipConfig, BlipForImageTextRetrieval, BlipImageProcessor, BlipProcessor
+
+    folder = tmp_path_factory.mktemp("blip")
+    (folder / "vocab.txt").write_text("\n".join([*BERT_SPECIAL.values(), *WORDS]) + "\n")
+    tokenizer = BertTokenizer.from_pretrained(folder, model_max_length=24)
+    text = TINY | {"vocab_size": len(tokenizer), "max_position_embeddings": 24, "encoder_hidden_size": 16}
+    text |= {"bos_token_id": 2, "sep_token_id": 3, "pad_token_id": 0}
+    config = BlipConfig(
+        text_config=text, vision_config=TINY | {"image_size": 32, "patch_size": 8}, image_text_hidden_size=12
+    )
+    randomise(BlipForImageTextRetrieval(config)).save_pretrained(folder)
+    BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bert_folder(tmp_path_factory):
+    """A text model for BERTScore."""
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("bert")
+    tokenizer = word_tokenizer(BERT_SPECIAL)
+    tokenizer.save_pretrained(folder)
+    randomise(BertModel(BertConfig(**TINY, vocab_size=len(tokenizer), max_position_embeddings=32))).save_pretrained(
+        folder
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llava_folder(tmp_path_factory):
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    folder = tmp_path_factory.mktemp("llava")
+    tokenizer = word_tokenizer(CLIP_SPECIAL, extra_special_tokens={"image_token": "<image>"})
+    tokenizer.model_max_length = 128
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**TINY, image_size=32, patch_size=8),
+        text_config=LlamaConfig(
+            **TINY,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=128,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=16,
+    )
+    randomise(LlavaForConditionalGeneration(config)).save_pretrained(folder)
+    template = "{% for m in messages %}user : {% for c in m['content'] %}{% if c['type'] == 'image' %}<image> "
+    template += "{% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}assistant :"
+    LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def detector_folders(tmp_path_factory):
+    """A detector of each family: the words of a prompt, or the fixed classes cat, dog, cup."""
+    from transformers import (
+        BertTokenizer,
+        CLIPTokenizer,
+        DetrConfig,
+        DetrForObjectDetection,
+        DetrImageProcessor,
+        GroundingDinoConfig,
+        GroundingDinoForObjectDetection,
+        GroundingDinoImageProcessor,
+        GroundingDinoProcessor,
+        Owlv2Config,
+        Owlv2ForObjectDetection,
+        Owlv2ImageProcessor,
+        Owlv2Processor,
+        ResNetConfig,
+        ResNetForImageClassification,
+        RTDetrConfig,
+        RTDetrForObjectDetection,
+        RTDetrImageProcessor,
+        ViTImageProcessor,
+    )
+
+    folders = {}
+
+    def folder(name):
+        folders[name] = tmp_path_factory.mktemp(name)
+        return folders[name]
+
+    labels = {"id2label": {0: "cat", 1: "dog", 2: "cup"}, "label2id": {"cat": 0, "dog": 1, "cup": 2}}
+    size = {"height": 32, "width": 32}
+
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "zoo/sd/tokenizer", model_max_length=16)
+    text = TINY | {"vocab_size": len(tokenizer), "max_position_embeddings": 16}
+    text |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = Owlv2Config(text_config=text, vision_config=TINY | {"image_size": 32, "patch_size": 8}, projection_dim=16)
+    randomise(Owlv2ForObjectDetection(config)).save_pretrained(folder("owlv2"))
+    Owlv2Processor(Owlv2ImageProcessor(size=size), tokenizer).save_pretrained(folders["owlv2"])
+
+    backbone = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+    backbone |= {"layer_type": "basic", "out_features": ["stage2", "stage3", "stage4"]}
+    sizes = {"d_model": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_layers": 1}
+    sizes |= {"decoder_layers": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "num_queries": 9}
+    (folder("grounding-dino") / "vocab.txt").write_text("\n".join([*BERT_SPECIAL.values(), *WORDS]) + "\n")
+    bert = BertTokenizer.from_pretrained(folders["grounding-dino"], model_max_length=16)
+    config = GroundingDinoConfig(
+        backbone_config=backbone,
+        text_config=TINY | {"model_type": "bert", "vocab_size": len(bert), "max_position_embeddings": 32},
+        **sizes,
+        num_feature_levels=3,
+        max_text_len=16,
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        disable_custom_kernels=True,
+    )
+    randomise(GroundingDinoForObjectDetection(config)).save_pretrained(folders["grounding-dino"])
+    processor = GroundingDinoImageProcessor(size={"shortest_edge": 64, "longest_edge": 128})
+    GroundingDinoProcessor(processor, bert).save_pretrained(folders["grounding-dino"])
+
+    config = DetrConfig(
+        backbone_config=backbone | {"out_features": ["stage4"]},
+        use_timm_backbone=False,
+        backbone=None,
+        **sizes,
+        **labels,
+    )
+    randomise(DetrForObjectDetection(config)).save_pretrained(folder("detr"))
+    DetrImageProcessor(size={"shortest_edge": 32, "longest_edge": 64}).save_pretrained(folders["detr"])
+
+    config = RTDetrConfig(
+        backbone_config=backbone | {"model_type": "rt_detr_resnet"},
+        encoder_hidden_dim=16,
+        encoder_in_channels=[16, 24, 32],
+        feat_strides=[8, 16, 32],
+        decoder_in_channels=[16, 16, 16],
+        **sizes,
+        num_feature_levels=3,
+        num_denoising=0,
+        eval_size=None,
+        **labels,
+    )
+    randomise(RTDetrForObjectDetection(config)).save_pretrained(folder("rt-detr"))
+    RTDetrImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folders["rt-detr"])
+
+    backbone.pop("out_features")
+    backbone.pop("model_type")
+    config = ResNetConfig(**backbone, **labels, problem_type="multi_label_classification")
+    randomise(ResNetForImageClassification(config)).save_pretrained(folder("multi-label"))
+    ViTImageProcessor(size=size).save_pretrained(folders["multi-label"])
+    return folders
+
+
+def test_aesthetic_is_laions_mlp_on_the_normalised_embedding(clip_folder):
+    from transformers import CLIPModel, CLIPProcessor
+
+    images = pictures(3)
+    inputs = CLIPProcessor.from_pretrained(clip_folder)(images=pil(images), text=["a cat"], return_tensors="pt")
+    x = CLIPModel.from_pretrained(clip_folder)(**inputs).image_embeds.detach().double()
+    assert torch.allclose(x.norm(dim=-1), torch.ones(3).double())
+    state = torch.load(clip_folder / "sac+logos+ava1-l14-linearMSE.pth", weights_only=True)
+    for i in (0, 2, 4, 6, 7):
+        x = x @ state[f"layers.{i}.weight"].double().T + state[f"layers.{i}.bias"].double()
+    scores = load_reward(f"aesthetic:{clip_folder}")(images, ["a cat"] * 3)
+    assert scores.std() > 1e-3 and torch.allclose(scores.double(), x[:, 0], atol=1e-4)
+
+
+def test_clip_score_equals_the_pipelines_similarity(clip_folder):
+    from transformers import CLIPModel, pipeline
+
+    images = pictures(4)
+    scores = load_reward(f"clip_score:{clip_folder}")(images, PROMPTS)
+    classify = pipeline("zero-shot-image-classification", model=str(clip_folder), device="cpu")
+    scale = CLIPModel.from_pretrained(clip_folder).logit_scale.exp().item()
+    for i, picture in enumerate(pil(images)):
+        answers = classify(picture, candidate_labels=PROMPTS, hypothesis_template="{}")
+        logits = {answer["label"]: np.log(answer["score"]) for answer in answers}
+        for k, other in enumerate(PROMPTS):  # a softmax leaves differences of logits
+            direct = load_reward(f"clip_score:{clip_folder}")(images[i : i + 1], [other]).item()
+            assert scale * (direct - scores[i].item()) == pytest.approx(logits[other] - logits[PROMPTS[i]], abs=1e-3), k
+
+
+def test_blip_score_is_the_cosine_of_blips_two_embeddings(blip_folder):
+    from transformers import BlipForImageTextRetrieval, BlipProcessor
+
+    images, model = pictures(4), BlipForImageTextRetrieval.from_pretrained(blip_folder)
+    scores = load_reward(f"blip_score:{blip_folder}")(images, PROMPTS)
+    processor = BlipProcessor.from_pretrained(blip_folder)
+    for picture, prompt, score in zip(pil(images), PROMPTS, scores):
+        inputs = processor(images=picture, text=prompt, return_tensors="pt")
+        image = model.vision_proj(model.vision_model(inputs.pixel_values).last_hidden_state[:, 0])
+        text = model.text_proj(model.text_encoder(inputs.input_ids).last_hidden_state[:, 0])
+        assert score.item() == pytest.approx(torch.cosine_similarity(image, text).item(), abs=1e-5)
+    assert scores.std() > 1e-3
+
+
+SENTENCES = [
+    "a cat",
+    "a dog next to a cup",
+    "two red cat on the moon .",
+    "the green bottle beside a cat",
+    "cup",
+    "dog ?",
+]
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_bertscore_recall_equals_the_package(bert_folder, layer):
+    from bert_score import BERTScorer
+
+    rng = np.random.default_rng(layer)
+    words = [w for w in WORDS if w != "<image>"]
+    candidates = [" ".join(rng.choice(words, rng.integers(1, 12))) for _ in range(20)]
+    references = [" ".join(rng.choice(words, rng.integers(1, 8))) for _ in range(20)]
+    package = BERTScorer(str(bert_folder), num_layers=layer, device="cpu", use_fast_tokenizer=True)
+    expected = torch.cat([package.score([c], [r])[1] for c, r in zip(candidates, references)])
+    ours = BERTScore(str(bert_folder), layer, "cpu").recall(candidates, references)
+    assert ours.std() > 1e-3 and torch.allclose(ours, expected, atol=1e-5)
+
+
+def test_bertscore_of_nothing_is_a_number(bert_folder):
+    scores = BERTScore(str(bert_folder), 2, "cpu").recall(["", "a cat", ""], ["a cat", "", ""])
+    assert torch.isfinite(scores).all() and scores[0] < 1 and scores[1] == 0
+
+
+def test_llava_bertscore_is_the_recall_of_what_the_vlm_says(llava_folder, bert_folder):
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    images = pictures(3, seed=3)
+    spec = f"llava_bertscore:{llava_folder}?scorer={bert_folder}&layer=2&max_new_tokens=6&question=what is this ?"
+    scores = load_reward(spec)(images, PROMPTS[:3])
+    model = LlavaForConditionalGeneration.from_pretrained(llava_folder)
+    processor = AutoProcessor.from_pretrained(llava_folder)
+    said = []
+    for picture in pil(images):
+        inputs = processor(images=picture, text="user : <image> what is this ? assistant :", return_tensors="pt")
+        tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs.input_ids.shape[1] :]
+        said.append(processor.decode(tokens, skip_special_tokens=True))
+    assert len(set(said)) > 1, "the case should have different descriptions"
+    expected = BERTScore(str(bert_folder), 2, "cpu").recall(said, PROMPTS[:3])
+    assert torch.allclose(scores, expected, atol=1e-5)
+
+
+class VisionServer(BaseHTTPRequestHandler):
+    """An OpenAI-compatible vision server; `faults` are what the next requests meet."""
+
+    faults, asked, parallel, most_parallel = [], [], 0, 0
+    lock = threading.Lock()
+
+    def answer(self, body, code=200):
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        self.answer({"data": [{"id": "tiny-vlm"}]})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        cls = type(self)
+        with cls.lock:
+            fault = cls.faults.pop(0) if cls.faults else None
+            cls.parallel += 1
+            cls.most_parallel = max(cls.most_parallel, cls.parallel)
+        try:
+            if fault == "hang":
+                time.sleep(3)
+            elif fault == "garbage":
+                self.answer(b"<html>")
+            elif isinstance(fault, int):
+                self.answer({"error": "no"}, fault)
+            else:
+                time.sleep(0.05)
+                image, question = body["messages"][0]["content"]
+                import base64
+
+                data = base64.b64decode(image["image_url"]["url"].split(",")[1])
+                red = np.asarray(Image.open(io.BytesIO(data)))[..., 0].mean()
+                cls.asked.append((body["model"], question["text"]))
+                text = "" if red < 64 else "a dog" if red < 192 else "a red cat"
+                self.answer({"choices": [{"message": {"content": text}}]})
+        except BrokenPipeError:
+            pass
+        finally:
+            with cls.lock:
+                cls.parallel -= 1
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def vision_server():
+    VisionServer.faults, VisionServer.asked, VisionServer.most_parallel = [], [], 0
+    server = ThreadingHTTPServer(("127.0.0.1", 0), VisionServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    server.server_close()
+
+
+def test_vlm_server_is_asked_in_parallel_and_order_is_kept(vision_server, bert_folder):
+    spec = f"llava_bertscore:{vision_server}?scorer={bert_folder}&layer=2&concurrency=4&question=What is it?"
+    reward = load_reward(spec)
+    images = torch.tensor([0.0, 0.5, 1.0] * 4).view(12, 1, 1, 1).expand(12, 3, 16, 16)
+    scores = reward(images, ["a red cat"] * 12)
+    expected = BERTScore(str(bert_folder), 2, "cpu").recall(["", "a dog", "a red cat"] * 4, ["a red cat"] * 12)
+    assert torch.allclose(scores, expected, atol=1e-5) and scores[2] == pytest.approx(1)
+    assert VisionServer.asked == [("tiny-vlm", "What is it?")] * 12
+    assert 2 <= VisionServer.most_parallel <= 4
+
+
+def test_passing_faults_of_a_vlm_server_are_tried_again(vision_server, bert_folder):
+    reward = load_reward(f"llava_bertscore:{vision_server}?scorer={bert_folder}&layer=2&timeout=1&concurrency=2")
+    VisionServer.faults = [500, "hang", "garbage", 429]
+    scores = reward(torch.ones(2, 3, 16, 16), ["a red cat"] * 2)
+    assert torch.allclose(scores, torch.ones(2), atol=1e-5) and not VisionServer.faults
+    VisionServer.faults = [400]
+    with pytest.raises(RewardError, match="HTTP 400"):
+        reward(torch.ones(1, 3, 16, 16), ["a red cat"])
+
+
+def test_a_vlm_server_that_stays_down_stops_the_run_and_the_state_is_saved(
+    vision_server, bert_folder, tiny_sd, tmp_path
+):
+    """The server fails for good in the second iteration; two ranks, so that neither waits for the other."""
+    spec = f"llava_bertscore:{vision_server}?scorer={bert_folder}&layer=2&timeout=5&retries=1&concurrency=1"
+    flags = ["--model", tiny_sd, "--num-inference-steps", 2, "--samples-per-iteration", 4, "--num-iterations", 3]
+    VisionServer.faults = [None] * 4 + [503] * 1000
+    run = tmp_path / "run"
+    result = run_script("dpok.py", *flags, "--reward", spec, "--output-dir", run, ranks=2, timeout=120)
+    assert result.returncode != 0
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert lines and "iteration 1" in lines[0] and "503" in lines[0] and str(run) in lines[0]
+    VisionServer.faults = []
+    result = run_script("dpok.py", "--resume", run, ranks=2)
+    assert result.returncode == 0, result.stderr
+    assert [json.loads(line)["iteration"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2]
+
+
+def test_objects_of_prompts():
+    assert objects_of("A cat and a dog.") == ["cat", "dog"]
+    assert objects_of("an apple on side of a teddy bear") == ["apple", "teddy bear"]
+    assert objects_of("a candle next to the sandwich") == ["candle", "sandwich"]
+    assert objects_of("a cat near a dog") == objects_of("A CAT BESIDE AN DOG") == ["cat", "dog"]
+    assert objects_of("A stand") == ["stand"]
+
+
+@pytest.mark.parametrize("family", ["owlv2", "grounding-dino"])
+def test_confidence_of_words_is_that_of_the_best_box(detector_folders, family):
+    """Against the pipeline, asked for one object at a time."""
+    from transformers import pipeline
+
+    images, prompts = pictures(3), ["a cat and a dog", "a cup beside a cat", "a bottle"]
+    scores = load_reward(f"object_detection:{detector_folders[family]}")(images, prompts)
+    detect = pipeline("zero-shot-object-detection", model=str(detector_folders[family]), device="cpu")
+    template = "{}." if family == "grounding-dino" else "a photo of a {}"
+    for picture, prompt, score in zip(pil(images), prompts, scores):
+        best = []
+        for name in objects_of(prompt):
+            boxes = detect(picture, candidate_labels=[template.format(name)], threshold=0.0)
+            best.append(max(box["score"] for box in boxes))
+        assert score.item() == pytest.approx(np.mean(best), abs=2e-4)
+    assert scores.std() > 1e-4
+
+
+@pytest.mark.parametrize("family", ["detr", "rt-detr", "multi-label"])
+def test_confidence_of_fixed_classes(detector_folders, family):
+    from transformers import pipeline
+
+    images = pictures(3)
+    reward = load_reward(f"object_detection:{detector_folders[family]}", prompts=["a cat and a dog"])
+    ours = {name: reward(images, [f"a {name}"] * 3) for name in ("cat", "dog", "cup")}
+    task = "image-classification" if family == "multi-label" else "object-detection"
+    run = pipeline(task, model=str(detector_folders[family]), device="cpu")
+    for i, picture in enumerate(pil(images)):
+        if family == "multi-label":
+            for answer in run(picture, top_k=3):
+                assert ours[answer["label"]][i].item() == pytest.approx(answer["score"], abs=1e-4)
+        else:  # the pipeline keeps a box's likeliest class, so only the best of all classes compares
+            best = max(run(picture, threshold=0.0), key=lambda box: box["score"])
+            assert ours[best["label"]][i].item() == pytest.approx(best["score"], abs=1e-4)
+            assert max(scores[i] for scores in ours.values()).item() == pytest.approx(best["score"], abs=1e-4)
+    pair = reward(images, ["a cat next to a cup"] * 3)
+    assert torch.allclose(pair, (ours["cat"] + ours["cup"]) / 2, atol=1e-5)
+    with pytest.raises(RewardError, match=r"'horse'.*it knows cat, dog, cup"):
+        load_reward(f"object_detection:{detector_folders[family]}", prompts=["a cat and a horse"])
+
+
+LABELS = "a red cat,a green dog,the moon"
+
+
+def test_statistical_parity_of_known_histograms():
+    assert statistical_parity([0, 1, 2, 3] * 3, 4) == pytest.approx(0)
+    assert statistical_parity([2] * 16, 4) == pytest.approx(0.8660254)
+    assert statistical_parity([0, 0, 1, 1], 4) == pytest.approx(0.5)
+    assert statistical_parity([0, 0, 0, 1], 2) == pytest.approx(np.sqrt(2) / 4)
+
+
+def test_statistical_parity_groups_by_prompt(clip_folder, detector_folders):
+    from transformers import pipeline
+
+    images, prompts = pictures(8), ["a nurse", "a chef"] * 4
+    labels = LABELS.split(",")
+    classify = pipeline("zero-shot-image-classification", model=str(clip_folder), device="cpu")
+    answers = [classify(p, candidate_labels=labels, hypothesis_template="{}")[0]["label"] for p in pil(images)]
+    assert len(set(answers)) > 1, "the case should have several classes"
+    scores = load_reward(f"statistical_parity:{clip_folder}?labels={','.join(labels)}")(images, prompts)
+    for prompt in set(prompts):
+        of_prompt = [a for a, p in zip(answers, prompts) if p == prompt]
+        shares = np.array([of_prompt.count(label) / 4 for label in labels])
+        expected = -np.sqrt(((shares - 1 / 3) ** 2).sum())
+        assert all(s == pytest.approx(expected, abs=1e-6) for s, p in zip(scores.tolist(), prompts) if p == prompt)
+    assert load_reward(f"statistical_parity:{detector_folders['multi-label']}")(images, prompts).shape == (8,)
+    with pytest.raises(RewardError, match="several pictures"):
+        load_reward(f"statistical_parity:{clip_folder}")(images[:3], ["a nurse", "a nurse", "a chef"])
+
+
+def test_statistical_parity_gathers_a_prompts_pictures_over_ranks(clip_folder, tmp_path):
+    """Groups that are spread over two ranks: the values of one process."""
+    (tmp_path / "script.py").write_text(
+        "import os, sys, torch, torch.distributed as dist\n"
+        "sys.path[:0] = [os.getcwd(), os.getcwd() + '/tests']\n"
+        "from test_rewards import pictures\nfrom common.rewards import load_reward\n"
+        f"reward = load_reward('statistical_parity:{clip_folder}?labels={LABELS}')\n"
+        "rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))\n"
+        "if world > 1: dist.init_process_group('gloo')\n"
+        "images, prompts = pictures(12), ['a nurse', 'a chef', 'a chef'] * 4\n"
+        "own = range(0, 12) if world == 1 else (range(0, 4), range(4, 12))[rank]\n"
+        "scores = reward(images[list(own)], [prompts[i] for i in own])\n"
+        "torch.save(scores, f'{os.path.dirname(__file__)}/{world}-{rank}.pt')\n"
+    )
+    for ranks in (1, 2):
+        result = run_script(tmp_path / "script.py", ranks=ranks)
+        assert result.returncode == 0, result.stderr
+    whole = torch.load(tmp_path / "1-0.pt")
+    parts = torch.cat([torch.load(tmp_path / f"2-{rank}.pt") for rank in range(2)])
+    assert torch.equal(whole, parts) and len(whole.unique()) > 1
+
+
+@pytest.fixture(scope="module")
+def specs(clip_folder, blip_folder, bert_folder, llava_folder, detector_folders):
+    """A spec for each reward that scores pictures one by one."""
+    fixed = {name: f"object_detection:{detector_folders[name]}" for name in detector_folders}
+    return fixed | {
+        "image_reward": f"image_reward:{ROOT / 'zoo/image_reward'}",
+        "aesthetic": f"aesthetic:{clip_folder}",
+        "jpeg_compressibility": "jpeg_compressibility",
+        "jpeg_incompressibility": "jpeg_incompressibility",
+        "clip_score": f"clip_score:{clip_folder}",
+        "blip_score": f"blip_score:{blip_folder}",
+        "llava_bertscore": f"llava_bertscore:{llava_folder}?scorer={bert_folder}&layer=1&max_new_tokens=4",
+        "sum": f"0.7*aesthetic:{clip_folder}+-2e-1*jpeg_incompressibility",
+    }
+
+
+SINGLE = ["owlv2", "grounding-dino", "detr", "rt-detr", "multi-label", "image_reward", "aesthetic"]
+SINGLE += ["jpeg_compressibility", "jpeg_incompressibility", "clip_score", "blip_score", "llava_bertscore", "sum"]
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_a_batch_equals_one_by_one(specs, name):
+    """Order kept, extreme values, values that are 8 bits exactly, one picture and 64."""
+    reward = load_reward(specs[name])
+    images = pictures(6, seed=2)
+    images[4], images[5] = 0.0, 1.0
+    images[3] = (images[3] * 255).round() / 255
+    prompts = ["a cat", "a dog", "a cat and a dog", "a cup", "a cat", "a dog near a cup"]
+    scores = reward(images, prompts)
+    assert scores.dtype == torch.float32 and scores.shape == (6,) and torch.isfinite(scores).all()
+    alone = torch.cat([reward(images[i : i + 1], prompts[i : i + 1]) for i in range(6)])
+    assert torch.allclose(scores, alone, atol=1e-4) and alone.std() > 0
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    assert torch.allclose(reward(images[order], [prompts[i] for i in order]), scores[order], atol=1e-4)
+    many = reward(images[torch.arange(64) % 6], [prompts[i % 6] for i in range(64)])
+    assert torch.allclose(many, scores[torch.arange(64) % 6], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_pictures_of_any_size(specs, name):
+    reward = load_reward(specs[name])
+    for height, width in ((24, 24), (96, 64), (50, 113)):
+        assert torch.isfinite(reward(pictures(2, height, width), ["a cat", "a dog"])).all()
+
+
+def test_weighted_sum(clip_folder):
+    images = pictures(3)
+    spec = f"0.7*aesthetic:{clip_folder}+.3*clip_score:{clip_folder} + -1e-2*jpeg_incompressibility"
+    a, b, c = (
+        load_reward(s)(images, PROMPTS[:3]) for s in (f"aesthetic:{clip_folder}", f"clip_score:{clip_folder}", NAMES[3])
+    )
+    assert torch.allclose(load_reward(spec)(images, PROMPTS[:3]), 0.7 * a + 0.3 * b - 0.01 * c, atol=1e-5)
+    assert parse_sum("aesthetic:a+b") == [(1.0, "aesthetic:a+b")]
+    assert parse_sum("2*x.py:f+3*llava_bertscore:http://h:1/v1?question=a+b") == [
+        (2.0, "x.py:f"),
+        (3.0, "llava_bertscore:http://h:1/v1?question=a+b"),
+    ]
+
+
+WRONG = {
+    "beauty": "no reward 'beauty'",
+    "0.5*aesthetic+0.5*beauty": "no reward 'beauty'",
+    "aesthetic:./nowhere": "no folder './nowhere'",
+    "clip_score:docs": "'docs' holds no config.json",
+    "llava_bertscore?colour=red": "no option 'colour'",
+    "llava_bertscore:http://localhost:1/v1?timeout=0": "timeout=0",
+    "llava_bertscore:http://localhost:1/v1?scorer=docs": "'docs' holds no config.json",
+    "statistical_parity?labels=one": "at least two labels",
+    "jpeg_compressibility:x": "takes no weights",
+    "object_detection?x=1": "no option 'x'",
+}
+
+
+@pytest.mark.parametrize("spec", WRONG)
+def test_wrong_specs_are_refused_before_anything_is_loaded(spec):
+    with pytest.raises(RewardError) as error:
+        check_spec(spec)
+    assert WRONG[spec] in str(error.value) and "\n" not in str(error.value)
+
+
+def test_import_is_quick_and_loads_no_models_library():
+    code = "import sys, time, torch; t = time.time(); import common.rewards; print(time.time() - t)\n"
+    code += "print([m for m in ('transformers', 'diffusers', 'huggingface_hub') if m in sys.modules])\n"
+    code += "from common.rewards import check_spec, NAMES\n[check_spec(n) for n in NAMES]\n"
+    code += "print([m for m in ('transformers', 'diffusers') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    seconds, after_import, after_check = out.splitlines()
+    assert float(seconds) < 3 and after_import == after_check == "[]"
