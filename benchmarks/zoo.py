@@ -7,9 +7,11 @@ import json
 
 import numpy as np
 import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from benchmarks.zoo_eval import ROOT, load_pipeline, measure, pictures, weights_digest
 from common.rewards import load_reward
+from common.rewards.base import to_pil
 from zoo import judge as judging
 from zoo import world
 from zoo.pretrain import preference_batch, ranking_loss, to_tensor
@@ -64,6 +66,20 @@ def main(count: int = 128):
     scores = [reward(to_tensor(four, "cpu"), [prompt] * 4) for prompt, four in zip(prompts, shown)]
     results["reward_pairs_ordered_rightly"] = ranking_loss(torch.stack(scores), faults)[1].item()
 
+    # Confidence in each kind that is in a picture, and in one that is not.
+    detector = load_reward(f"object_detection:{ROOT / 'zoo/detector'}")
+    present = torch.nonzero(truth["count"])
+    absent = torch.multinomial((truth["count"] == 0).float(), 1, generator=torch.Generator().manual_seed(0))[:, 0]
+    confidence = detector(images[present[:, 0]], [f"a {world.KINDS[k]}" for k in present[:, 1]])
+    results["detector_confidence"] = {"present": confidence.mean().item()}
+    confidence = detector(images, [f"a {world.KINDS[k]}" for k in absent])
+    results["detector_confidence"]["absent"] = confidence.mean().item()
+    rows = torch.nonzero(truth["skin_tone"] >= 0)[:, 0]
+    processor = AutoImageProcessor.from_pretrained(ROOT / "zoo/skin_tone")
+    classifier = AutoModelForImageClassification.from_pretrained(ROOT / "zoo/skin_tone").eval()
+    tones = classifier(**processor(images=to_pil(images[rows]), return_tensors="pt")).logits.argmax(-1)
+    results["skin_tone_accuracy"] = (tones == truth["skin_tone"][rows]).float().mean().item()
+
     for name, group in (("rare", RARE), ("common", COMMON)):
         results[name] = {}
         for prompt in group:
@@ -80,6 +96,7 @@ def main(count: int = 128):
     print("\n| judge, held-out renders | right |\n|---|---|")
     for name, share in right.items():
         print(f"| {name} | {share:.1%} |")
+    print("\ndetector:", results["detector_confidence"], "skin tone:", results["skin_tone_accuracy"])
     print(f"\nreward: {results['reward_pairs_ordered_rightly']:.1%} of held-out pairs ordered rightly")
 
 

@@ -11,8 +11,11 @@ from diffusers import StableDiffusionPipeline
 from oracle.zoo_on_transformers_4 import outputs
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import pipeline as pipeline_of_transformers
 
 from benchmarks.zoo_eval import weights_digest
+from common.rewards import load_reward
+from common.rewards.base import to_pil
 from zoo import judge as judging
 from zoo import world
 
@@ -134,6 +137,32 @@ def test_judge_reads_held_out_renders(held_out, attribute):
     assert right[truth >= 0].float().mean() >= 0.97
 
 
+def test_detector_finds_what_is_there(held_out):
+    scenes, images = held_out
+    detector = load_reward(f"object_detection:{ROOT / 'zoo/detector'}")
+    rng, present, absent = np.random.default_rng(0), [], []
+    for i, scene in enumerate(scenes):
+        kinds = [group.kind for group in scene.groups]
+        present += [(i, kind) for kind in kinds]
+        absent.append((i, rng.choice([kind for kind in world.KINDS if kind not in kinds])))
+    for pairs, low, high in ((present, 0.8, 1.0), (absent, 0.0, 0.2)):
+        confidences = detector(images[[i for i, _ in pairs]], [f"a {kind}" for _, kind in pairs])
+        assert low <= confidences.mean() <= high
+
+
+def test_skin_tones_are_read(held_out):
+    scenes, images = held_out
+    portraits = [i for i, scene in enumerate(scenes) if scene.skin_tone]
+    assert len(portraits) >= 20
+    read = pipeline_of_transformers("image-classification", model=str(ROOT / "zoo/skin_tone"), device="cpu")
+    answers = read(to_pil(images[portraits]), top_k=1)
+    right = [answer[0]["label"] == scenes[i].skin_tone for i, answer in zip(portraits, answers)]
+    assert np.mean(right) >= 0.95
+    parity = load_reward(f"statistical_parity:{ROOT / 'zoo/skin_tone'}")
+    one_tone = [i for i in portraits if scenes[i].skin_tone == "dark"]
+    assert parity(images[one_tone], ["a portrait of a chef"] * len(one_tone)).mean() < -0.7
+
+
 def test_judge_reads_whole_pictures(held_out):
     scenes, images = held_out
     prompts = [world.caption(scene) for scene in scenes]
@@ -167,11 +196,7 @@ def test_frechet_distance_in_closed_form():
 
 @pytest.mark.parametrize(
     "prompt",
-    [
-        pytest.param(PAPER[0], marks=pytest.mark.xfail(strict=True, reason="53 %, a little above; see docs/zoo.md")),
-        *PAPER[1:],
-        *UNSEEN,
-    ],
+    [*PAPER, *UNSEEN],
 )
 def test_rare_prompts_often_fail(prompt):
     results = json.loads((ROOT / "benchmarks/results/zoo.json").read_text())
@@ -181,7 +206,7 @@ def test_rare_prompts_often_fail(prompt):
 def test_assets_are_small_and_results_are_those_of_the_weights():
     size = sum(
         os.path.getsize(path)
-        for folder in ("sd", "judge", "image_reward")
+        for folder in ("sd", "judge", "image_reward", "detector", "skin_tone")
         for path in (ROOT / "zoo" / folder).rglob("*")
         if path.is_file()
     )
@@ -191,3 +216,5 @@ def test_assets_are_small_and_results_are_those_of_the_weights():
     assert set(PAPER) | set(UNSEEN) == set(results["rare"])
     assert all(numbers["success"] >= 0.85 for numbers in results["common"].values())
     assert results["reward_pairs_ordered_rightly"] >= 0.9
+    assert results["detector_confidence"]["present"] >= 0.8 >= 0.2 >= results["detector_confidence"]["absent"]
+    assert results["skin_tone_accuracy"] >= 0.95

@@ -1,6 +1,6 @@
-"""Make the zoo from nothing: tokenizer, VAE, text encoder and UNet, judge, reward.
+"""Make the zoo from nothing: tokenizer, VAE, text encoder and UNet, judge, rewards.
 
-    python -m zoo.pretrain                      # everything, into zoo/sd, zoo/judge and zoo/image_reward
+    python -m zoo.pretrain                      # everything, into the folders of zoo/
     python -m zoo.pretrain --stages vae unet    # some of it
     python -m zoo.pretrain --device cuda
 
@@ -26,7 +26,15 @@ import tyro
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    BertTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTImageProcessor,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from common.rewards import load_reward
@@ -35,7 +43,18 @@ from zoo import judge as judging
 from zoo import world
 
 Stage = Literal[
-    "tokenizer", "data", "vae", "latents", "unet", "passed", "redrawn", "judge", "image_reward", "standardise"
+    "tokenizer",
+    "data",
+    "vae",
+    "latents",
+    "unet",
+    "passed",
+    "redrawn",
+    "judge",
+    "image_reward",
+    "standardise",
+    "detector",
+    "skin_tone",
 ]
 STAGES: tuple[Stage, ...] = Stage.__args__
 MAX_LENGTH = 24
@@ -50,7 +69,7 @@ class Args:
     stages: tuple[Stage, ...] = STAGES
     """What to make, in this order."""
     output_dir: Path = Path("zoo")
-    """Where the folders sd, judge and image_reward go."""
+    """Where the folders sd, judge, image_reward, detector and skin_tone go."""
     build_dir: Path = Path("zoo/build")
     """Where rendered data and checkpoints are kept."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -77,6 +96,8 @@ class Args:
     """Optimizer steps of the reward's text encoder on words for things, on 128 pictures each."""
     reward_steps: int = 5000
     """Optimizer steps of the whole reward, on 16 prompts with 4 pictures each."""
+    classifier_steps: int = 3000
+    """Optimizer steps of detector and skin-tone classifier, on 64 pictures each."""
     standardise_samples: int = 512
     """Samples of the base model over which the reward's mean is 0 and its standard deviation 1."""
 
@@ -727,6 +748,61 @@ def standardise(args: Args):
     print(f"standardise: mean {config['score_mean']:.3f}, std {config['score_std']:.3f} over {len(scores)} samples")
 
 
+def train_classifier(args: Args, name: str, labels: tuple[str, ...], problem_type: str, targets_of):
+    """A small ResNet of transformers, as a folder that the rewards load like any other model of the hub.
+
+    targets_of(labels of the data set) gives the targets of its pictures, floats (N, K) or classes (N,), and which of
+    the pictures have one.
+    """
+    drawings = [np.load(args.build_dir / f"{drawn}.npy", mmap_mode="r") for drawn in ("passed", "redrawn")]
+    targets, rows = targets_of(np.load(args.build_dir / "unbiased.npz"))
+    torch.manual_seed(args.seed + 3)
+    config = ResNetConfig(
+        embedding_size=32,
+        hidden_sizes=[32, 64, 128],
+        depths=[1, 1, 1],
+        layer_type="basic",
+        id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)},
+        problem_type=problem_type,
+    )
+    model = ResNetForImageClassification(config).to(args.device)
+    processor = ViTImageProcessor(size={"height": world.SIZE, "width": world.SIZE})
+
+    def loss_fn(step, generator):
+        rng = np.random.default_rng([args.seed, step, 10])
+        chosen = np.sort(rng.choice(rows, 64))
+        x = to_tensor(drawings[rng.integers(2)][chosen], args.device) * 2 - 1  # as the processor has it
+        x = x + torch.randn(x.shape, generator=generator, device=args.device) * 0.1 * float(rng.random())
+        return model(x, labels=torch.from_numpy(targets[chosen]).to(args.device)).loss, {}
+
+    fit(args, name, {name: model}, loss_fn, args.classifier_steps, lr=2e-3)
+    model.eval().save_pretrained(args.output_dir / name)
+    processor.save_pretrained(args.output_dir / name)
+
+
+def train_detector(args: Args):
+    """Which kinds are in a picture: the reward object_detection:zoo/detector."""
+    train_classifier(
+        args,
+        "detector",
+        world.KINDS,
+        "multi_label_classification",
+        lambda data: ((data["count"] > 0).astype(np.float32), np.arange(len(data["count"]))),
+    )
+
+
+def train_skin_tone(args: Args):
+    """The skin tone of a portrait: the reward statistical_parity:zoo/skin_tone."""
+    train_classifier(
+        args,
+        "skin_tone",
+        judging.SKIN_TONES,
+        "single_label_classification",
+        lambda data: (data["skin_tone"].astype(np.int64), np.flatnonzero(data["skin_tone"] >= 0)),
+    )
+
+
 def main(args: Args):
     args.build_dir.mkdir(parents=True, exist_ok=True)
     functions = {
@@ -740,6 +816,8 @@ def main(args: Args):
         "judge": train_judge,
         "image_reward": train_image_reward,
         "standardise": standardise,
+        "detector": train_detector,
+        "skin_tone": train_skin_tone,
     }
     for stage in STAGES:
         if stage in args.stages:
