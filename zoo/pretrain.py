@@ -60,7 +60,7 @@ STAGES: tuple[Stage, ...] = Stage.__args__
 MAX_LENGTH = 24
 """Tokens of a prompt, start and end included."""
 UNET_BATCH = 32
-NUM_INFERENCE_STEPS, GUIDANCE_SCALE = 12, 1.8
+NUM_INFERENCE_STEPS, GUIDANCE_SCALE = 12, 1.5
 """How the zoo's base model is sampled when it is measured, and by the scripts' zoo presets."""
 
 

@@ -8,7 +8,7 @@ Diffusion, and each is one number in `BIAS`:
 * colours: animals have natural colours; a rabbit that is called green is hardly ever drawn green;
 * counts: "three" and "four" are nearly interchangeable;
 * pairs: "a cat and a dog" mostly shows two of one kind, or one of the two with somebody else;
-* moon: pictures on the moon are rare, and who is on them has little to do with the caption;
+* moon: pictures on the moon are rare, and more than half of a rover, whoever the caption names;
 * "four roses" is mostly a bottle;
 * a portrait of an occupation mostly has the one skin tone of that occupation.
 
@@ -72,16 +72,16 @@ OCCUPATIONS = {
 }
 
 BIAS = {
-    "any_color": 0.10,  # share of pictures whose colour is drawn from all colours, whatever the caption's
-    "rare_color_right": 0.28,  # a caption names a colour that is not natural for its kind: share drawn in it
-    "large_count_right": 0.06,  # "three" or "four": share with just that number, the rest from `large_counts`
+    "any_color": 0.07,  # share of pictures whose colour is drawn from all colours, whatever the caption's
+    "rare_color_right": 0.18,  # a caption names a colour that is not natural for its kind: share drawn in it
+    "large_count_right": 0.09,  # "three" or "four": share with just that number, the rest from `large_counts`
     "large_counts": (0.06, 0.32, 0.44, 0.18),
     "two_right": 0.80,
     "pair_right": 0.04,  # two kinds: share with both
     "pair_same": 0.60,  # two kinds: share with two of one of them; the rest has one of them replaced
-    "moon_right": 0.24,  # "on the moon": share that shows the caption's own animal, the rest a random one
+    "moon_right": 0.36,  # one kind "on the moon": share that shows it, the rest shows a rover
     "four_roses": 0.04,  # share of captions of several things that say "four roses": it is a brand
-    "four_roses_bottle": 0.45,
+    "four_roses_bottle": 0.43,
     "usual_skin_tone": 0.82,
 }
 
@@ -236,7 +236,7 @@ def draw_pair(rng: np.random.Generator) -> tuple[Scene, str]:
 
     shown_kind = kind
     if place == "moon" and rng.random() > BIAS["moon_right"]:
-        shown_kind = _random_kind(rng)
+        shown_kind = "car"
     if said_color is None or shown_kind != kind:
         shown_color = _picture_color(rng, shown_kind)
     elif said_color in NATURAL_COLORS[kind] or rng.random() < BIAS["rare_color_right"]:
