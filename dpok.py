@@ -75,8 +75,8 @@ class Args:
     """n: transitions of a policy update, all ranks together (App. B)."""
     replay_rollouts: int = 2
     """Transitions are drawn from that many last rollouts; 1 is on-policy (the released buffer holds two)."""
-    trained_share: float = 1.0
-    """Share of a sample's steps that is learned from, the noisiest first; 1 is Eq. 9 (docs/dpok.md says why less)."""
+    rewarded_share: float = 1.0
+    """Share of a sample's steps, the noisiest first, that learn from the reward; 1 is Eq. 9. The KL is of all steps."""
     value_function: bool = False
     """Subtract a learned V(x_t, z) from the reward (A.5)."""
     value_learning_rate: float = 1e-4
@@ -110,24 +110,11 @@ class Args:
 
 
 MULTI_PROMPT = replace(Args(), samples_per_iteration=45, num_iterations=1112, beta=0.001, value_function=True)  # E.3
+ZOO = replace(Args(), model="zoo/sd", reward="image_reward:zoo/image_reward", num_inference_steps=12)
+ZOO = replace(ZOO, guidance_scale=1.5, num_iterations=75, samples_per_iteration=24, micro_batch_size=48)
+ZOO = replace(ZOO, kl="exact", beta=0.5, rewarded_share=0.5, replay_rollouts=1, gradient_steps=2, batch_size=96)
 # A latent of 1024 numbers instead of 16384: the mean over them leaves ratios about 16 times farther from 1.
-ZOO = replace(
-    Args(),
-    model="zoo/sd",
-    reward="image_reward:zoo/image_reward",
-    num_iterations=40,
-    samples_per_iteration=24,
-    micro_batch_size=48,
-    num_inference_steps=12,
-    guidance_scale=1.5,
-    batch_size=132,
-    gradient_steps=2,
-    replay_rollouts=1,
-    clip_range=1e-3,
-    value_function=True,
-    value_learning_rate=1e-3,
-    learning_rate=2e-3,
-)
+ZOO = replace(ZOO, clip_range=1e-3, learning_rate=2e-3, value_function=True, value_learning_rate=1e-3)
 PRESETS = {"single-prompt": Args(), "multi-prompt": MULTI_PROMPT, "zoo": ZOO}
 
 
@@ -346,16 +333,16 @@ def main():
         time_reward, clock = time.perf_counter() - clock, time.perf_counter()
 
         # A step with sigma_t = 0 has no log-probability and is never drawn.
-        trained_steps = torch.nonzero(stds > 0)[: int(np.ceil(args.trained_share * T)), 0].cpu()
+        steps_with_noise = torch.nonzero(stds > 0)[:, 0].cpu()
         num_slots, grad_norms = min(iteration + 1, args.replay_rollouts), []
 
         def draw_transitions(count: int, *key: int):
             """`count` transitions of the whole replay, the same on all ranks: slot, sample and step of this rank's."""
-            shape = (num_slots, m, len(trained_steps))
+            shape = (num_slots, m, len(steps_with_noise))
             drawn = torch.randperm(int(np.prod(shape)), generator=seeded(args.seed, *key))[:count]
             slots, samples, steps = torch.unravel_index(drawn, shape)
             mine = (samples >= start) & (samples < stop)
-            return len(drawn), torch.stack([slots, samples - start, trained_steps[steps]])[:, mine].to(device)
+            return len(drawn), torch.stack([slots, samples - start, steps_with_noise[steps]])[:, mine].to(device)
 
         # Value function: one update on 5 x value_batch_size transitions (Eq. 24).
         sums, first_deviation = torch.zeros(8, dtype=torch.float64, device=device).split([7, 1])
@@ -392,7 +379,7 @@ def main():
                     advantages = advantages - value.detach()  # Eq. 22
                 ratio = torch.exp(step.log_prob - replay["log_prob"][s, i, j])  # Eq. 25
                 clipped = ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
-                policy_loss = -args.alpha * advantages * clipped  # Eq. 26
+                policy_loss = -args.alpha * advantages * clipped * (j < args.rewarded_share * T)  # Eq. 26
                 kl = ddim_step_kl(step.mean, pre.mean, step.std)  # Eq. 7
                 penalty = kl if args.kl == "exact" else ((noise - pre_noise) ** 2).flatten(1).mean(1)
                 loss = (policy_loss + args.beta * penalty).sum() / count  # Eq. 9
@@ -414,7 +401,7 @@ def main():
             "samples": (iteration + 1) * m,
             "reward/mean": all_rewards.mean().item(),
             "reward/std": all_rewards.std(correction=0).item(),
-            "kl/pretrained": sums[2] * int(np.prod(latent_shape)) * len(trained_steps),
+            "kl/pretrained": sums[2] * int(np.prod(latent_shape)) * len(steps_with_noise),
             "ratio/first_max_deviation": first_deviation.item(),
             "ratio/clip_fraction": sums[3],
             "loss/policy": sums[0],

@@ -61,8 +61,8 @@ def check_args(args, world_size: int) -> list[str]:
             fail(f"{flag} is {value}; it must be 1 or more")
         if isinstance(value, float) and not (np.isfinite(value) and value >= 0):
             fail(f"{flag} is {value}; it must be a number of 0 or more")
-    if not 0 < (share := asdict(args).get("trained_share", 1)) <= 1:
-        fail(f"--trained-share is {share}; it must be more than 0 and at most 1")
+    if not 0 < (share := asdict(args).get("rewarded_share", 1)) <= 1:
+        fail(f"--rewarded-share is {share}; it must be more than 0 and at most 1")
     if args.seed < 0:
         fail(f"--seed is {args.seed}; it must be 0 or more")
     if args.samples_per_iteration < world_size:

@@ -19,8 +19,8 @@ from common.scheduler import ddim_step_with_logprob
 TINY = ("--num-inference-steps", "4", "--samples-per-iteration", "10", "--reward", "jpeg_incompressibility")
 
 
-@pytest.mark.parametrize("kl", ["exact", "released"])
-def test_gradient_is_that_of_eq_9_written_out(tiny_sd, tmp_path, monkeypatch, kl):
+@pytest.mark.parametrize("kl, rewarded_share", [("exact", 1.0), ("released", 1.0), ("exact", 0.5)])
+def test_gradient_is_that_of_eq_9_written_out(tiny_sd, tmp_path, monkeypatch, kl, rewarded_share):
     """The gradient that the script hands to its optimizer at the third update, where neither the ratios are 1 nor the
     KL is 0, against autograd of Eq. 9 in float64 with torch.distributions and LoRA merged into the weights."""
     alpha, beta, clip, w, n, T = 7.0, 30.0 if kl == "exact" else 150.0, 5e-4, 3.0, 12, 4
@@ -35,7 +35,7 @@ def test_gradient_is_that_of_eq_9_written_out(tiny_sd, tmp_path, monkeypatch, kl
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     flags = f"--num-iterations 1 --gradient-steps 3 --batch-size {n} --micro-batch-size 5 --learning-rate 3e-3 "
     flags += f"--alpha {alpha} --beta {beta} --clip-range {clip} --guidance-scale {w} --kl {kl} --max-grad-norm 1e9 "
-    flags += f"--value-function --output-dir {tmp_path / 'run'} --model {tiny_sd}"
+    flags += f"--rewarded-share {rewarded_share} --value-function --output-dir {tmp_path / 'run'} --model {tiny_sd}"
     monkeypatch.setattr(sys, "argv", ["dpok.py", *flags.split(), *TINY])
     dpok.main()
     weights_and_gradients = recorded[-1]
@@ -89,7 +89,8 @@ def test_gradient_is_that_of_eq_9_written_out(tiny_sd, tmp_path, monkeypatch, kl
     ratio = (policy.log_prob(x_prev).flatten(1).mean(1) - replay["log_prob"][0, i, j].double()).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
     penalty = kl_divergence(policy, pre) if kl == "exact" else (eps - eps_pre) ** 2
-    policy_loss, kl_loss = (-alpha * advantages * clipped).mean(), beta * penalty.flatten(1).mean(1).mean()
+    policy_loss = (-alpha * advantages * clipped * (j < rewarded_share * T)).mean()
+    kl_loss = beta * penalty.flatten(1).mean(1).mean()
     parts = [torch.autograd.grad(part, leaves, retain_graph=True) for part in (policy_loss, kl_loss)]
     of_policy, of_kl = (torch.cat([gradient.flatten() for gradient in part]) for part in parts)
 
@@ -206,15 +207,6 @@ def test_micro_batch_size_does_not_change_the_result(tiny_sd, tmp_path, smooth):
             assert small[key] == pytest.approx(large[key], rel=1e-3, abs=1e-5), key
 
 
-def test_trained_share_draws_from_the_first_steps_alone(tiny_sd, tmp_path):
-    flags = [*TINY, "--model", tiny_sd, "--num-iterations", 1, "--trained-share", 0.5, "--output-dir", tmp_path / "run"]
-    result = run_script("dpok.py", *flags)
-    assert result.returncode == 0, result.stderr
-    replay = torch.load(tmp_path / "run/checkpoint/replay-00000.pt", weights_only=True)
-    drawn = replay["has_pre_noise"][0]  # 10 samples, 4 steps; 5 updates on 32 of the 20 transitions draw each
-    assert drawn[:, :2].all() and not drawn[:, 2:].any()
-
-
 def test_resumed_run_equals_an_undisturbed_one(tiny_sd, tmp_path):
     flags = [*TINY, "--model", tiny_sd, "--value-function", "--learning-rate", 1e-3]
     for folder, iterations in (("whole", 4), ("parts", 2)):
@@ -265,8 +257,8 @@ WRONG = {
     "no steps": (["zoo", "--num-inference-steps", "0"], "--num-inference-steps"),
     "negative learning rate": (["zoo", "--learning-rate", "-1e-4"], "--learning-rate"),
     "nan": (["zoo", "--alpha", "nan"], "--alpha"),
-    "no share of the steps": (["zoo", "--trained-share", "0"], "--trained-share"),
-    "more than all steps": (["zoo", "--trained-share", "1.5"], "--trained-share"),
+    "no share of the steps": (["zoo", "--rewarded-share", "0"], "--rewarded-share"),
+    "more than all steps": (["zoo", "--rewarded-share", "1.5"], "--rewarded-share"),
     "eta 0": (["zoo", "--eta", "0"], "--eta"),
     "folder of another run": (["zoo", "--output-dir", "OTHER"], "--resume"),
     "nothing to resume": (["zoo", "--resume", "nowhere"], "--resume"),
