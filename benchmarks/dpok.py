@@ -105,11 +105,12 @@ def report(args: Args):
     grid = world.to_grid(array, 8)
     grid = grid.resize((2 * grid.width, 2 * grid.height), Image.Resampling.NEAREST)
     grid.save(ROOT / "docs/images/dpok_before_after.png")
-    print("| prompt | success | reward | distance to real renders |\n|---|---|---|---|")
+    print("| prompt | seeds | success | reward | distance to real renders |\n|---|---|---|---|---|")
     for prompt, result in results["prompts"].items():
         b, m = result["base"], result["median"]
         print(
-            f"| {prompt} | {b['success']:.0%} → {m['success']:.0%} | {b['reward']:+.2f} → {m['reward']:+.2f} "
+            f"| {prompt} | {len(result['runs'])} | {b['success']:.0%} → {m['success']:.0%} "
+            f"| {b['reward']:+.2f} → {m['reward']:+.2f} "
             f"| {b['image_quality']:.1f} → {m['image_quality']:.1f} (x{m['quality_ratio']:.2f}) |"
         )
 
