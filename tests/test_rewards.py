@@ -1,6 +1,7 @@
 """The rewards on tiny models of the real architectures, each made on the spot as a user's folder, against independent
 computations: transformers' own pipelines and processors, the package `bert-score`, and numbers worked out by hand."""
 
+import base64
 import io
 import json
 import subprocess
@@ -381,6 +382,9 @@ class VisionServer(BaseHTTPRequestHandler):
             fault = cls.faults.pop(0) if cls.faults else None
             cls.parallel += 1
             cls.most_parallel = max(cls.most_parallel, cls.parallel)
+        time.sleep(0.05)
+        with cls.lock:  # before the answer, upon which the client may send its next request
+            cls.parallel -= 1
         try:
             if fault == "hang":
                 time.sleep(3)
@@ -389,10 +393,7 @@ class VisionServer(BaseHTTPRequestHandler):
             elif isinstance(fault, int):
                 self.answer({"error": "no"}, fault)
             else:
-                time.sleep(0.05)
                 image, question = body["messages"][0]["content"]
-                import base64
-
                 data = base64.b64decode(image["image_url"]["url"].split(",")[1])
                 red = np.asarray(Image.open(io.BytesIO(data)))[..., 0].mean()
                 cls.asked.append((body["model"], question["text"]))
@@ -400,9 +401,6 @@ class VisionServer(BaseHTTPRequestHandler):
                 self.answer({"choices": [{"message": {"content": text}}]})
         except BrokenPipeError:
             pass
-        finally:
-            with cls.lock:
-                cls.parallel -= 1
 
     def log_message(self, *args):
         pass
