@@ -224,9 +224,6 @@ def main():
     scheduler.set_timesteps(args.num_inference_steps)
     latent_shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     m, T = args.samples_per_iteration, args.num_inference_steps
-    # Sample i of an iteration belongs to one rank; shares may be uneven.
-    start, stop = np.linspace(0, m, world_size + 1).astype(int)[rank : rank + 2]
-    own = range(start, stop)
 
     def all_sum(values: torch.Tensor) -> torch.Tensor:
         if world_size > 1:
@@ -249,6 +246,9 @@ def main():
 
     # ---
 
+    # Sample i of an iteration belongs to one rank; shares may be uneven.
+    start, stop = np.linspace(0, m, world_size + 1).astype(int)[rank : rank + 2]
+    own = range(start, stop)
     value_function = ValueFunction(int(np.prod(latent_shape)) + pooled.shape[1], T).to(device)
     value_optimizer = torch.optim.AdamW(value_function.parameters(), lr=args.value_learning_rate)
     # The last rollouts of this rank's samples: slot, sample, step. pre_noise is computed when it is first needed.
@@ -392,7 +392,6 @@ def main():
                     sums[:6] += torch.stack([term.double().sum() for term in terms]) / count / args.gradient_steps
             grad_norms.append(step_optimizer(optimizer, args.max_grad_norm))
 
-        # --- same in every script: metrics
         sums = all_sum(sums).tolist()
         if world_size > 1:
             dist.all_reduce(first_deviation, op=dist.ReduceOp.MAX)
@@ -414,10 +413,12 @@ def main():
             "time/reward_s": time_reward,
             "time/train_s": time.perf_counter() - clock,
         }
+        if rank == 0 and iteration == 0 and first_deviation > args.clip_range:
+            off = f"{first_deviation.item():.1e}, more than --clip-range {args.clip_range}"
+            print(f"warning: before the first update a ratio is off 1 by {off}; try --dtype fp32", file=sys.stderr)
+
+        # --- same in every script: log
         if rank == 0:
-            if iteration == 0 and first_deviation > args.clip_range:
-                off = f"{first_deviation.item():.1e}, more than --clip-range {args.clip_range}"
-                print(f"warning: before the first update a ratio is off 1 by {off}; try --dtype fp32", file=sys.stderr)
             run.log(metrics)
             progress.set_postfix({"reward": f"{metrics['reward/mean']:.3f}", "kl": f"{metrics['kl/pretrained']:.3f}"})
         if (iteration + 1) % args.save_every == 0 or iteration + 1 == args.num_iterations:

@@ -45,6 +45,11 @@ def parse_args(presets: dict, description: str):
         stored = {key: Path(value) if key in paths and value else value for key, value in stored.items()}
         default = replace(default, **stored)
     args = tyro.cli(type(default), default=default, args=words, description=description)
+    flags = {word.split("=")[0].replace("_", "-") for word in words}
+    if {"--prompt", "--prompts-file"} <= flags:
+        fail("--prompt and --prompts-file are both given; choose one")
+    if "--prompt" in flags:
+        args = replace(args, prompts_file=None)
     if args.resume:
         for name in asdict(args).keys() - MAY_CHANGE_ON_RESUME:
             if getattr(args, name) != getattr(default, name):
@@ -61,8 +66,21 @@ def check_args(args, world_size: int) -> list[str]:
             fail(f"{flag} is {value}; it must be 1 or more")
         if isinstance(value, float) and not (np.isfinite(value) and value >= 0):
             fail(f"{flag} is {value}; it must be a number of 0 or more")
-    if not 0 < (share := asdict(args).get("rewarded_share", 1)) <= 1:
-        fail(f"--rewarded-share is {share}; it must be more than 0 and at most 1")
+    for name in {"rewarded_share", "timestep_fraction"} & asdict(args).keys():
+        if not 0 < getattr(args, name) <= 1:
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be more than 0 and at most 1")
+    if "timestep_fraction" in asdict(args) and args.gradient_steps > args.samples_per_iteration:
+        fail(f"--gradient-steps is {args.gradient_steps}; it can be at most --samples-per-iteration")
+    if "shard_size" in asdict(args):
+        whole = "dataset_size" if "dataset_size" in asdict(args) else "samples_per_iteration"
+        if getattr(args, whole) % args.shard_size:
+            flag = f"--{whole.replace('_', '-')}"
+            fail(f"--shard-size is {args.shard_size}; it must divide {flag}, which is {getattr(args, whole)}")
+        for flag, value in (("--shard-size", args.shard_size), ("--batch-size", args.batch_size)):
+            if value < world_size:
+                fail(f"{flag} {value} is less than the {world_size} processes; raise it")
+    if "min_count" in asdict(args) and args.min_count > args.buffer_size:
+        fail(f"--min-count is {args.min_count}; it can be at most --buffer-size, {args.buffer_size}")
     if args.seed < 0:
         fail(f"--seed is {args.seed}; it must be 0 or more")
     if args.samples_per_iteration < world_size:
@@ -86,6 +104,16 @@ def check_args(args, world_size: int) -> list[str]:
         fail(f"--model: there is no folder {args.model!r}; give a folder in diffusers format or a hub id")
     if Path(args.model).is_dir() and not (Path(args.model) / "model_index.json").is_file():
         fail(f"--model: {args.model!r} has no model_index.json; give a folder in diffusers format")
+    prompts = read_prompts(args)
+    if asdict(args).get("dataset") and (description := args.dataset / "dataset.json").exists():
+        there, asked = json.loads(description.read_text()), dataset_description(args, prompts)
+        if differ := ", ".join(f"--{key.replace('_', '-')}" for key in asked if there.get(key) != asked[key]):
+            fail(f"--dataset {args.dataset} was drawn with other {differ}; choose another folder or the same settings")
+    return prompts
+
+
+def read_prompts(args) -> list[str]:
+    """Of --prompts-file, one a line, or --prompt alone."""
     if args.prompts_file is None:
         if not args.prompt.strip():
             fail("--prompt is empty; give a prompt")
@@ -100,6 +128,12 @@ def check_args(args, world_size: int) -> list[str]:
     if not prompts:
         fail(f"--prompts-file {args.prompts_file} has no prompts; write one a line")
     return prompts
+
+
+def dataset_description(args, prompts: list[str]) -> dict:
+    """What the samples in --dataset depend on, as the file dataset.json beside them has it."""
+    keys = ("model", "reward", "shard_size", "num_inference_steps", "guidance_scale", "eta", "seed")
+    return {"prompts_file": prompts} | {key: getattr(args, key) for key in keys}
 
 
 def load_pipeline(model: str) -> StableDiffusionPipeline:

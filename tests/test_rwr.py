@@ -1,0 +1,117 @@
+"""rwr.py: its weights against scipy and numpy, its loss against the one written out, samples that survive a stop."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import read_metrics, run_script
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file
+from scipy.special import softmax
+from written_out import merged_unet, record_updates
+
+import rwr
+
+PROMPT = "A cat and a dog"
+FLAGS = ("--num-inference-steps", 4, "--samples-per-iteration", 12, "--shard-size", 6, "--prompt", PROMPT)
+FLAGS += ("--reward", "jpeg_incompressibility", "--batch-size", 5, "--gradient-steps", 2, "--micro-batch-size", 3)
+
+
+@pytest.mark.parametrize("normalise", ["per-prompt", "pool"])
+def test_softmax_weights_against_scipy(normalise):
+    rng = np.random.default_rng(0)
+    rewards, prompts = rng.normal(0, 50, 200), rng.integers(0, 7, 200)
+    args = rwr.Args(inverse_temperature=0.2, normalise=normalise)
+    ours = rwr.rwr_weights(torch.tensor(rewards), torch.tensor(prompts), args).numpy()
+    groups = prompts if normalise == "per-prompt" else np.zeros_like(prompts)
+    for group in np.unique(groups):
+        of_group = groups == group
+        assert ours[of_group] == pytest.approx(softmax(0.2 * rewards[of_group]) * of_group.sum(), rel=1e-9)
+
+
+@pytest.mark.parametrize("normalise", ["per-prompt", "pool"])
+@pytest.mark.parametrize("kind", ["ties", "continuous"])
+def test_sparse_weights_keep_what_numpys_percentile_keeps(kind, normalise):
+    rng = np.random.default_rng(1)
+    rewards = rng.integers(0, 4, 300).astype(float) if kind == "ties" else rng.normal(0, 1, 300)
+    prompts = rng.integers(0, 9, 300)
+    args = rwr.Args(weights="sparse", percentile=0.9, normalise=normalise)
+    ours = rwr.rwr_weights(torch.tensor(rewards), torch.tensor(prompts), args).numpy()
+    groups = prompts if normalise == "per-prompt" else np.zeros_like(prompts)
+    for group in np.unique(groups):
+        of_group = groups == group
+        kept = rewards[of_group] >= np.percentile(rewards[of_group], 90)
+        assert (ours[of_group] == kept).all() and kept.any()
+        assert kind == "ties" or kept.mean() < 0.2
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_target_is_what_a_right_model_predicts(prediction_type):
+    """With the target as the model's output diffusers' own scheduler finds x_0 back."""
+    scheduler = DDIMScheduler(prediction_type=prediction_type, clip_sample=False)
+    scheduler.set_timesteps(1000)
+    x0, noise = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
+    for t in (1, 500, 999):
+        x_t, target = rwr.noised(scheduler, x0, noise, torch.full((3,), t))
+        assert torch.allclose(scheduler.step(target, t, x_t).pred_original_sample, x0, atol=2e-3)
+
+
+@pytest.mark.parametrize("weights", ["softmax", "sparse"])
+def test_gradient_is_that_of_the_loss_written_out(tiny_sd, tmp_path, monkeypatch, weights):
+    """The gradient of the second update against autograd in float64 of Eq. 1 with the guided prediction (Eq. 5)."""
+    recorded = record_updates(monkeypatch)
+    flags = [*FLAGS, "--num-iterations", 1, "--model", tiny_sd, "--weights", weights, "--inverse-temperature", 9]
+    flags += ["--percentile", 0.4, "--guidance-scale", 3, "--max-grad-norm", 1e9, "--output-dir", tmp_path / "run"]
+    monkeypatch.setattr(sys, "argv", ["rwr.py", *map(str, flags)])
+    rwr.main()
+    shards = [load_file(tmp_path / f"run/pool/000/{first:06d}.safetensors") for first in (0, 6)]
+    x0, reward = (torch.cat([shard[key] for shard in shards]) for key in ("x0", "reward"))
+    w = 12 * softmax(9 * reward.double().numpy())
+    if weights == "sparse":
+        w = (reward.double().numpy() >= np.percentile(reward.double().numpy(), 40)).astype(float)
+    assert len(set(w.round(3).tolist())) > 1
+
+    generator, order = rwr.seeded(0, 1, 0), []
+    kept = torch.tensor(np.flatnonzero(w))
+    for _ in range(2):
+        while len(order) < 5:
+            order += kept[torch.randperm(len(kept), generator=generator)].tolist()
+        batch, order = order[:5], order[5:]
+        t = torch.randint(1000, (5,), generator=generator)
+        noise = torch.randn(5, 4, 8, 8, generator=generator).double()
+    alpha = StableDiffusionPipeline.from_pretrained(tiny_sd).scheduler.alphas_cumprod.double()[t].view(-1, 1, 1, 1)
+    leaves, guided, _ = merged_unet(tiny_sd, [weight for weight, _ in recorded[1]], 3.0, PROMPT)
+    error = noise - guided(alpha.sqrt() * x0[batch].double() + (1 - alpha).sqrt() * noise, t)
+    loss = (torch.tensor(w)[batch] * (error**2).flatten(1).mean(1)).mean()
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, leaves)])
+    ours = torch.cat([g.flatten() for _, g in recorded[1]]).double()
+    assert (ours - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_round_goes_on_with_the_samples_that_are_there(tiny_sd, tmp_path):
+    """A round whose second shard could not be scored ends, resumed, as an undisturbed one; nothing is drawn twice."""
+    fault = tmp_path / "fault"
+    (tmp_path / "mine.py").write_text(
+        "import pathlib\n"
+        "calls = []\n"
+        "def f(images, prompts):\n"
+        "    calls.append(1)\n"
+        f"    if len(calls) == 2 and pathlib.Path({str(fault)!r}).exists():\n"
+        "        raise OSError('the disk is gone')\n"
+        "    return images.mean((1, 2, 3))\n"
+    )
+    flags = [*FLAGS, "--reward", f"{tmp_path}/mine.py:f", "--num-iterations", 2, "--model", tiny_sd]
+    result = run_script("rwr.py", *flags, "--output-dir", tmp_path / "whole")
+    assert result.returncode == 0, result.stderr
+    fault.touch()
+    result = run_script("rwr.py", *flags, "--output-dir", tmp_path / "parts")
+    assert result.returncode == 1 and "the disk is gone" in result.stderr and "Traceback" not in result.stderr
+    fault.unlink()
+    first = tmp_path / "parts/pool/000/000000.safetensors"
+    written = first.stat().st_mtime_ns
+    result = run_script("rwr.py", "--resume", tmp_path / "parts")
+    assert result.returncode == 0, result.stderr
+    assert first.stat().st_mtime_ns == written
+    whole, parts = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("whole", "parts"))
+    assert all(whole[key].equal(parts[key]) for key in whole) and len(read_metrics(tmp_path / "parts")) == 2

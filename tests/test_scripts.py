@@ -1,0 +1,229 @@
+"""What holds for every script: a run as a user makes it, ranks, micro-batches, resume, faults, wrong input."""
+
+import importlib
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, read_metrics, run_script
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+SCRIPTS = ("dpok.py", "ddpo.py")
+PROMPT = "A green colored rabbit"
+TINY = ("--num-inference-steps", "4", "--samples-per-iteration", "10", "--prompt", PROMPT)
+# What makes the algorithm's own parts take part in a run of few samples.
+OWN = {"dpok.py": ("--value-function",), "ddpo.py": ("--min-count", 2, "--gradient-steps", 2)}
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def default_run(request, tiny_sd, tmp_path_factory):
+    """The configuration without a preset, on SD v1.5's layout shrunk: 2 iterations of 10 samples, the JPEG's size."""
+    folder = tmp_path_factory.mktemp("default") / "run"
+    flags = ["--num-iterations", 2, "--samples-per-iteration", 10, "--reward", "jpeg_compressibility"]
+    result = run_script(request.param, "--model", tiny_sd, *flags, "--output-dir", folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_default_run_leaves_what_it_promises(default_run):
+    lines = read_metrics(default_run)
+    assert [line["iteration"] for line in lines] == [0, 1] and [line["samples"] for line in lines] == [10, 20]
+    keys = "reward/mean reward/std kl/pretrained ratio/first_max_deviation grad_norm "
+    keys += "time/sample_s time/reward_s time/train_s"
+    for line in lines:
+        assert set(keys.split()) <= set(line) and all(np.isfinite(value) for value in line.values())
+    assert lines[0]["ratio/first_max_deviation"] < 1e-5
+    assert lines[0]["reward/mean"] < 0 < lines[1]["kl/pretrained"]
+    args = json.loads((default_run / "args.json").read_text())
+    assert args["num_inference_steps"] == 50 and args["lora_rank"] == 4
+    assert list(default_run.glob("events.out.tfevents.*"))
+    for name in ("samples/000000.png", "samples/000002.png", "learning_curve.png"):
+        assert Image.open(default_run / name).size[0] > 100
+    before, after = (np.asarray(Image.open(default_run / f"samples/00000{k}.png"), int) for k in (0, 2))
+    assert before.shape == after.shape and np.abs(before - after).mean() < 10, "fixed seeds should make grids compare"
+
+
+def test_lora_of_a_run_loads_in_plain_diffusers(default_run, tiny_sd):
+    pytest.importorskip("peft")
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
+    pipeline.load_lora_weights(default_run)
+    state = load_file(default_run / "pytorch_lora_weights.safetensors")
+    assert any(value.abs().max() > 0 for key, value in state.items() if "lora_B" in key)
+    assert pipeline.get_active_adapters()
+
+
+@pytest.fixture
+def smooth(tmp_path):
+    """A smooth reward: the size of a JPEG jumps with the last bit of a pixel."""
+    (tmp_path / "mine.py").write_text("def f(images, prompts):\n    return 10 * images[:, 0].mean((1, 2))\n")
+    return ["--reward", f"{tmp_path}/mine.py:f"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ranks_do_not_change_the_result(tiny_sd, tmp_path, smooth, script):
+    """10 samples on 1, 2 and 3 processes (uneven for 3): the same metrics and LoRA after 3 iterations."""
+    flags = [*TINY, *smooth, *OWN[script], "--num-iterations", 3, "--learning-rate", 1e-3, "--model", tiny_sd]
+    for ranks in (1, 2, 3):
+        result = run_script(script, *flags, "--output-dir", tmp_path / str(ranks), ranks=ranks)
+        assert result.returncode == 0, result.stderr
+    one = load_file(tmp_path / "1/pytorch_lora_weights.safetensors")
+    for ranks in ("2", "3"):
+        for a, b in zip(read_metrics(tmp_path / "1"), read_metrics(tmp_path / ranks), strict=True):
+            for key in a:
+                if not key.startswith(("time/", "ratio/first")):
+                    assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), key
+        many = load_file(tmp_path / ranks / "pytorch_lora_weights.safetensors")
+        difference = sum((one[key] - many[key]).square().sum() for key in one) ** 0.5
+        assert difference < 1e-4 * sum(value.square().sum() for value in one.values()) ** 0.5
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_micro_batch_size_does_not_change_the_result(tiny_sd, tmp_path, smooth, script):
+    for size in (3, 64):
+        flags = [*TINY, *smooth, *OWN[script], "--num-iterations", 1, "--micro-batch-size", size, "--model", tiny_sd]
+        result = run_script(script, *flags, "--output-dir", tmp_path / str(size))
+        assert result.returncode == 0, result.stderr
+    small, large = read_metrics(tmp_path / "3")[0], read_metrics(tmp_path / "64")[0]
+    for key in small:
+        if not key.startswith(("time/", "ratio/first")):
+            assert small[key] == pytest.approx(large[key], rel=1e-3, abs=1e-5), key
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_resumed_run_equals_an_undisturbed_one(tiny_sd, tmp_path, script):
+    flags = [*TINY, *OWN[script], "--reward", "jpeg_incompressibility", "--model", tiny_sd, "--learning-rate", 1e-3]
+    for folder, iterations in (("whole", 4), ("parts", 2)):
+        result = run_script(script, *flags, "--num-iterations", iterations, "--output-dir", tmp_path / folder)
+        assert result.returncode == 0, result.stderr
+    result = run_script(script, "--resume", tmp_path / "parts", "--num-iterations", 4)
+    assert result.returncode == 0, result.stderr
+    whole, parts = (read_metrics(tmp_path / name) for name in ("whole", "parts"))
+    for a, b in zip(whole, parts, strict=True):
+        assert {k: v for k, v in a.items() if "time/" not in k} == {k: v for k, v in b.items() if "time/" not in k}
+    whole, parts = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("whole", "parts"))
+    assert all(whole[key].equal(parts[key]) for key in whole)
+    result = run_script(script, "--resume", tmp_path / "parts", "--weight-decay", 3)
+    assert result.returncode == 2 and "--weight-decay" in result.stderr
+
+
+def test_unknown_words_are_named(tmp_path):
+    flags = ["--num-iterations", 1, "--samples-per-iteration", 2, "--num-inference-steps", 2, "--gradient-steps", 1]
+    result = run_script("dpok.py", "zoo", "--prompt", "A purple zebra", *flags, "--output-dir", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    warning = [line for line in result.stderr.splitlines() if line.startswith("warning:")]
+    assert len(warning) == 1 and "purple, zebra" in warning[0]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_reward_that_is_not_finite_stops_the_run(tiny_sd, tmp_path, script):
+    (tmp_path / "mine.py").write_text(
+        "import torch\ndef f(images, prompts): return torch.full((len(prompts),), float('nan'))\n"
+    )
+    flags = ["--model", tiny_sd, *TINY, "--reward", f"{tmp_path}/mine.py:f", "--output-dir", tmp_path / "run"]
+    result = run_script(script, *flags)
+    assert result.returncode == 1 and "nan" in result.stderr and PROMPT in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+WRONG = {
+    "model folder": (["--model", "./nowhere"], "--model"),
+    "model folder without index": (["--model", "docs"], "--model"),
+    "hub out of reach": (["--model", "nobody/nothing"], "SCRIPT zoo"),
+    "default model, no hub": ([], "SCRIPT zoo"),
+    "unknown reward": (["zoo", "--reward", "beauty"], "--reward"),
+    "reward weights missing": (["zoo", "--reward", "image_reward:nowhere"], "--reward"),
+    "reward folder empty": (["zoo", "--reward", "image_reward:docs"], "--reward"),
+    "reward file missing": (["zoo", "--reward", "nowhere.py:f"], "--reward"),
+    "reward function not named": (["zoo", "--reward", "dpok.py"], "--reward"),
+    "empty prompt file": (["zoo", "--prompts-file", "EMPTY"], "--prompts-file"),
+    "no prompt file": (["zoo", "--prompts-file", "nowhere.txt"], "--prompts-file"),
+    "empty prompt": (["zoo", "--prompt", " "], "--prompt"),
+    "two sources of prompts": (["zoo", "--prompt", "a cat", "--prompts-file", "prompts/zoo.txt"], "--prompts-file"),
+    "no steps": (["zoo", "--num-inference-steps", "0"], "--num-inference-steps"),
+    "negative learning rate": (["zoo", "--learning-rate", "-1e-4"], "--learning-rate"),
+    "nan": (["zoo", "--guidance-scale", "nan"], "--guidance-scale"),
+    "eta 0": (["zoo", "--eta", "0"], "--eta"),
+    "folder of another run": (["zoo", "--output-dir", "OTHER"], "--resume"),
+    "nothing to resume": (["zoo", "--resume", "nowhere"], "--resume"),
+    "dtype": (["zoo", "--dtype", "bf16"], "--dtype"),
+    "unknown preset": (["zooo"], "zoo"),
+    "track": (["zoo", "--track"], "--track"),
+}
+WRONG_OF = {
+    "dpok.py": {
+        "no share of the steps": (["zoo", "--rewarded-share", "0"], "--rewarded-share"),
+        "more than all steps": (["zoo", "--rewarded-share", "1.5"], "--rewarded-share"),
+    },
+    "ddpo.py": {
+        "more than all steps": (["zoo", "--timestep-fraction", "1.5"], "--timestep-fraction"),
+        "more updates than samples": (["zoo", "--gradient-steps", "33"], "--gradient-steps"),
+        "a count that the buffer never has": (["zoo", "--min-count", "40"], "--min-count"),
+    },
+}
+
+
+def is_one_line(stderr: str, mentioned: str) -> bool:
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    return len(lines) == 1 and mentioned in lines[0]
+
+
+@pytest.mark.parametrize("script, name", [(s, n) for s in SCRIPTS for n in WRONG | WRONG_OF[s]])
+def test_wrong_input_is_one_line_and_exit_code_2(script, name, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "args.json").write_text("{}")
+    words, mentioned = (WRONG | WRONG_OF[script])[name]
+    replaced = {"EMPTY": tmp_path / "empty.txt", "OTHER": tmp_path / "other"}
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [script, *(str(replaced.get(word, word)) for word in words)])
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(script.removesuffix(".py")).main()
+    assert end.value.code == 2
+    stderr = capsys.readouterr().err
+    assert is_one_line(stderr, mentioned.replace("SCRIPT", script)), stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_wrong_input_as_a_user_sees_it(script):
+    """In a process of its own: nothing that a library prints comes beside the line."""
+    for words, mentioned in (WRONG["default model, no hub"], WRONG["reward folder empty"]):
+        result = run_script(script, *words, timeout=60)
+        assert result.returncode == 2 and is_one_line(result.stderr, mentioned.replace("SCRIPT", script)), result.stderr
+
+
+def test_fewer_samples_than_ranks(tiny_sd):
+    flags = ["--model", tiny_sd, *TINY, "--reward", "jpeg_compressibility", "--samples-per-iteration", 1]
+    result = run_script("dpok.py", *flags, ranks=2)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("dpok.py: error:")]
+    assert result.returncode != 0 and len(errors) == 1 and "--samples-per-iteration" in errors[0]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_is_short_enough_to_read(script):
+    assert 250 <= len((ROOT / script).read_text().splitlines()) <= 450
+
+
+def test_blocks_that_are_the_same_in_every_script():
+    blocks = {}
+    for script in SCRIPTS:
+        text = (ROOT / script).read_text()
+        found = re.findall(r"^ *# --- same in every script: (.+)\n((?:.*\n)*?) *# ---\n", text, re.MULTILINE)
+        assert [name for name, _ in found] == ["model", "setup", "run folder", "log"]
+        for name, body in found:
+            assert body == blocks.setdefault(name, body), (script, name)
+
+
+def test_flags_with_the_same_name_mean_the_same():
+    """A flag that scripts share has the same type and stands in the same place among those that they share."""
+    fields = [importlib.import_module(s.removesuffix(".py")).Args.__dataclass_fields__ for s in SCRIPTS]
+    shared = [name for name in fields[0] if all(name in other for other in fields)]
+    promised = "model prompt prompts_file reward num_iterations samples_per_iteration micro_batch_size "
+    promised += "num_inference_steps guidance_scale eta learning_rate lora_rank max_grad_norm seed dtype compile "
+    assert {*promised.split(), "output_dir", "resume", "track"} <= set(shared)
+    for other in fields:
+        assert [name for name in other if name in shared] == shared
+        assert all(other[name].type == fields[0][name].type for name in shared)

@@ -1,0 +1,70 @@
+"""The policy of the scripts, written out again: float64, LoRA merged into the weights, torch.distributions."""
+
+from functools import partial
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from torch.distributions import Normal
+
+import dpok
+
+
+def record_updates(monkeypatch) -> list:
+    """Every AdamW step from now on leaves its (weight, gradient) pairs in the list."""
+    recorded = []
+    adamw_step = torch.optim.AdamW.step
+
+    def step(optimizer, *args, **kwargs):
+        parameters = optimizer.param_groups[0]["params"]
+        recorded.append([(p.detach().clone(), p.grad.clone()) for p in parameters])
+        return adamw_step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    return recorded
+
+
+def merged_unet(model, weights: list[torch.Tensor], w: float, prompt: str):
+    """With LoRA `weights` (A and B in turn): the weights as leaves, the guided output f(x_t, t) with and without."""
+    pipeline = StableDiffusionPipeline.from_pretrained(model)
+    text, no_text = (dpok.encode_prompts(pipeline, [p], "cpu")[0] for p in (prompt, ""))
+    unet = pipeline.unet.double()
+    frozen = dict(unet.named_parameters())
+    leaves = [weight.double().requires_grad_() for weight in weights]
+    merged, pairs = {}, iter(zip(leaves[::2], leaves[1::2]))
+    for name in unet.attn_processors:
+        for projection in ("to_q", "to_k", "to_v", "to_out.0"):
+            key = f"{name.removesuffix('.processor')}.{projection}.weight"
+            a, b = next(pairs)
+            merged[key] = frozen[key].detach() + b @ a
+
+    def guided(weights, x_t, t):
+        def run(embedding):
+            inputs = (x_t, t, embedding.double().expand(len(x_t), -1, -1))
+            return torch.func.functional_call(unet, weights, inputs).sample
+
+        return w * run(text) + (1 - w) * run(no_text)
+
+    return leaves, partial(guided, frozen | merged), partial(guided, frozen)
+
+
+def policies(model, weights: list[torch.Tensor], num_steps: int, w: float, prompt: str, x_t: torch.Tensor, steps):
+    """With LoRA `weights` the steps from x_t (n, C, H, W), step `steps` (n,) of `num_steps` each.
+
+    Returns the weights as leaves, the policy and the pretrained one as Normal, and the guided noise of both.
+    """
+    scheduler = DDIMScheduler.from_pretrained(model, subfolder="scheduler")
+    scheduler.set_timesteps(num_steps)
+    t, x_t = scheduler.timesteps[steps], x_t.double()
+    leaves, guided, guided_pre = merged_unet(model, weights, w, prompt)
+    eps, eps_pre = guided(x_t, t), guided_pre(x_t, t).detach()
+    alphas = scheduler.alphas_cumprod.double()
+    prev_t = t - 1000 // num_steps
+    a_t = alphas[t].view(-1, 1, 1, 1)
+    a_prev = torch.where(prev_t >= 0, alphas[prev_t.clamp(min=0)], alphas[0]).view(-1, 1, 1, 1)
+    sigma = ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)).sqrt()
+
+    def step(e):
+        mean = a_prev.sqrt() * (x_t - (1 - a_t).sqrt() * e) / a_t.sqrt() + (1 - a_prev - sigma**2).sqrt() * e
+        return Normal(mean, sigma)
+
+    return leaves, step(eps), step(eps_pre), eps, eps_pre
