@@ -311,17 +311,13 @@ def main():
                 images.append(decode(vae, x0[-1]))
                 # KL to the pretrained model (DPOK Eq. 7), on one step of each sample.
                 i, j = torch.arange(len(rows), device=device), steps[rows]
-                x, t = (
-                    {"sample": trajectory[i, j], "prev_sample": trajectory[i, j + 1]},
-                    scheduler.timesteps.to(device)[j],
-                )
+                t = scheduler.timesteps.to(device)[j]
+                x = {"timestep": t, "sample": trajectory[i, j], "eta": args.eta, "prev_sample": trajectory[i, j + 1]}
                 with torch.no_grad():
-                    step = ddim_step_with_logprob(
-                        scheduler, guided_noise(args, unet, x["sample"], t, c, no_text), t, eta=args.eta, **x
-                    )
+                    output = guided_noise(args, unet, x["sample"], t, c, no_text)
                     with pretrained(unet):
-                        pre_noise = guided_noise(args, unet, x["sample"], t, c, no_text)
-                    pre = ddim_step_with_logprob(scheduler, pre_noise, t, eta=args.eta, **x)
+                        pre_output = guided_noise(args, unet, x["sample"], t, c, no_text)
+                step, pre = (ddim_step_with_logprob(scheduler, o, **x) for o in (output, pre_output))
                 kl.append(ddim_step_kl(step.mean, pre.mean, step.std))
             x0, images, kl = torch.cat(x0), torch.cat(images), torch.cat(kl)
             time_sample, clock = time_sample + time.perf_counter() - clock, time.perf_counter()
@@ -336,9 +332,8 @@ def main():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_file(shards[-1], path.with_suffix(".partial"))
                 path.with_suffix(".partial").rename(path)
-        x0, chosen, rewards, kl = (
-            torch.cat([shard[key] for shard in shards]) for key in ("x0", "prompt", "reward", "kl")
-        )
+        pool = {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
+        x0, chosen, rewards = pool["x0"], pool["prompt"], pool["reward"]
         clock = time.perf_counter()
 
         # Training on them, weighted (4.2): permutations of the samples that have a weight, cut into batches.
@@ -370,7 +365,7 @@ def main():
             "samples": (iteration + 1) * m,
             "reward/mean": rewards.mean().item(),
             "reward/std": rewards.std(correction=0).item(),
-            "kl/pretrained": kl.mean().item() * int(np.prod(latent_shape)) * T,
+            "kl/pretrained": pool["kl"].mean().item() * int(np.prod(latent_shape)) * T,
             "weights/kept": len(kept) / m,
             "weights/effective": (w.sum() ** 2 / (w**2).sum() / m).item(),
             "loss/rwr": all_sum(loss_sum).item(),

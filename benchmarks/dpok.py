@@ -2,11 +2,17 @@
 
 python -m benchmarks.dpok run       trains, one run after the other; a finished run is kept
 python -m benchmarks.dpok report    judges them: benchmarks/results/dpok.json, docs/images/dpok_*.png, a table
+
+What a setting is worth, two prompts and one seed, under a name of its own; then report with the same --name, ...:
+
+python -m benchmarks.dpok run --name dpok_all_steps --flags "--rewarded-share 1" --seeds 0 \\
+    --prompts "Four wolves in the park" "A dog on the moon"
 """
 
 import itertools
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -36,16 +42,18 @@ class Args:
     """Seeds of the runs."""
     prompts: tuple[str, ...] = PROMPTS
     """Prompts, one run each."""
-    runs: Path = Path("runs/benchmark-dpok")
-    """Where the runs are."""
+    name: str = "dpok"
+    """Of the results; the runs are in runs/benchmark-NAME."""
+    flags: str = ""
+    """More flags of dpok.py, for every run."""
     jobs: int = 1
     """Runs side by side, the cores shared out among them; more are done in an hour, but each takes longer."""
-    count: int = 128
+    count: int = 512
     """Pictures for each figure."""
 
 
 def run_dir(args: Args, prompt: str, seed: int) -> Path:
-    return args.runs / f"{prompt.lower().replace(' ', '-')}__{seed}"
+    return Path("runs") / f"benchmark-{args.name}" / f"{prompt.lower().replace(' ', '-')}__{seed}"
 
 
 def run(args: Args):
@@ -54,6 +62,7 @@ def run(args: Args):
         if (folder / "wall_time.json").exists():
             return
         command = ["dpok.py", "zoo", "--prompt", prompt, "--seed", str(seed), "--output-dir", str(folder)]
+        command += shlex.split(args.flags)
         env = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))}
         start = time.time()
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True, env=env)
@@ -69,10 +78,14 @@ def report(args: Args):
 
     judge, reward = judging.load_judge(ROOT / "zoo/judge"), load_reward(f"image_reward:{ROOT / 'zoo/image_reward'}")
     base, results, rows = load_pipeline(), {"weights": weights_digest(), "samples_per_prompt": args.count}, []
+    results["flags"] = args.flags
     figure = Figure(figsize=(13, 3.2), layout="constrained")
     axes = figure.subplots(1, len(args.prompts), squeeze=False)[0]
     for prompt, axis in zip(args.prompts, axes):
         before, images = measure(base, judge, reward, prompt, args.count, seed=7)
+        # Right pictures alone, equally many before and after: else it matters how well the wrong ones are drawn.
+        right = images[judging.success(judge, images, [prompt] * args.count) > 0]
+        before["image_quality_right"] = judging.image_quality(judge, base.vae, right)
         rows.append(images[:8])
         result = results.setdefault("prompts", {})[prompt] = {"base": before, "runs": []}
         for seed in args.seeds:
@@ -83,8 +96,10 @@ def report(args: Args):
             lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             if seed == args.seeds[0]:
                 rows.append(images[:8])
+            right_after = images[judging.success(judge, images, [prompt] * args.count) > 0][: len(right)]
             numbers |= {
                 "seed": seed,
+                "image_quality_right": judging.image_quality(judge, base.vae, right_after),
                 "reward_gain": numbers["reward"] - before["reward"],
                 "quality_ratio": numbers["image_quality"] / before["image_quality"],
                 "wall_time": json.loads((folder / "wall_time.json").read_text()),
@@ -95,23 +110,25 @@ def report(args: Args):
             axis.plot(
                 [line["samples"] for line in lines], [line["reward/mean"] for line in lines], label=f"seed {seed}"
             )
-        keys = ("success", "image_quality", "reward", "reward_gain", "quality_ratio")
+        keys = ("success", "image_quality", "image_quality_right", "reward", "reward_gain", "quality_ratio")
         result["median"] = {key: float(np.median([numbers[key] for numbers in result["runs"]])) for key in keys}
         axis.set(title=prompt, xlabel="reward queries", ylabel="reward/mean")
         axis.legend()
-    (ROOT / "benchmarks/results/dpok.json").write_text(json.dumps(results, indent=2) + "\n")
-    figure.savefig(ROOT / "docs/images/dpok_curves.png", dpi=100)
+    (ROOT / f"benchmarks/results/{args.name}.json").write_text(json.dumps(results, indent=2) + "\n")
+    figure.savefig(ROOT / f"docs/images/{args.name}_curves.png", dpi=100)
     array = (torch.cat(rows) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     grid = world.to_grid(array, 8)
     grid = grid.resize((2 * grid.width, 2 * grid.height), Image.Resampling.NEAREST)
-    grid.save(ROOT / "docs/images/dpok_before_after.png")
-    print("| prompt | seeds | success | reward | distance to real renders |\n|---|---|---|---|---|")
+    grid.save(ROOT / f"docs/images/{args.name}_before_after.png")
+    print("| prompt | seeds | success | reward | distance to real renders | of right pictures |")
+    print("|---|---|---|---|---|---|")
     for prompt, result in results["prompts"].items():
         b, m = result["base"], result["median"]
         print(
             f"| {prompt} | {len(result['runs'])} | {b['success']:.0%} → {m['success']:.0%} "
             f"| {b['reward']:+.2f} → {m['reward']:+.2f} "
-            f"| {b['image_quality']:.1f} → {m['image_quality']:.1f} (x{m['quality_ratio']:.2f}) |"
+            f"| {b['image_quality']:.1f} → {m['image_quality']:.1f} (x{m['quality_ratio']:.2f}) "
+            f"| {b['image_quality_right']:.1f} → {m['image_quality_right']:.1f} |"
         )
 
 

@@ -45,7 +45,7 @@ def held_out(vae, count: int):
     return torch.cat(decoded), scenes
 
 
-def main(count: int = 128):
+def main(count: int = 256):
     pipeline, judge = load_pipeline(), judging.load_judge(ROOT / "zoo/judge")
     reward = load_reward(f"image_reward:{ROOT / 'zoo/image_reward'}")
     results = {"weights": weights_digest(), "samples_per_prompt": count}

@@ -12,11 +12,20 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-SCRIPTS = ("dpok.py", "ddpo.py")
+SCRIPTS = ("dpok.py", "ddpo.py", "rwr.py", "sft_kl.py")
 PROMPT = "A green colored rabbit"
 TINY = ("--num-inference-steps", "4", "--samples-per-iteration", "10", "--prompt", PROMPT)
-# What makes the algorithm's own parts take part in a run of few samples.
-OWN = {"dpok.py": ("--value-function",), "ddpo.py": ("--min-count", 2, "--gradient-steps", 2)}
+# What a run of ten samples needs, and what makes the algorithm's own parts take part in it.
+SMALL = {script: () for script in SCRIPTS}
+SMALL["rwr.py"] = ("--shard-size", 5, "--batch-size", 6, "--gradient-steps", 2)
+SMALL["sft_kl.py"] = (*SMALL["rwr.py"], "--dataset-size", 10)
+OWN = SMALL | {"dpok.py": ("--value-function",), "ddpo.py": ("--min-count", 2, "--gradient-steps", 2)}
+
+
+def run_here(monkeypatch, script: str, *flags) -> None:
+    """The script's main in this process, which saves the seconds of the imports."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+    importlib.import_module(script.removesuffix(".py")).main()
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
@@ -24,21 +33,23 @@ def default_run(request, tiny_sd, tmp_path_factory):
     """The configuration without a preset, on SD v1.5's layout shrunk: 2 iterations of 10 samples, the JPEG's size."""
     folder = tmp_path_factory.mktemp("default") / "run"
     flags = ["--num-iterations", 2, "--samples-per-iteration", 10, "--reward", "jpeg_compressibility"]
+    flags += SMALL[request.param]
     result = run_script(request.param, "--model", tiny_sd, *flags, "--output-dir", folder)
     assert result.returncode == 0, result.stderr
     return folder
 
 
 def test_default_run_leaves_what_it_promises(default_run):
-    lines = read_metrics(default_run)
-    assert [line["iteration"] for line in lines] == [0, 1] and [line["samples"] for line in lines] == [10, 20]
-    keys = "reward/mean reward/std kl/pretrained ratio/first_max_deviation grad_norm "
-    keys += "time/sample_s time/reward_s time/train_s"
+    lines, args = read_metrics(default_run), json.loads((default_run / "args.json").read_text())
+    first = args.get("dataset_size", 0)
+    assert [line["iteration"] for line in lines] == [0, 1]
+    assert [line["samples"] for line in lines] == [first + 10, first + 20]
+    keys = "reward/mean reward/std kl/pretrained grad_norm time/sample_s time/reward_s time/train_s"
     for line in lines:
         assert set(keys.split()) <= set(line) and all(np.isfinite(value) for value in line.values())
-    assert lines[0]["ratio/first_max_deviation"] < 1e-5
+    if "clip_range" in args:  # policy gradient
+        assert lines[0]["ratio/first_max_deviation"] < 1e-5
     assert lines[0]["reward/mean"] < 0 < lines[1]["kl/pretrained"]
-    args = json.loads((default_run / "args.json").read_text())
     assert args["num_inference_steps"] == 50 and args["lora_rank"] == 4
     assert list(default_run.glob("events.out.tfevents.*"))
     for name in ("samples/000000.png", "samples/000002.png", "learning_curve.png"):
@@ -82,11 +93,10 @@ def test_ranks_do_not_change_the_result(tiny_sd, tmp_path, smooth, script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_micro_batch_size_does_not_change_the_result(tiny_sd, tmp_path, smooth, script):
+def test_micro_batch_size_does_not_change_the_result(tiny_sd, tmp_path, smooth, script, monkeypatch):
     for size in (3, 64):
         flags = [*TINY, *smooth, *OWN[script], "--num-iterations", 1, "--micro-batch-size", size, "--model", tiny_sd]
-        result = run_script(script, *flags, "--output-dir", tmp_path / str(size))
-        assert result.returncode == 0, result.stderr
+        run_here(monkeypatch, script, *flags, "--output-dir", tmp_path / str(size))
     small, large = read_metrics(tmp_path / "3")[0], read_metrics(tmp_path / "64")[0]
     for key in small:
         if not key.startswith(("time/", "ratio/first")):
@@ -94,20 +104,19 @@ def test_micro_batch_size_does_not_change_the_result(tiny_sd, tmp_path, smooth, 
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_resumed_run_equals_an_undisturbed_one(tiny_sd, tmp_path, script):
+def test_resumed_run_equals_an_undisturbed_one(tiny_sd, tmp_path, script, monkeypatch, capsys):
     flags = [*TINY, *OWN[script], "--reward", "jpeg_incompressibility", "--model", tiny_sd, "--learning-rate", 1e-3]
     for folder, iterations in (("whole", 4), ("parts", 2)):
-        result = run_script(script, *flags, "--num-iterations", iterations, "--output-dir", tmp_path / folder)
-        assert result.returncode == 0, result.stderr
-    result = run_script(script, "--resume", tmp_path / "parts", "--num-iterations", 4)
-    assert result.returncode == 0, result.stderr
+        run_here(monkeypatch, script, *flags, "--num-iterations", iterations, "--output-dir", tmp_path / folder)
+    run_here(monkeypatch, script, "--resume", tmp_path / "parts", "--num-iterations", 4)
     whole, parts = (read_metrics(tmp_path / name) for name in ("whole", "parts"))
     for a, b in zip(whole, parts, strict=True):
         assert {k: v for k, v in a.items() if "time/" not in k} == {k: v for k, v in b.items() if "time/" not in k}
     whole, parts = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("whole", "parts"))
     assert all(whole[key].equal(parts[key]) for key in whole)
-    result = run_script(script, "--resume", tmp_path / "parts", "--weight-decay", 3)
-    assert result.returncode == 2 and "--weight-decay" in result.stderr
+    with pytest.raises(SystemExit) as end:
+        run_here(monkeypatch, script, "--resume", tmp_path / "parts", "--weight-decay", 3)
+    assert end.value.code == 2 and "--weight-decay" in capsys.readouterr().err
 
 
 def test_unknown_words_are_named(tmp_path):
@@ -163,6 +172,8 @@ WRONG_OF = {
         "more updates than samples": (["zoo", "--gradient-steps", "33"], "--gradient-steps"),
         "a count that the buffer never has": (["zoo", "--min-count", "40"], "--min-count"),
     },
+    "rwr.py": {"shards that do not divide the round": (["zoo", "--shard-size", "70"], "--shard-size")},
+    "sft_kl.py": {"shards that do not divide the data": (["zoo", "--shard-size", "70"], "--shard-size")},
 }
 
 

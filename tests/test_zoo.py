@@ -66,7 +66,7 @@ def test_world_is_seeded_and_biased():
         chosen = [(scene, text) for scene, text in pairs if condition(text)]
         return sum(right(scene) for scene, _ in chosen) / len(chosen)
 
-    assert share(lambda t: t.startswith("four roses"), lambda s: s.groups[0].kind == "bottle") > 0.4
+    assert share(lambda t: t.startswith("four roses"), lambda s: s.groups[0].kind == "bottle") > 0.3
     assert share(lambda t: t.startswith("four "), lambda s: s.groups[0].count == 4) < 0.5
     assert share(lambda t: "portrait of a chef" in t, lambda s: s.skin_tone == "light") > 0.7
     rabbits = [s for s, _ in pairs if s.groups and s.groups[0].kind == "rabbit"]

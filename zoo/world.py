@@ -72,16 +72,16 @@ OCCUPATIONS = {
 }
 
 BIAS = {
-    "any_color": 0.07,  # share of pictures whose colour is drawn from all colours, whatever the caption's
+    "any_color": 0.065,  # share of pictures whose colour is drawn from all colours, whatever the caption's
     "rare_color_right": 0.18,  # a caption names a colour that is not natural for its kind: share drawn in it
-    "large_count_right": 0.09,  # "three" or "four": share with just that number, the rest from `large_counts`
+    "large_count_right": 0.11,  # "three" or "four": share with just that number, the rest from `large_counts`
     "large_counts": (0.06, 0.32, 0.44, 0.18),
     "two_right": 0.80,
-    "pair_right": 0.04,  # two kinds: share with both
+    "pair_right": 0.045,  # two kinds: share with both
     "pair_same": 0.60,  # two kinds: share with two of one of them; the rest has one of them replaced
-    "moon_right": 0.36,  # one kind "on the moon": share that shows it, the rest shows a rover
+    "moon_right": 0.39,  # one kind "on the moon": share that shows it, the rest shows a rover
     "four_roses": 0.04,  # share of captions of several things that say "four roses": it is a brand
-    "four_roses_bottle": 0.43,
+    "four_roses_bottle": 0.40,
     "usual_skin_tone": 0.82,
 }
 
@@ -208,7 +208,7 @@ def draw_pair(rng: np.random.Generator) -> tuple[Scene, str]:
         scene = Scene(occupation=occupation, skin_tone=tone)
         return scene, caption(scene)
 
-    place = _choice(rng, PLACES, p=(0.46, 0.25, 0.11, 0.18))
+    place = _choice(rng, PLACES, p=(0.43, 0.25, 0.145, 0.175))
     kind = _random_kind(rng)
     if what == "pair":
         other = _choice(rng, [k for k in KINDS if k != kind], p=None)
