@@ -15,23 +15,14 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 from PIL import Image
+from tiny_models import WORDS, make_bert, make_blip, make_clip, make_detectors, make_llava, pictures
 
 from common.rewards import NAMES, RewardError, check_spec, load_reward, parse_sum
 from common.rewards.llava_bertscore import BERTScore
 from common.rewards.object_detection import objects_of
 from common.rewards.statistical_parity import statistical_parity
 
-WORDS = "a an the cat dog cup bottle red green on in park moon and next to near of side beside is what happening this"
-WORDS = [*WORDS.split(), "image", "two", "photo", "user", "assistant", ":", "?", ".", "<image>"]
 PROMPTS = ["a cat", "a dog and a cup", "the red bottle in the park", "two"]
-TINY = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-
-
-def pictures(count: int, height: int = 40, width: int = 40, seed: int = 0) -> torch.Tensor:
-    """Smooth random pictures, so that resizing does not average everything away."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(count, 3, 6, 6, generator=generator) * torch.rand(count, 3, 1, 1, generator=generator)
-    return torch.nn.functional.interpolate(coarse, (height, width))
 
 
 def pil(images: torch.Tensor) -> list[Image.Image]:
@@ -39,234 +30,29 @@ def pil(images: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(np.uint8(np.rint(image.permute(1, 2, 0).numpy() * 255))) for image in images]
 
 
-def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Weights large enough that outputs differ from picture to picture."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * parameter[0].numel() ** -0.5 * 1.5)
-        else:
-            parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model.eval()
-
-
-def word_tokenizer(special: dict[str, str], **settings):
-    """A tokenizer of whole words with a beginning and an end token."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    names = list(special.values())
-    vocabulary = {word: i for i, word in enumerate([*names, *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=special["unk_token"]))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
-        if "<image>" not in settings.get("extra_special_tokens", {}).values()
-        else [pre_tokenizers.WhitespaceSplit()]
-    )
-    first, last = special.get("cls_token", special.get("bos_token")), special.get("sep_token", special.get("eos_token"))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{first} $A {last}", special_tokens=[(first, vocabulary[first]), (last, vocabulary[last])]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=24, **special, **settings)
-
-
-CLIP_SPECIAL = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-BERT_SPECIAL = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
-
-
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
-    """A CLIP model, with LAION's predictor beside it."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
-
-    folder = tmp_path_factory.mktemp("clip")
-    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "zoo/sd/tokenizer")
-    text = TINY | {"vocab_size": len(tokenizer), "max_position_embeddings": 24}
-    text |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "projection_dim": 12}
-    vision = TINY | {"image_size": 32, "patch_size": 8, "projection_dim": 12}
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
-    randomise(CLIPModel(config)).save_pretrained(folder)
-    CLIPProcessor(
-        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), tokenizer
-    ).save_pretrained(folder)
-    generator, widths = torch.Generator().manual_seed(5), {0: (8, 12), 2: (6, 8), 4: (5, 6), 6: (4, 5), 7: (1, 4)}
-    state = {f"layers.{i}.weight": torch.randn(shape, generator=generator) for i, shape in widths.items()}
-    state |= {f"layers.{i}.bias": torch.randn(shape[0], generator=generator) for i, shape in widths.items()}
-    torch.save(state, folder / "sac+logos+ava1-l14-linearMSE.pth")
-    return folder
+    return make_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
 def blip_folder(tmp_path_factory):
-    from transformers import BertTokenizer, BlipConfig, BlipForImageTextRetrieval, BlipImageProcessor, BlipProcessor
-
-    folder = tmp_path_factory.mktemp("blip")
-    (folder / "vocab.txt").write_text("\n".join([*BERT_SPECIAL.values(), *WORDS]) + "\n")
-    tokenizer = BertTokenizer.from_pretrained(folder, model_max_length=24)
-    text = TINY | {"vocab_size": len(tokenizer), "max_position_embeddings": 24, "encoder_hidden_size": 16}
-    text |= {"bos_token_id": 2, "sep_token_id": 3, "pad_token_id": 0}
-    config = BlipConfig(
-        text_config=text, vision_config=TINY | {"image_size": 32, "patch_size": 8}, image_text_hidden_size=12
-    )
-    randomise(BlipForImageTextRetrieval(config)).save_pretrained(folder)
-    BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
-    return folder
+    return make_blip(tmp_path_factory.mktemp("blip"))
 
 
 @pytest.fixture(scope="module")
 def bert_folder(tmp_path_factory):
-    """A text model for BERTScore."""
-    from transformers import BertConfig, BertModel
-
-    folder = tmp_path_factory.mktemp("bert")
-    tokenizer = word_tokenizer(BERT_SPECIAL)
-    tokenizer.save_pretrained(folder)
-    randomise(BertModel(BertConfig(**TINY, vocab_size=len(tokenizer), max_position_embeddings=32))).save_pretrained(
-        folder
-    )
-    return folder
+    return make_bert(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="module")
 def llava_folder(tmp_path_factory):
-    from transformers import (
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-    )
-
-    folder = tmp_path_factory.mktemp("llava")
-    tokenizer = word_tokenizer(CLIP_SPECIAL, extra_special_tokens={"image_token": "<image>"})
-    tokenizer.model_max_length = 128
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**TINY, image_size=32, patch_size=8),
-        text_config=LlamaConfig(
-            **TINY,
-            vocab_size=len(tokenizer),
-            max_position_embeddings=128,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        ),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=16,
-    )
-    randomise(LlavaForConditionalGeneration(config)).save_pretrained(folder)
-    template = "{% for m in messages %}user : {% for c in m['content'] %}{% if c['type'] == 'image' %}<image> "
-    template += "{% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}assistant :"
-    LlavaProcessor(
-        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
-        tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=template,
-    ).save_pretrained(folder)
-    return folder
+    return make_llava(tmp_path_factory.mktemp("llava"))
 
 
 @pytest.fixture(scope="module")
 def detector_folders(tmp_path_factory):
-    """A detector of each family: the words of a prompt, or the fixed classes cat, dog, cup."""
-    from transformers import (
-        BertTokenizer,
-        CLIPTokenizer,
-        DetrConfig,
-        DetrForObjectDetection,
-        DetrImageProcessor,
-        GroundingDinoConfig,
-        GroundingDinoForObjectDetection,
-        GroundingDinoImageProcessor,
-        GroundingDinoProcessor,
-        Owlv2Config,
-        Owlv2ForObjectDetection,
-        Owlv2ImageProcessor,
-        Owlv2Processor,
-        ResNetConfig,
-        ResNetForImageClassification,
-        RTDetrConfig,
-        RTDetrForObjectDetection,
-        RTDetrImageProcessor,
-        ViTImageProcessor,
-    )
-
-    folders = {}
-
-    def folder(name):
-        folders[name] = tmp_path_factory.mktemp(name)
-        return folders[name]
-
-    labels = {"id2label": {0: "cat", 1: "dog", 2: "cup"}, "label2id": {"cat": 0, "dog": 1, "cup": 2}}
-    size = {"height": 32, "width": 32}
-
-    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "zoo/sd/tokenizer", model_max_length=16)
-    text = TINY | {"vocab_size": len(tokenizer), "max_position_embeddings": 16}
-    text |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = Owlv2Config(text_config=text, vision_config=TINY | {"image_size": 32, "patch_size": 8}, projection_dim=16)
-    randomise(Owlv2ForObjectDetection(config)).save_pretrained(folder("owlv2"))
-    Owlv2Processor(Owlv2ImageProcessor(size=size), tokenizer).save_pretrained(folders["owlv2"])
-
-    backbone = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
-    backbone |= {"layer_type": "basic", "out_features": ["stage2", "stage3", "stage4"]}
-    sizes = {"d_model": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_layers": 1}
-    sizes |= {"decoder_layers": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "num_queries": 9}
-    (folder("grounding-dino") / "vocab.txt").write_text("\n".join([*BERT_SPECIAL.values(), *WORDS]) + "\n")
-    bert = BertTokenizer.from_pretrained(folders["grounding-dino"], model_max_length=16)
-    config = GroundingDinoConfig(
-        backbone_config=backbone,
-        text_config=TINY | {"model_type": "bert", "vocab_size": len(bert), "max_position_embeddings": 32},
-        **sizes,
-        num_feature_levels=3,
-        max_text_len=16,
-        use_timm_backbone=False,
-        use_pretrained_backbone=False,
-        disable_custom_kernels=True,
-    )
-    randomise(GroundingDinoForObjectDetection(config)).save_pretrained(folders["grounding-dino"])
-    processor = GroundingDinoImageProcessor(size={"shortest_edge": 64, "longest_edge": 128})
-    GroundingDinoProcessor(processor, bert).save_pretrained(folders["grounding-dino"])
-
-    config = DetrConfig(
-        backbone_config=backbone | {"out_features": ["stage4"]},
-        use_timm_backbone=False,
-        backbone=None,
-        **sizes,
-        **labels,
-    )
-    randomise(DetrForObjectDetection(config)).save_pretrained(folder("detr"))
-    DetrImageProcessor(size={"shortest_edge": 32, "longest_edge": 64}).save_pretrained(folders["detr"])
-
-    config = RTDetrConfig(
-        backbone_config=backbone | {"model_type": "rt_detr_resnet"},
-        encoder_hidden_dim=16,
-        encoder_in_channels=[16, 24, 32],
-        feat_strides=[8, 16, 32],
-        decoder_in_channels=[16, 16, 16],
-        **sizes,
-        num_feature_levels=3,
-        num_denoising=0,
-        eval_size=None,
-        **labels,
-    )
-    randomise(RTDetrForObjectDetection(config)).save_pretrained(folder("rt-detr"))
-    RTDetrImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folders["rt-detr"])
-
-    backbone.pop("out_features")
-    backbone.pop("model_type")
-    config = ResNetConfig(**backbone, **labels, problem_type="multi_label_classification")
-    randomise(ResNetForImageClassification(config)).save_pretrained(folder("multi-label"))
-    ViTImageProcessor(size=size).save_pretrained(folders["multi-label"])
-    return folders
+    return make_detectors(tmp_path_factory.mktemp("detectors"))
 
 
 def test_aesthetic_is_laions_mlp_on_the_normalised_embedding(clip_folder):
