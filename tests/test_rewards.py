@@ -4,6 +4,8 @@ computations: transformers' own pipelines and processors, the package `bert-scor
 import base64
 import io
 import json
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,9 +17,20 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 from PIL import Image
-from tiny_models import WORDS, make_bert, make_blip, make_clip, make_detectors, make_llava, pictures
+from safetensors.torch import load_file, save_file
+from tiny_models import (
+    TINY,
+    WORDS,
+    make_bert,
+    make_blip,
+    make_clip,
+    make_detectors,
+    make_llava,
+    pictures,
+    randomise,
+)
 
-from common.rewards import NAMES, RewardError, check_spec, load_reward, parse_sum
+from common.rewards import NAMES, PromptError, RewardError, check_spec, load_reward, parse_sum
 from common.rewards.llava_bertscore import BERTScore
 from common.rewards.object_detection import objects_of
 from common.rewards.statistical_parity import statistical_parity
@@ -290,7 +303,92 @@ def test_confidence_of_fixed_classes(detector_folders, family):
         load_reward(f"object_detection:{detector_folders[family]}", prompts=["a cat and a horse"])
 
 
+def test_fixed_classes_with_a_repeated_name(detector_folders, tmp_path):
+    """As in COCO's DETR: N/A stands for several of its 91 numbers. The same weights give the same confidence."""
+    images, folder = pictures(3), shutil.copytree(detector_folders["detr"], tmp_path / "detr")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"id2label": {0: "cat", 1: "N/A", 2: "N/A"}}))
+    expected = load_reward(f"object_detection:{detector_folders['detr']}")(images, ["a cat"] * 3)
+    assert torch.equal(load_reward(f"object_detection:{folder}")(images, ["a cat"] * 3), expected)
+    with pytest.raises(PromptError, match=r"'n/a'; it knows cat$"):
+        load_reward(f"object_detection:{folder}", prompts=["a N/A"])
+
+
+@pytest.mark.parametrize("family", ["owlv2", "grounding-dino"])
+def test_objects_longer_than_a_detectors_text_are_refused(detector_folders, family):
+    """At the start and at a call; the longest that is taken can be scored."""
+    spec = f"object_detection:{detector_folders[family]}"
+    reward, prompt = load_reward(spec), "a" + 6 * " cup"
+    for _ in range(10):
+        assert torch.isfinite(reward(pictures(1), [prompt])).all()
+        try:
+            load_reward(spec, prompts=["a cat", prompt + " cup"])
+        except PromptError as error:
+            assert "16 tokens" in str(error) and prompt.removeprefix("a ") in str(error)
+            break
+        prompt += " cup"
+    with pytest.raises(RewardError, match="16 tokens"):
+        reward(pictures(1), [prompt + " cup"])
+
+
+def test_a_missing_package_is_named_when_the_reward_is_loaded(detector_folders, monkeypatch):
+    """OWLv2's processor needs scipy, which is not among the requirements."""
+    from transformers.utils.import_utils import BACKENDS_MAPPING
+
+    monkeypatch.setitem(BACKENDS_MAPPING, "scipy", (lambda: False, BACKENDS_MAPPING["scipy"][1]))
+    with pytest.raises(RewardError, match="pip install scipy") as error:
+        load_reward(f"object_detection:{detector_folders['owlv2']}")
+    assert "\n" not in str(error.value)
+
+
+def test_weights_of_another_model_are_refused(specs, tmp_path):
+    """A folder without one of the model's tensors: transformers would draw it at random."""
+    for name in ("clip_score", "aesthetic", "blip_score", "owlv2", "detr", "multi-label", "llava_bertscore", "scorer"):
+        spec = specs["llava_bertscore" if name == "scorer" else name]
+        folder = re.search(r"scorer=([^&]+)" if name == "scorer" else r":([^?]+)", spec)[1]
+        copy = shutil.copytree(folder, tmp_path / name)
+        state = load_file(copy / "model.safetensors")
+        for key in [key for key in state if key.startswith("pooler")]:
+            del state[key]  # the scorer does without
+        lost = next(key for key in sorted(state) if key.endswith(".bias") and ("vision" in key or name != "aesthetic"))
+        save_file({key: value for key, value in state.items() if key != lost}, copy / "model.safetensors")
+        with pytest.raises(RewardError, match=r"lacks .*bias of a .*; name the weights of such a model"):
+            load_reward(spec.replace(folder, str(copy)))
+        if name == "scorer":
+            save_file(state, copy / "model.safetensors")
+            images = pictures(2)
+            assert load_reward(spec.replace(folder, str(copy)))(images, PROMPTS[:2]).equal(
+                load_reward(spec)(images, PROMPTS[:2])
+            )
+
+
 LABELS = "a red cat,a green dog,the moon"
+
+
+@pytest.fixture(scope="module")
+def clip_classifier_folder(clip_folder, tmp_path_factory):
+    """A CLIP with a classification head, and without a text encoder."""
+    from transformers import CLIPConfig, CLIPForImageClassification, CLIPProcessor
+
+    folder, vision = tmp_path_factory.mktemp("clip-classifier"), TINY | {"image_size": 32, "patch_size": 8}
+    config = CLIPConfig(vision_config=vision, id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2})
+    randomise(CLIPForImageClassification(config)).save_pretrained(folder)
+    CLIPProcessor.from_pretrained(clip_folder).save_pretrained(folder)
+    return folder
+
+
+def test_a_clip_with_a_classification_head_is_a_classifier(clip_classifier_folder):
+    from transformers import pipeline
+
+    images = pictures(8)
+    classify = pipeline("image-classification", model=str(clip_classifier_folder), device="cpu")
+    answers = [classify(picture, top_k=1)[0]["label"] for picture in pil(images)]
+    assert len(set(answers)) > 1, "the case should have several classes"
+    shares = np.array([answers.count(label) / 8 for label in "abc"])
+    scores = load_reward(f"statistical_parity:{clip_classifier_folder}")(images, ["a nurse"] * 8)
+    assert scores.tolist() == pytest.approx([-np.sqrt(((shares - 1 / 3) ** 2).sum())] * 8, abs=1e-6)
+    with pytest.raises(RewardError, match=r"lacks .* of a CLIPModel"):
+        load_reward(f"clip_score:{clip_classifier_folder}")
 
 
 def test_statistical_parity_of_known_histograms():

@@ -4,7 +4,16 @@ from pathlib import Path
 
 import torch
 
-from common.rewards.base import MODEL_FILES, PROCESSOR_FILES, Reward, batched, check_options, check_weights, to_pil
+from common.rewards.base import (
+    MODEL_FILES,
+    PROCESSOR_FILES,
+    Reward,
+    batched,
+    check_options,
+    check_weights,
+    load_model,
+    to_pil,
+)
 
 CLIP = "openai/clip-vit-large-patch14"
 PREDICTOR = ("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
@@ -35,14 +44,14 @@ def load(name: str, weights: str | None, options: dict[str, str], device: str | 
     from huggingface_hub import hf_hub_download
     from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-    clip = CLIPVisionModelWithProjection.from_pretrained(weights or CLIP, dtype=torch.float32)
+    clip = load_model(CLIPVisionModelWithProjection, weights or CLIP, device)
     processor = CLIPImageProcessor.from_pretrained(weights or CLIP)
     if weights and Path(weights).is_dir():
         path = next(path for file in FILES if (path := Path(weights) / file).is_file())
     else:
         path = hf_hub_download(*((weights, FILES[0]) if weights else PREDICTOR))
     mlp = predictor(torch.load(path, map_location="cpu", weights_only=True))
-    clip, mlp = (module.float().eval().requires_grad_(False).to(device) for module in (clip, mlp))
+    mlp.float().eval().requires_grad_(False).to(device)
 
     def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         pixels = processor(images=to_pil(images), return_tensors="pt").pixel_values.to(device)

@@ -54,3 +54,17 @@ def batched(reward: Reward) -> Reward:
         return torch.cat([reward(images[i : i + BATCH], prompts[i : i + BATCH]) for i in starts])
 
     return in_batches
+def load_model(model_class, weights: str, device: str | torch.device, dtype=torch.float32, unused: str = "(none)"):
+    """`model_class` of transformers for inference on `device`, from the hub id or folder `weights`.
+
+    Raises RewardError where the files lack weights, which transformers would draw at random with only a warning. Those
+    whose names begin with `unused` may be missing.
+    """
+    model, found = model_class.from_pretrained(weights, dtype=dtype, output_loading_info=True)
+    if missing := sorted(key for key in found["missing_keys"] if not key.startswith(unused)):
+        count = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        name = type(model).__name__
+        raise RewardError(f"{weights!r} lacks {missing[0]}{count} of a {name}; name the weights of such a model")
+    return model.eval().requires_grad_(False).to(device)
+
+

@@ -25,6 +25,7 @@ from common.rewards.base import (
 )
 
 VLM = "llava-hf/llava-1.5-7b-hf"
+    load_model,
 SCORER, LAYER = "microsoft/deberta-xlarge-mnli", 40
 """What `bert-score` recommends, and the layer that it takes of it."""
 TEXTS = {"question": "What is happening in this image?", "scorer": SCORER, "model": ""}
@@ -42,12 +43,12 @@ class BERTScore:
         from transformers import AutoModel, AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(weights)
-        model = AutoModel.from_pretrained(weights, dtype=torch.float32)
+        model = load_model(AutoModel, weights, device, unused="pooler")  # roberta-large has none
         if not 0 <= layer <= model.config.num_hidden_layers:
             raise RewardError(
                 f"{weights!r} has {model.config.num_hidden_layers} layers, and layer={layer} is asked for"
             )
-        self.model, self.layer, self.device = model.eval().requires_grad_(False).to(device), layer, device
+        self.model, self.layer, self.device = model, layer, device
 
     def embed(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Normalised hidden states (B, L, D); which tokens are there, and which of them count, bool (B, L)."""
@@ -79,7 +80,7 @@ def describe_here(weights: str, question: str, max_new_tokens: int, device: str 
     processor = AutoProcessor.from_pretrained(weights)
     processor.tokenizer.padding_side = "left"
     dtype = "auto" if torch.device(device).type == "cuda" else torch.float32
-    model = AutoModelForImageTextToText.from_pretrained(weights, dtype=dtype).eval().requires_grad_(False).to(device)
+    model = load_model(AutoModelForImageTextToText, weights, device, dtype)
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
     text = processor.apply_chat_template([message], add_generation_prompt=True)
 

@@ -10,6 +10,7 @@ from common.rewards.base import (
     batched,
     check_options,
     check_weights,
+    load_model,
     to_pil,
 )
 
@@ -27,10 +28,7 @@ def load(name: str, weights: str | None, options: dict[str, str], device: str | 
 
     weights = weights or DEFAULTS[name]
     processor = AutoProcessor.from_pretrained(weights)
-    model = (CLIPModel if name == "clip_score" else BlipForImageTextRetrieval).from_pretrained(
-        weights, dtype=torch.float32
-    )
-    model.eval().requires_grad_(False).to(device)
+    model = load_model(CLIPModel if name == "clip_score" else BlipForImageTextRetrieval, weights, device)
 
     def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         inputs = processor(

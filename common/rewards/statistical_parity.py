@@ -14,6 +14,7 @@ from common.rewards.base import (
     RewardError,
     check_options,
     check_weights,
+    load_model,
     to_pil,
 )
 
@@ -42,14 +43,16 @@ def load(name: str, weights: str | None, options: dict[str, str], device: str | 
     from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, AutoProcessor, CLIPModel
 
     weights = weights or CLIP
-    is_clip = AutoConfig.from_pretrained(weights).model_type == "clip"
+    config = AutoConfig.from_pretrained(weights)
+    # A CLIP with a classification head has no text encoder.
+    is_clip = config.model_type == "clip" and "CLIPForImageClassification" not in (config.architectures or ())
     if "labels" in options and not is_clip:
         raise RewardError(f"labels are for CLIP; {weights!r} is a classifier with its own")
     labels = options.get("labels", SKIN_TONES).split(",")
     model_class, processor_class = AutoModelForImageClassification, AutoImageProcessor
     if is_clip:
         model_class, processor_class = CLIPModel, AutoProcessor
-    model = model_class.from_pretrained(weights, dtype=torch.float32).eval().requires_grad_(False).to(device)
+    model = load_model(model_class, weights, device)
     processor = processor_class.from_pretrained(weights)
     num_classes = len(labels) if is_clip else model.config.num_labels
 
