@@ -30,9 +30,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common.rewards.base import Reward, RewardError
+from common.rewards.base import PromptError, Reward, RewardError
 
-__all__ = ["NAMES", "Reward", "RewardError", "check_spec", "load_reward"]
+__all__ = ["NAMES", "PromptError", "Reward", "RewardError", "check_spec", "load_reward"]
 
 # The module of each reward; it has check(name, weights, options) and load(name, weights, options, device).
 MODULES = {
@@ -137,7 +137,7 @@ def _load_term(term: str, device: str | torch.device) -> Reward:
     try:
         return importlib.import_module(f"common.rewards.{MODULES[name]}").load(name, weights, options, device)
     except ImportError as error:  # some of transformers' processors need more: OWLv2's scipy
-        raise RewardError(f"reward {term!r} needs another package: {' '.join(str(error).split())[:150]}") from None
+        raise RewardError(f"reward {term!r} needs another package: {' '.join(str(error).split())}") from None
 
 
 def _users_function(spec: str) -> Callable:

@@ -16,6 +16,10 @@ class RewardError(ValueError):
     """A reward that cannot be had as it was asked for; the message is one line for the user."""
 
 
+class PromptError(RewardError):
+    """A prompt that the reward can never score."""
+
+
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
     """Float (B, 3, H, W) in [0, 1], rounded to 8 bits, as RGB pictures."""
     array = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

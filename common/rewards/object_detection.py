@@ -3,15 +3,18 @@
 import re
 
 import torch
+from PIL import Image
 
 from common.rewards.base import (
     BATCH,
     MODEL_FILES,
     PROCESSOR_FILES,
+    PromptError,
     Reward,
     RewardError,
     check_options,
     check_weights,
+    load_model,
     to_pil,
 )
 
@@ -57,33 +60,40 @@ def load(name: str, weights: str | None, options: dict[str, str], device: str | 
         model_class = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
     else:
         raise RewardError(f"{weights!r} is no detector of transformers, nor a classifier of several labels a picture")
-    model = model_class.from_pretrained(weights, dtype=torch.float32).eval().requires_grad_(False).to(device)
+    model = load_model(model_class, weights, device)
     processor = (AutoProcessor if any_words else AutoImageProcessor).from_pretrained(weights)
-    classes = {} if any_words else {label.lower(): i for i, label in config.id2label.items()}
+    # COCO's 91 numbers have 80 names; the gaps are called N/A.
+    classes = {} if any_words else {label.lower(): i for i, label in config.id2label.items() if label.lower() != "n/a"}
+    grounding = "grounding" in config.model_type
+    phrase = "{}." if grounding else "a photo of a {}"
 
     def check_prompts(prompts: list[str]) -> None:
-        if unknown := [o for o in dict.fromkeys(o for p in prompts for o in objects_of(p)) if o not in classes]:
+        objects = list(dict.fromkeys(o for p in prompts for o in objects_of(p)))
+        if any_words:
+            most = min(getattr(config, "max_text_len", torch.inf), config.text_config.max_position_embeddings)
+            for o in objects:
+                if (length := len(processor.tokenizer(phrase.format(o)).input_ids)) > most:
+                    raise PromptError(f"{weights!r} reads up to {most} tokens, and the object {o!r} takes {length}")
+        elif unknown := [o for o in objects if o not in classes]:
             known = ", ".join(classes)
-            raise RewardError(f"{weights!r} does not know {', '.join(map(repr, unknown))}; it knows {known}")
+            raise PromptError(f"{weights!r} does not know {', '.join(map(repr, unknown))}; it knows {known}")
 
     def confidences(pictures, objects: list[str]) -> torch.Tensor:
         """Of one object in each picture, (B,)."""
         if any_words:
             # OWL's texts are lists of queries, Grounding DINO's a text whose phrases end in a dot.
-            grounding = "grounding" in config.model_type
-            text = [f"{o}." for o in objects] if grounding else [[f"a photo of a {o}"] for o in objects]
+            text = [phrase.format(o) if grounding else [phrase.format(o)] for o in objects]
             inputs = processor(images=pictures, text=text, padding=True, return_tensors="pt").to(device)
             return model(**inputs).logits.sigmoid().amax((1, 2))
         logits = model(**processor(images=pictures, return_tensors="pt").to(device)).logits
         # DETR and YOLOS have one class more, for "nothing here", and a softmax over them.
-        chances = logits.softmax(-1) if logits.shape[-1] == len(classes) + 1 else logits.sigmoid()
+        chances = logits.softmax(-1) if logits.shape[-1] == config.num_labels + 1 else logits.sigmoid()
         chances = chances if chances.dim() == 2 else chances.amax(1)
         return chances[torch.arange(len(objects)), torch.tensor([classes[o] for o in objects])]
 
     def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         pictures, named = to_pil(images), [objects_of(prompt) for prompt in prompts]
-        if not any_words:
-            check_prompts(prompts)
+        check_prompts(prompts)
         rows = [(i, o) for i, names in enumerate(named) for o in names]
         found = [
             confidences([pictures[i] for i, _ in rows[k : k + BATCH]], [o for _, o in rows[k : k + BATCH]])
@@ -91,6 +101,7 @@ def load(name: str, weights: str | None, options: dict[str, str], device: str | 
         ]
         return torch.stack([part.mean() for part in torch.cat(found).split([len(names) for names in named])])
 
-    if not any_words:
-        reward.check_prompts = check_prompts
+    if any_words:  # what a processor needs beside transformers (OWLv2: scipy) is asked for at its first use
+        confidences([Image.new("RGB", (8, 8))], ["cat"])
+    reward.check_prompts = check_prompts
     return reward
