@@ -15,7 +15,7 @@ import transformers
 import tyro
 from diffusers import StableDiffusionPipeline
 
-from common.rewards import Reward, RewardError, check_spec, load_reward
+from common.rewards import PromptError, Reward, RewardError, check_spec, load_reward
 
 MAY_CHANGE_ON_RESUME = {"num_iterations", "micro_batch_size", "save_every", "output_dir", "resume", "track", "compile"}
 
@@ -155,8 +155,13 @@ def load_reward_or_fail(spec: str, device: torch.device, prompts: list[str]) -> 
     """The reward that `spec` names, which must be able to score `prompts`; one that is not to be had ends the run."""
     try:
         return load_reward(spec, device, prompts)
-    except (RewardError, OSError) as error:
-        fail(f"--reward {spec} cannot be loaded ({str(error)[:300]}); check the name, the folder and the network")
+    except PromptError as error:
+        fail(f"--reward {spec} cannot score these prompts: {error}; change --prompt or --prompts-file")
+    except RewardError as error:
+        fail(f"--reward {spec}: {error}")
+    except Exception as error:  # the hub's client, the loaders and the user's own file raise many kinds
+        what = f"{type(error).__name__}: {str(error)[:300]}"
+        fail(f"--reward {spec} cannot be loaded ({what}); check the name, the folder and the network")
 
 
 def warn_of_unknown_words(pipeline: StableDiffusionPipeline, prompts: list[str]) -> None:
