@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -32,6 +33,7 @@ from tiny_models import (
 
 from common.rewards import NAMES, PromptError, RewardError, check_spec, load_reward, parse_sum
 from common.rewards.llava_bertscore import BERTScore
+from common.cli import load_reward_or_fail
 from common.rewards.object_detection import objects_of
 from common.rewards.statistical_parity import statistical_parity
 
@@ -159,9 +161,10 @@ def test_llava_bertscore_is_the_recall_of_what_the_vlm_says(llava_folder, bert_f
 
 
 class VisionServer(BaseHTTPRequestHandler):
-    """An OpenAI-compatible vision server; `faults` are what the next requests meet."""
+    """An OpenAI-compatible vision server; `faults` are what the next pictures meet, `models` what it has."""
 
-    faults, asked, parallel, most_parallel = [], [], 0, 0
+    faults, asked, times, parallel, most_parallel = [], [], [], 0, 0
+    models = None
     lock = threading.Lock()
 
     def answer(self, body, code=200):
@@ -172,7 +175,7 @@ class VisionServer(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self):
-        self.answer({"data": [{"id": "tiny-vlm"}]})
+        self.answer({"data": [{"id": "tiny-vlm"}]} if self.models is None else self.models)
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -196,9 +199,10 @@ class VisionServer(BaseHTTPRequestHandler):
                 data = base64.b64decode(image["image_url"]["url"].split(",")[1])
                 red = np.asarray(Image.open(io.BytesIO(data)))[..., 0].mean()
                 cls.asked.append((body["model"], question["text"]))
+            cls.times.append(time.monotonic())
                 text = "" if red < 64 else "a dog" if red < 192 else "a red cat"
                 self.answer({"choices": [{"message": {"content": text}}]})
-        except BrokenPipeError:
+        except (BrokenPipeError, ConnectionResetError):
             pass
 
     def log_message(self, *args):
@@ -206,8 +210,20 @@ class VisionServer(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
+            elif fault == "no HTTP":
+                self.wfile.write(b"ready\r\n")
+            elif fault in ("half", "drip"):  # of what it has announced
+                self.send_response(200)
+                self.send_header("Content-Length", "100")
+                self.end_headers()
+                for _ in range(1 if fault == "half" else 40):
+                    self.wfile.write(b" ")
+                    time.sleep(0.25)
+            elif isinstance(fault, (dict, list)):
+                self.answer(fault)
 def vision_server():
-    VisionServer.faults, VisionServer.asked, VisionServer.most_parallel = [], [], 0
+    VisionServer.faults, VisionServer.asked, VisionServer.times = [], [], []
+    VisionServer.most_parallel, VisionServer.models = 0, None
     server = ThreadingHTTPServer(("127.0.0.1", 0), VisionServer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/v1"
@@ -227,13 +243,58 @@ def test_vlm_server_is_asked_in_parallel_and_order_is_kept(vision_server, bert_f
 
 
 def test_passing_faults_of_a_vlm_server_are_tried_again(vision_server, bert_folder):
-    reward = load_reward(f"llava_bertscore:{vision_server}?scorer={bert_folder}&layer=2&timeout=1&concurrency=2")
-    VisionServer.faults = [500, "hang", "garbage", 429]
-    scores = reward(torch.ones(2, 3, 16, 16), ["a red cat"] * 2)
-    assert torch.allclose(scores, torch.ones(2), atol=1e-5) and not VisionServer.faults
-    VisionServer.faults = [400]
-    with pytest.raises(RewardError, match="HTTP 400"):
-        reward(torch.ones(1, 3, 16, 16), ["a red cat"])
+    reward = load_reward(f"llava_bertscore:{vision_server}?scorer={bert_folder}&layer=2&timeout=1&concurrency=4")
+    VisionServer.faults = [500, "hang", "garbage", 429, "no HTTP", "half", "drip"]
+    scores = reward(torch.ones(4, 3, 16, 16), ["a red cat"] * 4)
+    assert torch.allclose(scores, torch.ones(4), atol=1e-5) and not VisionServer.faults
+
+
+SAYS_CAT = [{"type": "text", "text": "a red"}, {"type": "text", "text": "cat"}]
+
+
+def test_answers_of_a_vlm_server(vision_server, bert_folder):
+    """A text in parts is read as one; what stays wrong is asked for once and named."""
+    reward = load_reward(f"llava_bertscore:{vision_server}?scorer={bert_folder}&layer=2")
+    VisionServer.faults = [{"choices": [{"message": {"content": SAYS_CAT}}]}]
+    assert reward(torch.zeros(1, 3, 16, 16), ["a red cat"]).item() == pytest.approx(1, abs=1e-5)
+    wrong = [{"error": "no memory"}, ["no", "memory"], {"choices": []}]
+    wrong += [{"choices": [{"message": {"content": content}}]} for content in (3, [3], [{"type": "image"}])]
+    for fault in (*wrong, 400):
+        VisionServer.faults, VisionServer.times = [fault], []
+        with pytest.raises(RewardError) as error:
+            reward(torch.ones(1, 3, 16, 16), ["a red cat"])
+        message = str(error.value)
+        assert len(VisionServer.times) == 1 and vision_server in message and "\n" not in message
+        assert "without a text" in message if fault != 400 else re.search('HTTP 400 .*"error": "no"', message)
+
+
+def test_a_vlm_server_is_asked_a_bounded_number_of_times_ever_later(vision_server, bert_folder):
+    spec = f"llava_bertscore:{vision_server}?scorer={bert_folder}&layer=2&timeout=1"
+    VisionServer.faults = [503] * 100
+    with pytest.raises(RewardError, match="failed 4 times, at last with: HTTP 503"):
+        load_reward(spec + "&retries=3")(torch.ones(1, 3, 16, 16), ["a red cat"])
+    waits = np.diff(VisionServer.times)
+    assert len(waits) == 3 and (waits > [0.45, 0.9, 1.8]).all()
+    VisionServer.faults, VisionServer.times, start = ["drip"] * 100, [], time.monotonic()
+    with pytest.raises(RewardError, match="failed 1 times, at last with: no whole answer within 1 s"):
+        load_reward(spec + "&retries=0")(torch.ones(1, 3, 16, 16), ["a red cat"])
+    assert len(VisionServer.times) == 1 and time.monotonic() - start < 5  # the answer would take 10 s
+
+
+@pytest.mark.parametrize("fault", ["dead", "dead, model named", "no model", "error"])
+def test_a_vlm_server_that_fails_at_the_start_is_one_line(vision_server, bert_folder, fault, monkeypatch, capsys):
+    options = f"?scorer={bert_folder}&layer=2&retries=1" + ("&model=tiny" if "named" in fault else "")
+    VisionServer.models = {"data": []} if fault == "no model" else {"error": "no memory"}
+    if "dead" in fault:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            vision_server = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    monkeypatch.setattr(sys, "argv", ["dpok.py"])
+    with pytest.raises(SystemExit) as end:
+        load_reward_or_fail(f"llava_bertscore:{vision_server}{options}", torch.device("cpu"), ["a cat"])
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len([line for line in lines if "dpok.py: error: --reward" in line]) == 1
+    assert f"the VLM server {vision_server}/models" in lines[-1] or "lists no model" in lines[-1]
+    assert ("failed 2 times" in lines[-1]) == ("dead" in fault)
 
 
 def test_a_vlm_server_that_stays_down_stops_the_run_and_the_state_is_saved(
@@ -314,21 +375,17 @@ def test_fixed_classes_with_a_repeated_name(detector_folders, tmp_path):
         load_reward(f"object_detection:{folder}", prompts=["a N/A"])
 
 
-@pytest.mark.parametrize("family", ["owlv2", "grounding-dino"])
-def test_objects_longer_than_a_detectors_text_are_refused(detector_folders, family):
+@pytest.mark.parametrize("family, most", [("owlv2", 7), ("grounding-dino", 13)])
+def test_objects_longer_than_a_detectors_text_are_refused(detector_folders, family, most):
     """At the start and at a call; the longest that is taken can be scored."""
-    spec = f"object_detection:{detector_folders[family]}"
-    reward, prompt = load_reward(spec), "a" + 6 * " cup"
-    for _ in range(10):
-        assert torch.isfinite(reward(pictures(1), [prompt])).all()
-        try:
-            load_reward(spec, prompts=["a cat", prompt + " cup"])
-        except PromptError as error:
-            assert "16 tokens" in str(error) and prompt.removeprefix("a ") in str(error)
-            break
-        prompt += " cup"
-    with pytest.raises(RewardError, match="16 tokens"):
-        reward(pictures(1), [prompt + " cup"])
+    spec, longest, longer = f"object_detection:{detector_folders[family]}", most * " cup", (most + 1) * " cup"
+    reward = load_reward(spec, prompts=["a cat", longest])
+    assert torch.isfinite(reward(pictures(1), [longest])).all()
+    message = f"up to 16 tokens, and the object '{longer.strip()}' takes 17"
+    with pytest.raises(RewardError, match=message):
+        reward(pictures(1), [longer])
+    with pytest.raises(PromptError, match=message):
+        load_reward(spec, prompts=["a cat", longer])
 
 
 def test_a_missing_package_is_named_when_the_reward_is_loaded(detector_folders, monkeypatch):

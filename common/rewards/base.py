@@ -34,9 +34,13 @@ def check_options(name: str, options: dict[str, str], known: tuple[str, ...] = (
             raise RewardError(f"{name} has no option {option!r}; {there_are}")
 
 
-def check_weights(weights: str | None, *files: tuple[str, ...]) -> None:
-    """`weights` must be a hub id, or a folder with one file of each of `files`; raises RewardError."""
-    if weights is None or (not Path(weights).is_dir() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", weights)):
+def check_weights(weights: str | None, *files: tuple[str, ...], owner: bool = True) -> None:
+    """`weights` must be a hub id, or a folder with one file of each of `files`; raises RewardError.
+
+    Without `owner` a hub id may lack its owner, as those of the oldest models do (roberta-large).
+    """
+    hub_id = r"[\w-][\w.-]*/[\w.-]+" if owner else r"([\w-][\w.-]*/)?[\w-][\w.-]*"
+    if weights is None or (not Path(weights).is_dir() and re.fullmatch(hub_id, weights)):
         return
     if not Path(weights).is_dir():
         raise RewardError(f"there is no folder {weights!r}")
@@ -50,14 +54,6 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
-def batched(reward: Reward) -> Reward:
-    """`reward`, a few pictures at a time: a picture's score does not depend on the others."""
-
-    def in_batches(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        starts = range(0, len(images), BATCH)
-        return torch.cat([reward(images[i : i + BATCH], prompts[i : i + BATCH]) for i in starts])
-
-    return in_batches
 def load_model(model_class, weights: str, device: str | torch.device, dtype=torch.float32, unused: str = "(none)"):
     """`model_class` of transformers for inference on `device`, from the hub id or folder `weights`.
 
@@ -72,3 +68,11 @@ def load_model(model_class, weights: str, device: str | torch.device, dtype=torc
     return model.eval().requires_grad_(False).to(device)
 
 
+def batched(reward: Reward) -> Reward:
+    """`reward`, a few pictures at a time: a picture's score does not depend on the others."""
+
+    def in_batches(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        starts = range(0, len(images), BATCH)
+        return torch.cat([reward(images[i : i + BATCH], prompts[i : i + BATCH]) for i in starts])
+
+    return in_batches

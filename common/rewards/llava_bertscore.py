@@ -4,10 +4,14 @@ import base64
 import io
 import json
 import os
+import threading
 import time
 import urllib.error
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent import futures
+from http.client import HTTPException
+from urllib.parse import urlsplit
 
 import torch
 from PIL import Image
@@ -21,11 +25,11 @@ from common.rewards.base import (
     batched,
     check_options,
     check_weights,
+    load_model,
     to_pil,
 )
 
 VLM = "llava-hf/llava-1.5-7b-hf"
-    load_model,
 SCORER, LAYER = "microsoft/deberta-xlarge-mnli", 40
 """What `bert-score` recommends, and the layer that it takes of it."""
 TEXTS = {"question": "What is happening in this image?", "scorer": SCORER, "model": ""}
@@ -94,7 +98,24 @@ def describe_here(weights: str, question: str, max_new_tokens: int, device: str 
     return describe
 
 
-def ask_server(url: str, body: dict | None, timeout: float, retries: int) -> dict:
+def within(seconds: float, call: Callable):
+    """What `call()` returns, or a TimeoutError: a socket's own time-out begins anew with every byte that comes."""
+    future = futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return future.result(seconds)
+    except futures.TimeoutError:  # before Python 3.11 no OSError
+        raise TimeoutError(f"no whole answer within {seconds} s") from None
+
+
+def ask_server(url: str, body: dict | None, timeout: float, retries: int):
     """The JSON that an OpenAI-compatible server answers; tried again, ever later, after faults that may pass.
 
     Raises RewardError when it stays down. The key, if the server wants one, is read from OPENAI_API_KEY.
@@ -103,16 +124,24 @@ def ask_server(url: str, body: dict | None, timeout: float, retries: int) -> dic
         "Content-Type": "application/json",
         "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}",
     }
-    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
+
+    def call() -> tuple[int, str, bytes]:
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as response:
+                return response.status, response.reason, response.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.reason, error.read()
+
     for attempt in range(retries + 1):
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=timeout) as response:
-                return json.load(response)
-        except urllib.error.HTTPError as error:
-            fault = f"HTTP {error.code} {error.reason}"
-            if error.code < 500 and error.code not in (408, 409, 425, 429):
+            status, reason, answer = within(timeout, call)
+            if status < 300:
+                return json.loads(answer)
+            fault = f"HTTP {status} {reason}: {' '.join(answer.decode(errors='replace').split())[:200]}"
+            if status < 500 and status not in (408, 409, 425, 429):
                 break
-        except (OSError, ValueError) as error:  # no connection, time-out, or an answer that is not JSON
+        except (OSError, HTTPException, ValueError) as error:  # no connection, time-out, half an answer, not JSON
             fault = str(error) or type(error).__name__
         if attempt < retries:
             time.sleep(min(0.5 * 2**attempt, 30))
@@ -122,7 +151,12 @@ def ask_server(url: str, body: dict | None, timeout: float, retries: int) -> dic
 def describe_on_server(url: str, options: dict[str, str | int]):
     """A function from pictures to descriptions, by an OpenAI-compatible vision server (vLLM, SGLang)."""
     timeout, retries = options["timeout"], options["retries"]
-    name = options["model"] or ask_server(f"{url}/models", None, timeout, retries)["data"][0]["id"]
+    models = ask_server(f"{url}/models", None, timeout, retries)  # with a named model too: is there a server?
+    try:
+        name = options["model"] or models["data"][0]["id"]
+    except (KeyError, IndexError, TypeError):
+        fault = f"the VLM server {url} lists no model: {str(models)[:100]}; name one with ?model="
+        raise RewardError(fault) from None
 
     def describe_one(picture: Image.Image) -> str:
         buffer = io.BytesIO()
@@ -133,12 +167,13 @@ def describe_on_server(url: str, options: dict[str, str | int]):
         body |= {"max_tokens": options["max_new_tokens"], "temperature": 0}
         answer = ask_server(f"{url}/chat/completions", body, timeout, retries)
         try:
-            return answer["choices"][0]["message"]["content"] or ""
+            said = answer["choices"][0]["message"]["content"] or ""
+            return said if isinstance(said, str) else " ".join(part["text"] for part in said)
         except (KeyError, IndexError, TypeError):
-            raise RewardError(f"the VLM server {url} answered without a message: {str(answer)[:100]}") from None
+            raise RewardError(f"the VLM server {url} answered without a text: {str(answer)[:200]}") from None
 
     def describe(pictures: list[Image.Image]) -> list[str]:
-        with ThreadPoolExecutor(options["concurrency"]) as threads:
+        with futures.ThreadPoolExecutor(options["concurrency"]) as threads:
             return list(threads.map(describe_one, pictures))
 
     return describe
@@ -150,8 +185,9 @@ def read_options(options: dict[str, str]) -> dict[str, str | int]:
     numbers = {}
     for option, default in NUMBERS.items():
         text = options.get(option, str(default))
-        if not text.isdigit() or (int(text) == 0 and option not in ("retries", "layer")):
-            raise RewardError(f"{option}={text} of llava_bertscore must be a whole number of 1 or more")
+        least = 0 if option in ("retries", "layer") else 1
+        if not (text.isascii() and text.isdigit()) or int(text) < least:
+            raise RewardError(f"{option}={text} of llava_bertscore must be a whole number of {least} or more")
         numbers[option] = int(text)
     return TEXTS | options | numbers
 
@@ -160,9 +196,22 @@ def is_url(weights: str | None) -> bool:
     return weights is not None and weights.startswith(("http://", "https://"))
 
 
+def check_url(url: str) -> None:
+    """Raises RewardError for one that no request can be sent to."""
+    try:
+        parts = urlsplit(url)
+        ok = parts.hostname and parts.port != 0 and url.isascii() and url.isprintable() and " " not in url
+    except ValueError:  # a port that is no number, a bracket that is not closed
+        ok = False
+    if not ok:
+        raise RewardError(f"{url!r} is no URL of a server; write http://HOST:PORT/v1")
+
+
 def check(name: str, weights: str | None, options: dict[str, str]) -> None:
-    check_weights(read_options(options)["scorer"], *MODEL_FILES, TOKENIZER_FILES)
-    if not is_url(weights):
+    check_weights(read_options(options)["scorer"], *MODEL_FILES, TOKENIZER_FILES, owner=False)
+    if is_url(weights):
+        check_url(weights)
+    else:
         check_weights(weights, *MODEL_FILES, PROCESSOR_FILES, TOKENIZER_FILES)
 
 
