@@ -32,7 +32,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from tqdm import tqdm
 
-from common.cli import check_args, load_pipeline, load_reward_or_fail, parse_args, warn_of_unknown_words
+from common.cli import check_args, end_run, load_pipeline, load_reward_or_fail, parse_args, warn_of_unknown_words
 from common.lora import add_lora, load_lora, pretrained, save_lora
 from common.rewards import RewardError
 from common.run_folder import RunFolder, replace_folder, run_name
@@ -305,7 +305,7 @@ def main():
             rewards = reward_function(images, [prompts[i] for i in chosen])
         except RewardError as error:
             save_checkpoint(iteration)
-            raise SystemExit(f"error: iteration {iteration}: {error}; the run so far is in {run_dir}") from None
+            end_run(f"iteration {iteration}: {error}; the run so far is in {run_dir}")
         all_rewards = all_sum(F.pad(rewards, (start, m - stop))).cpu()
         all_prompts = all_sum(F.pad(chosen, (start, m - stop))).cpu()
         time_reward, clock = time.perf_counter() - clock, time.perf_counter()

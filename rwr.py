@@ -31,7 +31,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from common.cli import check_args, load_pipeline, load_reward_or_fail, parse_args, warn_of_unknown_words
+from common.cli import check_args, end_run, load_pipeline, load_reward_or_fail, parse_args, warn_of_unknown_words
 from common.lora import add_lora, load_lora, pretrained, save_lora
 from common.rewards import RewardError
 from common.run_folder import RunFolder, replace_folder, run_name
@@ -324,7 +324,7 @@ def main():
             try:
                 rewards = reward_function(images, [prompts[i] for i in chosen])
             except RewardError as error:
-                raise SystemExit(f"error: iteration {iteration}: {error}; the run so far is in {run_dir}") from None
+                end_run(f"iteration {iteration}: {error}; the run so far is in {run_dir}")
             shard = {"x0": x0, "prompt": chosen, "reward": rewards, "kl": kl}
             shards.append({key: gathered(value) for key, value in shard.items()})
             time_reward += time.perf_counter() - clock

@@ -35,6 +35,7 @@ from tqdm import tqdm
 from common.cli import (
     check_args,
     dataset_description,
+    end_run,
     load_pipeline,
     load_reward_or_fail,
     parse_args,
@@ -294,7 +295,7 @@ def main():
         try:
             return reward_function(images, [prompts[i] for i in chosen])
         except RewardError as error:
-            raise SystemExit(f"error: {error}; the run so far is in {run_dir}") from None
+            end_run(f"{error}; the run so far is in {run_dir}")
 
     # --- same in every script: run folder
     run_dir = [args.output_dir or Path("runs") / run_name(__file__, args)]

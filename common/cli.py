@@ -11,9 +11,11 @@ from typing import NoReturn
 import diffusers
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 import tyro
 from diffusers import StableDiffusionPipeline
+from tqdm import tqdm
 
 from common.rewards import PromptError, Reward, RewardError, check_spec, load_reward
 
@@ -25,6 +27,15 @@ def fail(message: str) -> NoReturn:
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def end_run(message: str) -> NoReturn:
+    """One line on stderr and exit code 1 on every rank, all of which call this: what has stopped a run under way."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(f"error: {' '.join(message.split())}", file=sys.stderr)  # on a line of its own, not the bar's
+    if dist.is_initialized():
+        dist.barrier()  # torchrun ends the other ranks when one has ended: rank 0 must have saved and said everything
+    raise SystemExit(1)
 
 
 def parse_args(presets: dict, description: str):
