@@ -32,8 +32,9 @@ def statistical_parity(classes: list[int], num_classes: int) -> float:
 
 def check(name: str, weights: str | None, options: dict[str, str]) -> None:
     check_options(name, options, ("labels",))
-    if "labels" in options and len(set(options["labels"].split(","))) < 2:
-        raise RewardError(f"{name} needs at least two labels, with commas between them")
+    labels = [label.strip() for label in options.get("labels", SKIN_TONES).split(",")]
+    if len(labels) < 2 or len(set(labels)) < len(labels) or "" in labels:
+        raise RewardError(f"{name} needs at least two labels, all of them different, with commas between them")
     check_weights(weights, *MODEL_FILES, PROCESSOR_FILES)
 
 
@@ -74,7 +75,8 @@ def load(name: str, weights: str | None, options: dict[str, str], device: str | 
                 groups.setdefault(prompt, []).append(c)
         for prompt, members in groups.items():
             if len(members) == 1:
-                raise RewardError(f"statistical parity needs several pictures of a prompt, and {prompt!r} has one")
+                fault = f"statistical parity needs several pictures of a prompt, and {prompt!r} has one"
+                raise RewardError(f"{fault}; raise --samples-per-iteration or take fewer prompts")
         values = {prompt: -statistical_parity(members, num_classes) for prompt, members in groups.items()}
         return torch.tensor([values[prompt] for prompt in prompts])
 
