@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -584,3 +585,101 @@ def test_import_is_quick_and_loads_no_models_library():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
     seconds, after_import, after_check = out.splitlines()
     assert float(seconds) < 3 and after_import == after_check == "[]"
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "torch.uint8"),
+        (np.zeros((2, 3, 8, 8), dtype=np.float32), "ndarray"),
+        (torch.zeros(1, 3, 8, 8), r"\(2, 3, H, W\).*\(1, 3, 8, 8\)"),
+        (torch.zeros(2, 8, 8, 3), r"\(2, 3, H, W\).*\(2, 8, 8, 3\)"),
+        (torch.zeros(3, 8, 8), r"\(2, 3, H, W\).*\(3, 8, 8\)"),
+        (torch.stack([torch.zeros(3, 8, 8), torch.full((3, 8, 8), torch.nan)]), "'a dog' is not finite"),
+    ],
+)
+def test_pictures_of_another_kind_are_refused(images, message):
+    with pytest.raises(RewardError, match=message):
+        load_reward("jpeg_compressibility")(images, ["a cat", "a dog"])
+
+
+def users(folder, text: str, name: str = "mine") -> str:
+    """A file of the user's with this text, made on the spot, as the beginning of a spec."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.py").write_text(text)
+    return f"{folder / name}.py"
+
+
+@pytest.mark.parametrize(
+    "returned, message",
+    [
+        ("None", "NoneType"),
+        ("'a lot'", "a str"),
+        ("torch.ones(1)", r"shape \(1,\)"),
+        ("torch.tensor([0.0, torch.inf])", "inf for the prompt 'a dog'"),
+        ("torch.ones(2, dtype=torch.float64) * 1e300", "inf for the prompt 'a cat'"),
+    ],
+)
+def test_what_a_users_function_returns_is_checked(tmp_path, returned, message):
+    path = users(tmp_path, f"import torch\ndef f(images, prompts): return {returned}\n")
+    with pytest.raises(RewardError, match=message):
+        load_reward(f"{path}:f")(pictures(2), ["a cat", "a dog"])
+
+
+def test_a_users_file_is_a_module_of_its_own(tmp_path):
+    """Dataclasses look their module up in sys.modules; files of one name stay apart, and shadow no other module."""
+    text = "from __future__ import annotations\nfrom dataclasses import dataclass\nimport torch\n"
+    text += "@dataclass\nclass Value:\n    value: float\n"
+    text += "def f(images, prompts): return torch.full((len(prompts),), Value({}).value)\n"
+    first, second = (users(tmp_path / str(k), text.format(k), "json") for k in (1.0, 2.0))
+    assert load_reward(f"1*{first}:f+10*{second}:f")(pictures(2), ["a cat"] * 2).tolist() == [21, 21]
+    assert sys.modules["json"] is json
+
+
+def test_a_sum_that_is_not_finite_is_refused(tmp_path):
+    path = users(tmp_path, "import torch\ndef f(images, prompts): return torch.full((len(prompts),), 3e38)\n")
+    with pytest.raises(RewardError, match=r"1\*.*\+1\*.* returned inf for the prompt 'a cat'"):
+        load_reward(f"1*{path}:f+1*{path}:f")(pictures(1), ["a cat"])
+
+
+@pytest.mark.parametrize("text", ["1 / 0", "def f(:", "import nothing_of_this_name", "assert False, 'a\\nb'"])
+def test_whatever_a_loader_raises_is_one_line(tmp_path, text, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dpok.py"])
+    with pytest.raises(SystemExit) as end:
+        load_reward_or_fail(f"{users(tmp_path, text)}:f", torch.device("cpu"), ["a cat"])
+    assert end.value.code == 2
+    assert re.fullmatch(r"dpok.py: error: --reward .*mine.py:f cannot be loaded \(.*Error.*\n", capsys.readouterr().err)
+
+
+def test_the_line_about_a_reward_is_whole_and_names_the_prompts(tmp_path, monkeypatch, capsys):
+    labels = ", ".join(f"class {i}" for i in range(200))
+    monkeypatch.setattr(sys, "argv", ["dpok.py"])
+    for error, remedy in (
+        (RewardError(labels), "class 199"),
+        (PromptError(labels), "change --prompt or --prompts-file"),
+    ):
+        monkeypatch.setattr("common.cli.load_reward", Mock(side_effect=error))
+        with pytest.raises(SystemExit) as end:
+            load_reward_or_fail("object_detection", torch.device("cpu"), ["a cat"])
+        stderr = capsys.readouterr().err
+        assert end.value.code == 2 and labels in stderr and remedy in stderr and stderr.count("\n") == 1
+
+
+    "0.5*aesthetic+0.5*": "in '0.5*'",
+    "0.5*+0.5*aesthetic": "0.7*aesthetic+-0.3*clip_score",
+    "aesthetic+clip_score": "0.7*aesthetic+-0.3*clip_score",
+    "1e999*aesthetic": "no finite weight",
+    "mine.py": "write mine.py:FUNCTION",
+    "mine.py:": "write mine.py:FUNCTION",
+    "llava_bertscore:http://": "http://HOST:PORT/v1",
+    "llava_bertscore:http://localhost:port/v1": "http://HOST:PORT/v1",
+    "llava_bertscore:http://local host/v1": "http://HOST:PORT/v1",
+    "llava_bertscore:http://localhost:1/v1?retries=-1": "0 or more",
+    "llava_bertscore?scorer=./nowhere": "no folder './nowhere'",
+    "statistical_parity?labels=a,a,b": "all of them different",
+    "statistical_parity?labels=a,,b": "at least two labels",
+@pytest.mark.parametrize(
+    "spec", ["llava_bertscore?scorer=roberta-large", "llava_bertscore:http://[::1]:80/v1?retries=0"]
+)
+def test_right_specs_are_not_refused(spec):
+    check_spec(spec)
+
+

@@ -21,12 +21,13 @@ docs/rewards.md says which there are, and what each reward needs.
 
 import importlib
 import importlib.util
+import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import parse_qsl
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -48,10 +49,11 @@ MODULES = {
 }
 NAMES = tuple(MODULES)
 TERM = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*\s*(.+?)\s*", re.DOTALL)
+SYNTAX = "a sum is written 0.7*aesthetic+-0.3*clip_score"
 
 
 def load_reward(spec: str, device: str | torch.device = "cpu", prompts: Sequence[str] = ()) -> Reward:
-    """The reward that `spec` names (see above), checked on every call for shape and finiteness.
+    """The reward that `spec` names (see above), checked on every call: pictures, scores and their sum.
 
     Raises RewardError, with a message for the user, when there is no such reward, its weights are missing, or it can
     never score one of `prompts`. Under torch.distributed a call is collective: a fault on one rank is raised on all.
@@ -64,40 +66,73 @@ def load_reward(spec: str, device: str | torch.device = "cpu", prompts: Sequence
 
     @torch.no_grad()
     def checked(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        _raise_on_all_ranks(_faults_of_images(images, prompts))  # before a term waits for the others
         total, faults = torch.zeros(len(prompts), device=images.device), []
         for weight, term, reward in terms:
             try:
-                total += weight * _checked_scores(term, reward, images, prompts)
+                total += weight * _checked_scores(term, reward(images, prompts), images, prompts)
             except RewardError as error:  # the other terms still run: they may be collective
                 faults.append(str(error))
-        if dist.is_initialized():
-            everybodys = [None] * dist.get_world_size()
-            dist.all_gather_object(everybodys, faults)
-            faults = [fault for faults in everybodys for fault in faults]
-        if faults:
-            raise RewardError(faults[0])
+        _raise_on_all_ranks(faults or _faults_of_scores(spec, total, prompts))
         return total
 
     return checked
 
 
-def _checked_scores(term: str, reward: Reward, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    scores = torch.as_tensor(reward(images, prompts))
+def _raise_on_all_ranks(faults: list[str]) -> None:
+    """RewardError with the first fault that any rank has."""
+    if dist.is_initialized():
+        everybodys = [None] * dist.get_world_size()
+        dist.all_gather_object(everybodys, faults)
+        faults = [fault for faults in everybodys for fault in faults]
+    if faults:
+        raise RewardError(faults[0])
+
+
+def _faults_of_images(images: torch.Tensor, prompts: list[str]) -> list[str]:
+    if not isinstance(images, torch.Tensor) or not images.is_floating_point():
+        kind = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
+        return [f"a reward's pictures must be a float tensor with values in [0, 1], and these are {kind}"]
+    if images.dim() != 4 or images.shape[:2] != (len(prompts), 3):
+        shape = tuple(images.shape)
+        return [f"a reward's pictures must have the shape ({len(prompts)}, 3, H, W) of its prompts, and have {shape}"]
+    if not images.isfinite().all():
+        prompt = prompts[images.isfinite().flatten(1).all(1).tolist().index(False)]
+        return [f"the picture of the prompt {prompt!r} is not finite; lower the learning rate or use --dtype fp32"]
+    return []
+
+
+def _faults_of_scores(term: str, scores: torch.Tensor, prompts: list[str]) -> list[str]:
+    faulty = [(score, prompt) for score, prompt in zip(scores.tolist(), prompts) if not math.isfinite(score)]
+    return [f"reward {term!r} returned {score} for the prompt {prompt!r}" for score, prompt in faulty[:1]]
+
+
+def _checked_scores(term: str, scores: torch.Tensor, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    try:
+        scores = torch.as_tensor(scores)
+    except (TypeError, ValueError, RuntimeError):  # None, words
+        kind = type(scores).__name__
+        fault = f"reward {term!r} returned a {kind}; it must return a tensor of one number a picture"
+        raise RewardError(fault) from None
     if scores.shape != (len(prompts),):
         raise RewardError(f"reward {term!r} returned shape {tuple(scores.shape)} for {len(prompts)} images")
     scores = scores.to(device=images.device, dtype=torch.float32)
-    for score, prompt in zip(scores.tolist(), prompts):
-        if not np.isfinite(score):
-            raise RewardError(f"reward {term!r} returned {score} for the prompt {prompt!r}")
+    for fault in _faults_of_scores(term, scores, prompts):
+        raise RewardError(fault)
     return scores
 
 
 def parse_sum(spec: str) -> list[tuple[float, str]]:
-    """Weights and specs of the terms of a weighted sum; [(1, spec)] of a spec that is none."""
+    """Weights and specs of the terms of a weighted sum; [(1, spec)] of a spec that is none. Raises RewardError."""
     if not TERM.fullmatch(spec):
         return [(1.0, spec)]
-    terms = [TERM.fullmatch(term) for term in re.split(r"\+(?=\s*[+-]?(?:\d|\.\d)[\d.eE+-]*\s*\*)", spec)]
-    return [(float(term[1]), term[2]) for term in terms]
+    terms = []
+    for term in re.split(r"\+(?=\s*[+-]?(?:\d|\.\d)[\d.eE+-]*\s*\*)", spec):
+        found = TERM.fullmatch(term)
+        if not found or not math.isfinite(float(found[1])):
+            raise RewardError(f"there is no finite weight and reward in {term!r} (reward {spec!r}); {SYNTAX}")
+        terms.append((float(found[1]), found[2]))
+    return terms
 
 
 def parse_spec(spec: str) -> tuple[str, str | None, dict[str, str]]:
@@ -117,13 +152,15 @@ def check_spec(spec: str) -> None:
         if is_users_function(term):
             path, _, function = term.rpartition(":")
             if not function or term.endswith(".py"):
-                raise RewardError(f"reward {term!r} names no function; write {term}:FUNCTION")
+                raise RewardError(f"reward {term!r} names no function; write {term.rstrip(':')}:FUNCTION")
             if not Path(path).is_file():
                 raise RewardError(f"there is no file {path!r} (reward {term!r})")
             continue
         name, weights, options = parse_spec(term)
         if name not in NAMES:
-            raise RewardError(f"there is no reward {name!r}; there are: {', '.join(NAMES)}, path/to/file.py:function")
+            hint = f"; {SYNTAX}" if re.search(r"[*+]", name) else ""
+            names = ", ".join((*NAMES, "path/to/file.py:function"))
+            raise RewardError(f"there is no reward {name!r}; there are: {names}{hint}")
         try:
             importlib.import_module(f"common.rewards.{MODULES[name]}").check(name, weights, options)
         except RewardError as error:
@@ -142,8 +179,9 @@ def _load_term(term: str, device: str | torch.device) -> Reward:
 
 def _users_function(spec: str) -> Callable:
     path, _, name = spec.rpartition(":")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module_spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", f"reward {Path(path).resolve()}"), path)
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module.__name__] = module  # where dataclasses and pickle look for it
     module_spec.loader.exec_module(module)
     if not callable(getattr(module, name, None)):
         raise RewardError(f"{path!r} has no function {name!r} (reward {spec!r})")
