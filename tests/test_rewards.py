@@ -26,15 +26,16 @@ from tiny_models import (
     make_bert,
     make_blip,
     make_clip,
+    make_deberta,
     make_detectors,
     make_llava,
     pictures,
     randomise,
 )
 
+from common.cli import load_reward_or_fail
 from common.rewards import NAMES, PromptError, RewardError, check_spec, load_reward, parse_sum
 from common.rewards.llava_bertscore import BERTScore
-from common.cli import load_reward_or_fail
 from common.rewards.object_detection import objects_of
 from common.rewards.statistical_parity import statistical_parity
 
@@ -100,6 +101,20 @@ def test_clip_score_equals_the_pipelines_similarity(clip_folder):
             assert scale * (direct - scores[i].item()) == pytest.approx(logits[other] - logits[PROMPTS[i]], abs=1e-3), k
 
 
+def test_clip_score_is_the_cosine_of_clips_two_embeddings(clip_folder):
+    from transformers import CLIPModel, CLIPProcessor
+
+    images, model = pictures(4), CLIPModel.from_pretrained(clip_folder)
+    scores = load_reward(f"clip_score:{clip_folder}")(images, PROMPTS)
+    processor = CLIPProcessor.from_pretrained(clip_folder)
+    for picture, prompt, score in zip(pil(images), PROMPTS, scores):
+        inputs = processor(images=picture, text=prompt, return_tensors="pt")
+        image = model.visual_projection(model.vision_model(inputs.pixel_values).pooler_output)
+        text = model.text_projection(model.text_model(inputs.input_ids).pooler_output)
+        assert score.item() == pytest.approx(torch.cosine_similarity(image, text).item(), abs=1e-5)
+    assert scores.std() > 1e-3
+
+
 def test_blip_score_is_the_cosine_of_blips_two_embeddings(blip_folder):
     from transformers import BlipForImageTextRetrieval, BlipProcessor
 
@@ -124,17 +139,18 @@ SENTENCES = [
 ]
 
 
-@pytest.mark.parametrize("layer", [0, 1, 2])
-def test_bertscore_recall_equals_the_package(bert_folder, layer):
+@pytest.mark.parametrize("make, layer", [(make_bert, 0), (make_bert, 1), (make_bert, 2), (make_deberta, 1)])
+def test_bertscore_recall_equals_the_package(tmp_path, make, layer):
     from bert_score import BERTScorer
 
+    folder = make(tmp_path)
     rng = np.random.default_rng(layer)
     words = [w for w in WORDS if w != "<image>"]
     candidates = [" ".join(rng.choice(words, rng.integers(1, 12))) for _ in range(20)]
     references = [" ".join(rng.choice(words, rng.integers(1, 8))) for _ in range(20)]
-    package = BERTScorer(str(bert_folder), num_layers=layer, device="cpu", use_fast_tokenizer=True)
+    package = BERTScorer(str(folder), num_layers=layer, device="cpu", use_fast_tokenizer=True)
     expected = torch.cat([package.score([c], [r])[1] for c, r in zip(candidates, references)])
-    ours = BERTScore(str(bert_folder), layer, "cpu").recall(candidates, references)
+    ours = BERTScore(str(folder), layer, "cpu").recall(candidates, references)
     assert ours.std() > 1e-3 and torch.allclose(ours, expected, atol=1e-5)
 
 
@@ -183,6 +199,7 @@ class VisionServer(BaseHTTPRequestHandler):
         cls = type(self)
         with cls.lock:
             fault = cls.faults.pop(0) if cls.faults else None
+            cls.times.append(time.monotonic())
             cls.parallel += 1
             cls.most_parallel = max(cls.most_parallel, cls.parallel)
         time.sleep(0.05)
@@ -193,24 +210,6 @@ class VisionServer(BaseHTTPRequestHandler):
                 time.sleep(3)
             elif fault == "garbage":
                 self.answer(b"<html>")
-            elif isinstance(fault, int):
-                self.answer({"error": "no"}, fault)
-            else:
-                image, question = body["messages"][0]["content"]
-                data = base64.b64decode(image["image_url"]["url"].split(",")[1])
-                red = np.asarray(Image.open(io.BytesIO(data)))[..., 0].mean()
-                cls.asked.append((body["model"], question["text"]))
-            cls.times.append(time.monotonic())
-                text = "" if red < 64 else "a dog" if red < 192 else "a red cat"
-                self.answer({"choices": [{"message": {"content": text}}]})
-        except (BrokenPipeError, ConnectionResetError):
-            pass
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
             elif fault == "no HTTP":
                 self.wfile.write(b"ready\r\n")
             elif fault in ("half", "drip"):  # of what it has announced
@@ -222,6 +221,23 @@ class VisionServer(BaseHTTPRequestHandler):
                     time.sleep(0.25)
             elif isinstance(fault, (dict, list)):
                 self.answer(fault)
+            elif isinstance(fault, int):
+                self.answer({"error": "no"}, fault)
+            else:
+                image, question = body["messages"][0]["content"]
+                data = base64.b64decode(image["image_url"]["url"].split(",")[1])
+                red = np.asarray(Image.open(io.BytesIO(data)))[..., 0].mean()
+                cls.asked.append((body["model"], question["text"]))
+                text = "" if red < 64 else "a dog" if red < 192 else "a red cat"
+                self.answer({"choices": [{"message": {"content": text}}]})
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
 def vision_server():
     VisionServer.faults, VisionServer.asked, VisionServer.times = [], [], []
     VisionServer.most_parallel, VisionServer.models = 0, None
@@ -475,26 +491,70 @@ def test_statistical_parity_groups_by_prompt(clip_folder, detector_folders):
         load_reward(f"statistical_parity:{clip_folder}")(images[:3], ["a nurse", "a nurse", "a chef"])
 
 
-def test_statistical_parity_gathers_a_prompts_pictures_over_ranks(clip_folder, tmp_path):
-    """Groups that are spread over two ranks: the values of one process."""
+def test_statistical_parity_of_many_pictures(clip_folder):
+    """More than a model sees at once, with extreme values; of any order and size."""
+    from transformers import pipeline
+
+    images, prompts, labels = pictures(64, seed=2), ["a nurse", "a chef", "a chef", "a cook"] * 16, LABELS.split(",")
+    images[4], images[5], images[6] = 0.0, 1.0, (images[6] * 255).round() / 255
+    reward = load_reward(f"statistical_parity:{clip_folder}?labels={LABELS}")
+    scores = reward(images, prompts)
+    classify = pipeline("zero-shot-image-classification", model=str(clip_folder), device="cpu")
+    answers = [a[0]["label"] for a in classify(pil(images), candidate_labels=labels, hypothesis_template="{}")]
+    for prompt in set(prompts):
+        of_prompt = [a for a, p in zip(answers, prompts) if p == prompt]
+        shares = np.array([of_prompt.count(label) / len(of_prompt) for label in labels])
+        expected = -np.sqrt(((shares - 1 / 3) ** 2).sum())
+        assert all(s == pytest.approx(expected, abs=1e-6) for s, p in zip(scores.tolist(), prompts) if p == prompt)
+    assert scores.dtype == torch.float32 and len(scores.unique()) == 3
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(reward(images[order], [prompts[i] for i in order]), scores[order])
+    for height, width in ((24, 24), (96, 64), (50, 113)):
+        scores = reward(pictures(4, height, width), ["a nurse", "a chef"] * 2)
+        assert (scores >= -((2 / 3) ** 0.5) - 1e-6).all() and (scores <= 0).all()
+
+
+RANKS_SCRIPT = """
+import os, sys, torch, torch.distributed as dist
+sys.path[:0] = [os.getcwd(), os.getcwd() + "/tests"]
+from tiny_models import pictures
+from common.rewards import RewardError, load_reward
+
+rank, world, folder = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), os.path.dirname(__file__)
+reward = load_reward("SPEC")
+if world > 1:
+    dist.init_process_group("gloo")
+images, prompts = pictures(12), ["a nurse", "a chef", "a chef"] * 4
+own = list(range(12) if world == 1 else (range(4), range(4, 12))[rank])
+images, prompts, faults = images[own], [prompts[i] for i in own], []
+if world > 1:
+    faulty = [(load_reward(f"1*{folder}/mine.py:f+1*SPEC"), images)]
+    faulty += [(reward, images * (torch.nan if rank == 1 else 1))]
+    for function, own_images in faulty:
+        try:
+            function(own_images, prompts)
+        except RewardError as error:
+            faults.append(str(error))
+torch.save((reward(images, prompts), faults), f"{folder}/{world}-{rank}.pt")
+"""
+
+
+def test_ranks_share_a_prompts_pictures_and_faults(clip_folder, tmp_path):
+    """Groups that are spread over two ranks have the values of one process; a fault on one rank is raised on both, none
+    of which waits for the other, and the next call finds them in step."""
     (tmp_path / "script.py").write_text(
-        "import os, sys, torch, torch.distributed as dist\n"
-        "sys.path[:0] = [os.getcwd(), os.getcwd() + '/tests']\n"
-        "from test_rewards import pictures\nfrom common.rewards import load_reward\n"
-        f"reward = load_reward('statistical_parity:{clip_folder}?labels={LABELS}')\n"
-        "rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))\n"
-        "if world > 1: dist.init_process_group('gloo')\n"
-        "images, prompts = pictures(12), ['a nurse', 'a chef', 'a chef'] * 4\n"
-        "own = range(0, 12) if world == 1 else (range(0, 4), range(4, 12))[rank]\n"
-        "scores = reward(images[list(own)], [prompts[i] for i in own])\n"
-        "torch.save(scores, f'{os.path.dirname(__file__)}/{world}-{rank}.pt')\n"
+        RANKS_SCRIPT.replace("SPEC", f"statistical_parity:{clip_folder}?labels={LABELS}")
     )
+    mine = "import os, torch\ndef f(images, prompts):\n"
+    mine += "    return torch.full((len(prompts),), torch.nan if os.environ['RANK'] == '1' else 0.0)\n"
+    (tmp_path / "mine.py").write_text(mine)
     for ranks in (1, 2):
         result = run_script(tmp_path / "script.py", ranks=ranks)
         assert result.returncode == 0, result.stderr
-    whole = torch.load(tmp_path / "1-0.pt")
-    parts = torch.cat([torch.load(tmp_path / f"2-{rank}.pt") for rank in range(2)])
-    assert torch.equal(whole, parts) and len(whole.unique()) > 1
+    whole, _ = torch.load(tmp_path / "1-0.pt")
+    (first, faults), (second, same_faults) = (torch.load(tmp_path / f"2-{rank}.pt") for rank in range(2))
+    assert torch.equal(whole, torch.cat([first, second])) and len(whole.unique()) > 1
+    assert faults == same_faults and "mine.py:f' returned nan" in faults[0] and "is not finite" in faults[1]
 
 
 @pytest.fixture(scope="module")
@@ -529,6 +589,8 @@ def test_a_batch_equals_one_by_one(specs, name):
     assert scores.dtype == torch.float32 and scores.shape == (6,) and torch.isfinite(scores).all()
     alone = torch.cat([reward(images[i : i + 1], prompts[i : i + 1]) for i in range(6)])
     assert torch.allclose(scores, alone, atol=1e-4) and alone.std() > 0
+    gaps = (alone[:, None] - alone).abs() + torch.eye(6)
+    assert gaps.min() > 1e-3 or "jpeg_" in name  # plain pictures are of one size
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     assert torch.allclose(reward(images[order], [prompts[i] for i in order]), scores[order], atol=1e-4)
     many = reward(images[torch.arange(64) % 6], [prompts[i % 6] for i in range(64)])
@@ -556,35 +618,6 @@ def test_weighted_sum(clip_folder):
     ]
 
 
-WRONG = {
-    "beauty": "no reward 'beauty'",
-    "0.5*aesthetic+0.5*beauty": "no reward 'beauty'",
-    "aesthetic:./nowhere": "no folder './nowhere'",
-    "clip_score:docs": "'docs' holds no config.json",
-    "llava_bertscore?colour=red": "no option 'colour'",
-    "llava_bertscore:http://localhost:1/v1?timeout=0": "timeout=0",
-    "llava_bertscore:http://localhost:1/v1?scorer=docs": "'docs' holds no config.json",
-    "statistical_parity?labels=one": "at least two labels",
-    "jpeg_compressibility:x": "takes no weights",
-    "object_detection?x=1": "no option 'x'",
-}
-
-
-@pytest.mark.parametrize("spec", WRONG)
-def test_wrong_specs_are_refused_before_anything_is_loaded(spec):
-    with pytest.raises(RewardError) as error:
-        check_spec(spec)
-    assert WRONG[spec] in str(error.value) and "\n" not in str(error.value)
-
-
-def test_import_is_quick_and_loads_no_models_library():
-    code = "import sys, time, torch; t = time.time(); import common.rewards; print(time.time() - t)\n"
-    code += "print([m for m in ('transformers', 'diffusers', 'huggingface_hub') if m in sys.modules])\n"
-    code += "from common.rewards import check_spec, NAMES\n[check_spec(n) for n in NAMES]\n"
-    code += "print([m for m in ('transformers', 'diffusers') if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
-    seconds, after_import, after_check = out.splitlines()
-    assert float(seconds) < 3 and after_import == after_check == "[]"
 @pytest.mark.parametrize(
     "images, message",
     [
@@ -663,6 +696,8 @@ def test_the_line_about_a_reward_is_whole_and_names_the_prompts(tmp_path, monkey
         assert end.value.code == 2 and labels in stderr and remedy in stderr and stderr.count("\n") == 1
 
 
+WRONG = {
+    "beauty": "no reward 'beauty'",
     "0.5*aesthetic+0.5*": "in '0.5*'",
     "0.5*+0.5*aesthetic": "0.7*aesthetic+-0.3*clip_score",
     "aesthetic+clip_score": "0.7*aesthetic+-0.3*clip_score",
@@ -676,6 +711,25 @@ def test_the_line_about_a_reward_is_whole_and_names_the_prompts(tmp_path, monkey
     "llava_bertscore?scorer=./nowhere": "no folder './nowhere'",
     "statistical_parity?labels=a,a,b": "all of them different",
     "statistical_parity?labels=a,,b": "at least two labels",
+    "0.5*aesthetic+0.5*beauty": "no reward 'beauty'",
+    "aesthetic:./nowhere": "no folder './nowhere'",
+    "clip_score:docs": "'docs' holds no config.json",
+    "llava_bertscore?colour=red": "no option 'colour'",
+    "llava_bertscore:http://localhost:1/v1?timeout=0": "timeout=0",
+    "llava_bertscore:http://localhost:1/v1?scorer=docs": "'docs' holds no config.json",
+    "statistical_parity?labels=one": "at least two labels",
+    "jpeg_compressibility:x": "takes no weights",
+    "object_detection?x=1": "no option 'x'",
+}
+
+
+@pytest.mark.parametrize("spec", WRONG)
+def test_wrong_specs_are_refused_before_anything_is_loaded(spec):
+    with pytest.raises(RewardError) as error:
+        check_spec(spec)
+    assert WRONG[spec] in str(error.value) and "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     "spec", ["llava_bertscore?scorer=roberta-large", "llava_bertscore:http://[::1]:80/v1?retries=0"]
 )
@@ -683,3 +737,11 @@ def test_right_specs_are_not_refused(spec):
     check_spec(spec)
 
 
+def test_import_is_quick_and_loads_no_models_library():
+    code = "import sys, time, torch; t = time.time(); import common.rewards; print(time.time() - t)\n"
+    code += "print([m for m in ('transformers', 'diffusers', 'huggingface_hub') if m in sys.modules])\n"
+    code += "from common.rewards import check_spec, NAMES\n[check_spec(n) for n in NAMES]\n"
+    code += "print([m for m in ('transformers', 'diffusers') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    seconds, after_import, after_check = out.splitlines()
+    assert float(seconds) < 3 and after_import == after_check == "[]"

@@ -106,6 +106,25 @@ def make_bert(folder: Path) -> Path:
     return folder
 
 
+def make_deberta(folder: Path) -> Path:
+    """A text model for BERTScore whose positions are relative, as those of the default are."""
+    from transformers import DebertaConfig, DebertaModel
+
+    tokenizer = word_tokenizer(BERT_SPECIAL)
+    tokenizer.save_pretrained(folder)
+    config = DebertaConfig(
+        **TINY,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=32,
+        relative_attention=True,
+        pos_att_type=["c2p", "p2c"],
+        position_biased_input=False,
+        type_vocab_size=0,
+    )
+    randomise(DebertaModel(config)).save_pretrained(folder)
+    return folder
+
+
 def make_llava(folder: Path) -> Path:
     from transformers import (
         CLIPImageProcessor,
