@@ -657,6 +657,12 @@ def test_what_a_users_function_returns_is_checked(tmp_path, returned, message):
         load_reward(f"{path}:f")(pictures(2), ["a cat", "a dog"])
 
 
+def test_a_fault_in_a_users_function_is_one_line_with_its_place(tmp_path):
+    path = users(tmp_path, "def f(images, prompts):\n    return 1 / 0\n")
+    with pytest.raises(RewardError, match=r"mine.py:f' failed with ZeroDivisionError: .*\(.*mine.py:2\)$"):
+        load_reward(f"{path}:f")(pictures(2), ["a cat", "a dog"])
+
+
 def test_a_users_file_is_a_module_of_its_own(tmp_path):
     """Dataclasses look their module up in sys.modules; files of one name stay apart, and shadow no other module."""
     text = "from __future__ import annotations\nfrom dataclasses import dataclass\nimport torch\n"

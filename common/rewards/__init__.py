@@ -24,6 +24,7 @@ import importlib.util
 import math
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import parse_qsl
@@ -185,4 +186,14 @@ def _users_function(spec: str) -> Callable:
     module_spec.loader.exec_module(module)
     if not callable(getattr(module, name, None)):
         raise RewardError(f"{path!r} has no function {name!r} (reward {spec!r})")
-    return getattr(module, name)
+    function = getattr(module, name)
+
+    def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        try:
+            return function(images, prompts)
+        except Exception as error:  # the run must save its state, and the other ranks must hear of it
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            what = " ".join(f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})".split())
+            raise RewardError(f"reward {spec!r} failed with {what}") from error
+
+    return reward
