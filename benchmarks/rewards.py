@@ -1,11 +1,16 @@
-"""What the rewards cost: parameters at real size, and pictures a second of the zoo's own and of JPEG, on this machine.
+"""What the rewards cost: parameters at real size; speed and memory of the zoo's own, of JPEG, and of tiny models of the
+real architectures with random weights (tests/tiny_models.py), made on the spot, on this machine.
 
 python -m benchmarks.rewards        writes benchmarks/results/rewards.json
 """
 
 import json
 import os
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 from transformers import (
@@ -24,6 +29,9 @@ from transformers import (
 from benchmarks.zoo_eval import ROOT
 from common.rewards import load_reward
 from common.rewards.image_reward import IMAGE_REWARD_CONFIG, ImageReward
+
+sys.path.append(str(ROOT / "tests"))
+from tiny_models import make_bert, make_blip, make_clip, make_detectors, make_llava
 
 TEXT_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
 VISION_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}
@@ -66,22 +74,69 @@ SPEEDS = {
     "statistical_parity:zoo/skin_tone": 64,
     "jpeg_compressibility": 512,
 }
+"""Specs, and the side of the pictures that they are given."""
+PICTURES, TIMES = 64, 5
+
+
+def tiny_specs(folder: Path) -> dict[str, str]:
+    """A spec for each reward with a model, on tiny models that are made in `folder`."""
+    for name in ("clip", "blip", "bert", "llava", "detectors"):
+        (folder / name).mkdir()
+    clip, blip = make_clip(folder / "clip"), make_blip(folder / "blip")
+    llava, bert = make_llava(folder / "llava"), make_bert(folder / "bert")
+    detectors = make_detectors(folder / "detectors")
+    specs = {f"object_detection, {name}": f"object_detection:{detectors[name]}" for name in detectors}
+    return specs | {
+        "aesthetic": f"aesthetic:{clip}",
+        "clip_score": f"clip_score:{clip}",
+        "blip_score": f"blip_score:{blip}",
+        "llava_bertscore": f"llava_bertscore:{llava}?scorer={bert}&layer=2&max_new_tokens=16",
+        "statistical_parity": f"statistical_parity:{clip}?labels=a red cat,a green dog",
+    }
+
+
+def resident_mb(key: str) -> float:
+    """Memory of this process: VmRSS now, VmHWM at its peak. (The peak of getrusage begins with the parent's memory.)"""
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[key].split()[0]) / 1000
+
+
+def measure(spec: str, size: int) -> dict[str, float]:
+    """Of PICTURES pictures on one thread: how many a second of CPU time, which other processes do not take part in, and
+    the process's memory before the reward is loaded and at its peak."""
+    torch.set_num_threads(1)
+    images = torch.rand(PICTURES, 3, size, size, generator=torch.Generator().manual_seed(0))
+    prompts = ["a cat"] * PICTURES
+    before = resident_mb("VmRSS")
+    reward = load_reward(spec)
+    reward(images, prompts)
+    start = time.process_time()
+    for _ in range(TIMES):
+        reward(images, prompts)
+    seconds = time.process_time() - start
+    return {"pictures_per_cpu_second": TIMES * PICTURES / seconds, "mb_before": before, "mb_peak": resident_mb("VmHWM")}
+
+
+def measure_alone(spec: str, size: int) -> dict[str, float]:
+    """`measure` in a process of its own, so that a peak is that of one reward."""
+    command = [sys.executable, "-m", "benchmarks.rewards", spec, str(size)]
+    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def main():
-    results = {"cores": os.cpu_count(), "torch": torch.__version__, "parameters": {}, "pictures_per_second": {}}
+    if sys.argv[1:]:
+        print(json.dumps(measure(sys.argv[1], int(sys.argv[2]))))
+        return
+    results = {"cores": os.cpu_count(), "torch": torch.__version__, "parameters": {}, "measured": {}, "tiny": {}}
     for name, make in REAL.items():
         with torch.device("meta"):
             results["parameters"][name] = sum(parameter.numel() for parameter in make().parameters())
     for spec, size in SPEEDS.items():
-        name, _, folder = spec.partition(":")
-        reward = load_reward(f"{name}:{ROOT / folder}" if folder else name)
-        images, prompts = torch.rand(64, 3, size, size, generator=torch.Generator().manual_seed(0)), ["a cat"] * 64
-        reward(images[:2], prompts[:2])
-        start = time.perf_counter()
-        for _ in range(5):
-            reward(images, prompts)
-        results["pictures_per_second"][f"{spec}, {size} px"] = 5 * 64 / (time.perf_counter() - start)
+        results["measured"][f"{spec}, {size} px"] = measure_alone(spec, size)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, spec in tiny_specs(Path(folder)).items():
+            results["tiny"][f"{name}, 64 px"] = measure_alone(spec, 64)
     (ROOT / "benchmarks/results/rewards.json").write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))
 
