@@ -63,6 +63,7 @@ def make_clip(folder: Path) -> Path:
     """A CLIP model, with LAION's predictor beside it."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+    torch.manual_seed(2)  # pictures of all classes when it is asked for three
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / "zoo/sd/tokenizer")
     text = TINY | {"vocab_size": len(tokenizer), "max_position_embeddings": 24}
     text |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "projection_dim": 12}
@@ -82,6 +83,7 @@ def make_clip(folder: Path) -> Path:
 def make_blip(folder: Path) -> Path:
     from transformers import BertTokenizer, BlipConfig, BlipForImageTextRetrieval, BlipImageProcessor, BlipProcessor
 
+    torch.manual_seed(0)
     (folder / "vocab.txt").write_text("\n".join([*BERT_SPECIAL.values(), *WORDS]) + "\n")
     tokenizer = BertTokenizer.from_pretrained(folder, model_max_length=24)
     text = TINY | {"vocab_size": len(tokenizer), "max_position_embeddings": 24, "encoder_hidden_size": 16}
@@ -98,6 +100,7 @@ def make_bert(folder: Path) -> Path:
     """A text model for BERTScore."""
     from transformers import BertConfig, BertModel
 
+    torch.manual_seed(0)
     tokenizer = word_tokenizer(BERT_SPECIAL)
     tokenizer.save_pretrained(folder)
     randomise(BertModel(BertConfig(**TINY, vocab_size=len(tokenizer), max_position_embeddings=32))).save_pretrained(
@@ -110,6 +113,7 @@ def make_deberta(folder: Path) -> Path:
     """A text model for BERTScore whose positions are relative, as those of the default are."""
     from transformers import DebertaConfig, DebertaModel
 
+    torch.manual_seed(0)
     tokenizer = word_tokenizer(BERT_SPECIAL)
     tokenizer.save_pretrained(folder)
     config = DebertaConfig(
@@ -135,6 +139,7 @@ def make_llava(folder: Path) -> Path:
         LlavaProcessor,
     )
 
+    torch.manual_seed(0)
     tokenizer = word_tokenizer(CLIP_SPECIAL, extra_special_tokens={"image_token": "<image>"})
     tokenizer.model_max_length = 128
     config = LlavaConfig(
@@ -188,6 +193,7 @@ def make_detectors(parent: Path) -> dict[str, Path]:
         ViTImageProcessor,
     )
 
+    torch.manual_seed(0)
     folders = {}
 
     def folder(name):
