@@ -65,10 +65,10 @@ class Args:
     """Train the guided prediction, which is the policy that sampled (B.1). Off: the conditional one alone."""
     estimator: Literal["is", "sf"] = "is"
     """"is": Eq. 4 with PPO's clipped surrogate, --gradient-steps updates. "sf": Eq. 3, one update on all samples."""
-    gradient_steps: int = 4
-    """Updates of an iteration with "is", each on an equal share of its samples (A.1)."""
     clip_range: float = 1e-4
     """eps of the clipped surrogate (A.1)."""
+    gradient_steps: int = 4
+    """Updates of an iteration with "is", each on an equal share of its samples (A.1)."""
     timestep_fraction: float = 1.0
     """Share of each sample's steps that is learned from, drawn at random; 1 is Eq. 3 and 4."""
     normalise: Literal["per-prompt", "per-batch"] = "per-prompt"
