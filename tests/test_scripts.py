@@ -77,7 +77,8 @@ def smooth(tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_ranks_do_not_change_the_result(tiny_sd, tmp_path, smooth, script):
     """10 samples on 1, 2 and 3 processes (uneven for 3): the same metrics and LoRA after 3 iterations."""
-    flags = [*TINY, *smooth, *OWN[script], "--num-iterations", 3, "--learning-rate", 1e-3, "--model", tiny_sd]
+    # With much smaller steps the KL is a difference of nearly equal numbers, with larger ones rounding is amplified.
+    flags = [*TINY, *smooth, *OWN[script], "--num-iterations", 3, "--learning-rate", 2e-3, "--model", tiny_sd]
     for ranks in (1, 2, 3):
         result = run_script(script, *flags, "--output-dir", tmp_path / str(ranks), ranks=ranks)
         assert result.returncode == 0, result.stderr
@@ -132,8 +133,8 @@ def test_reward_that_is_not_finite_stops_the_run(tiny_sd, tmp_path, script):
     (tmp_path / "mine.py").write_text(
         "import torch\ndef f(images, prompts): return torch.full((len(prompts),), float('nan'))\n"
     )
-    flags = ["--model", tiny_sd, *TINY, "--reward", f"{tmp_path}/mine.py:f", "--output-dir", tmp_path / "run"]
-    result = run_script(script, *flags)
+    flags = [*TINY, *SMALL[script], "--model", tiny_sd, "--reward", f"{tmp_path}/mine.py:f"]
+    result = run_script(script, *flags, "--output-dir", tmp_path / "run")
     assert result.returncode == 1 and "nan" in result.stderr and PROMPT in result.stderr
     assert "Traceback" not in result.stderr
 
