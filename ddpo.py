@@ -336,7 +336,7 @@ def main():
                 c = text[chosen[i - start]]
                 noise = guided_noise(train_args, unet, x_t, timesteps, c, no_text)
                 step = ddim_step_with_logprob(scheduler, noise, timesteps, x_t, args.eta, prev_sample=x_prev)
-                ratio = torch.exp(step.log_prob - log_prob[i - start, j])
+                ratio = torch.exp(step.log_prob - log_prob[i - start, j])  # Eq. 4
                 clipped = ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
                 if args.estimator == "sf":
                     objective = A[i] * step.log_prob  # Eq. 3

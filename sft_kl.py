@@ -375,7 +375,7 @@ def main():
                     with torch.no_grad(), pretrained(unet):
                         f_pre = to_x0(scheduler, guided_noise(train_args, unet, x_t, steps, z, no_text), x_t, steps)
                 loss = sft_loss(args, data["reward"][batch[rows]].to(device), x0, f, f_pre)
-                loss = (weight[rows].to(device) * loss).sum() / args.batch_size
+                loss = (weight[rows].to(device) * loss).sum() / args.batch_size  # Eq. 12, 13
                 scaler.scale(loss).backward()
                 loss_sum += loss.detach().double() / args.gradient_steps
             grad_norms.append(step_optimizer(optimizer, args.max_grad_norm))

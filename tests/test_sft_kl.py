@@ -121,7 +121,6 @@ def test_kl_d_is_the_shifted_reward():
     none = sft_kl.sft_loss(sft_kl.Args(regularization="none"), (reward + 1.3).clamp(min=0), x0, f, None).sum()
     gradients = [torch.autograd.grad(loss, f)[0] for loss in (shifted, none)]
     assert torch.allclose(*gradients, rtol=1e-5, atol=1e-9) and gradients[0].abs().max() > 0
-    assert (reward < -1.3).any() or (gradients[0].flatten(1).abs().max(1).values > 0).all()
 
 
 def test_rewards_below_the_floor_are_not_unlearned():
