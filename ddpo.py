@@ -69,8 +69,10 @@ class Args:
     """eps of the clipped surrogate (A.1)."""
     gradient_steps: int = 4
     """Updates of an iteration with "is", each on an equal share of its samples (A.1)."""
+    rewarded_share: float = 1.0
+    """Share of a sample's steps, the noisiest first, that learn from the reward; 1 is Eq. 3 and 4."""
     timestep_fraction: float = 1.0
-    """Share of each sample's steps that is learned from, drawn at random; 1 is Eq. 3 and 4."""
+    """Share of those steps that is learned from, drawn at random for each sample; 1 is Eq. 3 and 4."""
     normalise: Literal["per-prompt", "per-batch"] = "per-prompt"
     """Mean and standard deviation for the advantages: of the prompt's last rewards (A.3) or of the iteration's."""
     buffer_size: int = 32
@@ -109,7 +111,7 @@ AESTHETIC = replace(Args(), reward="aesthetic", prompts_file=Path("prompts/anima
 ALIGNMENT = replace(Args(), reward="llava_bertscore", prompts_file=Path("prompts/animals_activities.txt"))  # 5.3
 ZOO = replace(Args(), model="zoo/sd", reward="image_reward:zoo/image_reward", prompts_file=Path("prompts/zoo.txt"))
 ZOO = replace(ZOO, num_inference_steps=12, guidance_scale=1.5, samples_per_iteration=32, micro_batch_size=64)
-ZOO = replace(ZOO, num_iterations=50, gradient_steps=2, min_count=8, learning_rate=2e-3)
+ZOO = replace(ZOO, num_iterations=50, rewarded_share=0.5, min_count=8, learning_rate=2e-3)
 # A latent of 1024 numbers instead of 16384: the mean over them leaves ratios about 16 times farther from 1.
 ZOO = replace(ZOO, clip_range=1e-3)
 PRESETS = {"compressibility": COMPRESSIBILITY, "incompressibility": INCOMPRESSIBILITY, "aesthetic": AESTHETIC}
@@ -293,13 +295,24 @@ def main():
         generators = [seeded(args.seed, 0, iteration, i) for i in own]
         chosen = torch.cat([torch.randint(len(prompts), (1,), generator=g) for g in generators]).to(device)
         noise = torch.stack([torch.randn(T + 1, *latent_shape, generator=g) for g in generators])
-        trajectory, log_prob, images = [], [], []
+        kl_steps = torch.cat([torch.randint(T, (1,), generator=g) for g in generators]).to(device)
+        trajectory, log_prob, images, kl = [], [], [], []
         for rows in torch.arange(len(own)).split(args.micro_batch_size):
-            x, log_p, stds = sample(args, unet, scheduler, text[chosen[rows]], no_text, noise[rows].to(device))
+            c = text[chosen[rows]]
+            x, log_p, stds = sample(args, unet, scheduler, c, no_text, noise[rows].to(device))
             trajectory.append(x)
             log_prob.append(log_p)
             images.append(decode(vae, x[:, -1]))
-        trajectory, log_prob, images = torch.cat(trajectory), torch.cat(log_prob), torch.cat(images)
+            # KL to the pretrained model (DPOK Eq. 7), on one step of each sample.
+            i, j = torch.arange(len(rows), device=device), kl_steps[rows]
+            at = {"timestep": scheduler.timesteps.to(device)[j], "sample": x[i, j], "prev_sample": x[i, j + 1]}
+            with torch.no_grad():
+                output = guided_noise(args, unet, at["sample"], at["timestep"], c, no_text)
+                with pretrained(unet):
+                    pre_output = guided_noise(args, unet, at["sample"], at["timestep"], c, no_text)
+            step, pre = (ddim_step_with_logprob(scheduler, o, eta=args.eta, **at) for o in (output, pre_output))
+            kl.append(ddim_step_kl(step.mean, pre.mean, step.std))
+        trajectory, log_prob, images, kl = (torch.cat(parts) for parts in (trajectory, log_prob, images, kl))
         time_sample, clock = time.perf_counter() - clock, time.perf_counter()
         try:
             rewards = reward_function(images, [prompts[i] for i in chosen])
@@ -308,6 +321,7 @@ def main():
             end_run(f"iteration {iteration}: {error}; the run so far is in {run_dir}")
         all_rewards = all_sum(F.pad(rewards, (start, m - stop))).cpu()
         all_prompts = all_sum(F.pad(chosen, (start, m - stop))).cpu()
+        kl = all_sum(kl.double().sum()).item() / m
         time_reward, clock = time.perf_counter() - clock, time.perf_counter()
 
         # Advantages, of all samples on all ranks (A.3).
@@ -320,11 +334,11 @@ def main():
         A = advantages.float().to(device)
 
         # A step with sigma_t = 0 has no log-probability and takes no part. Each sample learns from a random subset.
-        steps_with_noise = torch.nonzero(stds > 0)[:, 0].cpu()
-        K = max(1, round(args.timestep_fraction * len(steps_with_noise)))
+        learned = torch.nonzero((stds.cpu() > 0) & (torch.arange(T) < args.rewarded_share * T))[:, 0]
+        K = max(1, round(args.timestep_fraction * len(learned)))
         generator = seeded(args.seed, 1, iteration)
-        steps = steps_with_noise[torch.rand(m, len(steps_with_noise), generator=generator).argsort(1)[:, :K]]
-        sums, first_deviation = torch.zeros(4, dtype=torch.float64, device=device).split([3, 1])
+        steps = learned[torch.rand(m, len(learned), generator=generator).argsort(1)[:, :K]]
+        sums, first_deviation = torch.zeros(3, dtype=torch.float64, device=device).split([2, 1])
         grad_norms = []
         for update, samples in enumerate(torch.randperm(m, generator=generator).tensor_split(gradient_steps)):
             count = len(samples) * K
@@ -348,17 +362,8 @@ def main():
                 with torch.no_grad():
                     if update == 0:
                         first_deviation = torch.maximum(first_deviation, (ratio - 1).abs().max())
-                    # KL to the pretrained model (DPOK Eq. 7), on one step of each sample.
-                    first = j == steps[i.cpu(), 0].to(device)
-                    if first.any():
-                        with pretrained(unet):
-                            pre_noise = guided_noise(train_args, unet, x_t[first], timesteps[first], c[first], no_text)
-                        x = {"sample": x_t[first], "prev_sample": x_prev[first]}
-                        pre = ddim_step_with_logprob(scheduler, pre_noise, timesteps[first], eta=args.eta, **x)
-                        kl = ddim_step_kl(step.mean[first], pre.mean, step.std[first])
-                        sums[0] += kl.double().sum() / m
-                    sums[1] += (ratio != clipped).double().sum() / count / gradient_steps
-                    sums[2] += loss.double() / gradient_steps
+                    sums[0] += (ratio != clipped).double().sum() / count / gradient_steps
+                    sums[1] += loss.double() / gradient_steps
             grad_norms.append(step_optimizer(optimizer, args.max_grad_norm))
 
         sums = all_sum(sums).tolist()
@@ -369,10 +374,10 @@ def main():
             "samples": (iteration + 1) * m,
             "reward/mean": all_rewards.mean().item(),
             "reward/std": all_rewards.std(correction=0).item(),
-            "kl/pretrained": sums[0] * int(np.prod(latent_shape)) * len(steps_with_noise),
+            "kl/pretrained": kl * int(np.prod(latent_shape)) * T,
             "ratio/first_max_deviation": first_deviation.item(),
-            "ratio/clip_fraction": sums[1],
-            "loss/policy": sums[2],
+            "ratio/clip_fraction": sums[0],
+            "loss/policy": sums[1],
             "advantages/mean": advantages.mean().item(),
             "advantages/std": advantages.std(correction=0).item(),
             "grad_norm": float(np.mean(grad_norms)),

@@ -39,19 +39,23 @@ def gradient(update):
     return torch.cat([g.flatten() for _, g in update]).double()
 
 
-@pytest.mark.parametrize("estimator, fraction", [("is", 1.0), ("is", 0.5), ("sf", 1.0), ("sf", 0.5)])
-def test_gradient_is_that_of_the_paper_written_out(tiny_sd, tmp_path, monkeypatch, estimator, fraction):
+@pytest.mark.parametrize(
+    "estimator, share, fraction", [("is", 1.0, 1.0), ("is", 1.0, 0.5), ("sf", 1.0, 1.0), ("sf", 0.5, 0.5)]
+)
+def test_gradient_is_that_of_the_paper_written_out(tiny_sd, tmp_path, monkeypatch, estimator, share, fraction):
     """The gradient handed to the optimizer (with "is" at the second update, when the ratios are not 1) against autograd
     in float64 of Eq. 3, and of PPO's surrogate (Schulman et al. 2017, Eq. 7)."""
     clip, T, m, updates = 3e-4, 4, 10, 2 if estimator == "is" else 1
-    flags = ["--estimator", estimator, "--timestep-fraction", fraction, "--clip-range", clip, "--learning-rate", 3e-3]
+    flags = ["--estimator", estimator, "--rewarded-share", share, "--timestep-fraction", fraction]
+    flags += ["--clip-range", clip, "--learning-rate", 3e-3]
     recorded, trajectory, log_prob, advantages = run_recorded(
         tiny_sd, tmp_path, monkeypatch, "--gradient-steps", 2, *flags
     )
     assert len(recorded) == updates
 
     generator = ddpo.seeded(0, 1, 0)
-    chosen_steps = torch.rand(m, T, generator=generator).argsort(1)[:, : round(fraction * T)]
+    learned = round(share * T)
+    chosen_steps = torch.rand(m, learned, generator=generator).argsort(1)[:, : round(fraction * learned)]
     samples = torch.randperm(m, generator=generator)
     samples = samples[m // 2 :] if estimator == "is" else samples
     i, j = (torch.tensor(x) for x in zip(*((i, j) for i in samples.tolist() for j in chosen_steps[i].tolist())))
