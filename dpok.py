@@ -87,6 +87,8 @@ class Args:
     """Set negative rewards to 0 before they are learned from (an option of the released code)."""
     learning_rate: float = 1e-5
     """AdamW's learning rate (App. B)."""
+    cooldown_share: float = 0.0
+    """Share of the run, its end, over which the learning rate falls to 0 in a straight line."""
     weight_decay: float = 0.0
     """AdamW's weight decay (released code)."""
     max_grad_norm: float = 0.1
@@ -330,6 +332,8 @@ def main():
             end_run(f"iteration {iteration}: {error}; the run so far is in {run_dir}")
         replay["reward"][slot] = rewards.clamp(min=0) if args.reward_filter else rewards
         all_rewards = all_sum(F.pad(rewards, (start, m - stop)))
+        if iteration == 0:  # a baseline from the first update on, when the value function has learned nothing yet
+            torch.nn.init.constant_(value_function.out.bias, all_sum(replay["reward"][slot].sum()).item() / m)
         time_reward, clock = time.perf_counter() - clock, time.perf_counter()
 
         # A step with sigma_t = 0 has no log-probability and is never drawn.
@@ -356,6 +360,9 @@ def main():
             step_optimizer(value_optimizer, float("inf"))
 
         # Policy: gradient_steps updates on batch_size transitions each (Eq. 9, 26).
+        if args.cooldown_share:
+            left = 1 - iteration / args.num_iterations
+            optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, left / args.cooldown_share)
         for update in range(args.gradient_steps):
             count, transitions = draw_transitions(args.batch_size, 1, iteration, update)
             for s, i, j in transitions.split(args.micro_batch_size, dim=1) if transitions.numel() else ():

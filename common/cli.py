@@ -80,6 +80,8 @@ def check_args(args, world_size: int) -> list[str]:
     for name in {"rewarded_share", "timestep_fraction"} & asdict(args).keys():
         if not 0 < getattr(args, name) <= 1:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be more than 0 and at most 1")
+    if asdict(args).get("cooldown_share", 0) > 1:
+        fail(f"--cooldown-share is {args.cooldown_share}; it can be at most 1")
     if "timestep_fraction" in asdict(args) and args.gradient_steps > args.samples_per_iteration:
         fail(f"--gradient-steps is {args.gradient_steps}; it can be at most --samples-per-iteration")
     if "shard_size" in asdict(args):

@@ -19,7 +19,7 @@ TINY = ("--num-inference-steps", "4", "--samples-per-iteration", "10", "--reward
 def test_gradient_is_that_of_eq_9_written_out(tiny_sd, tmp_path, monkeypatch, kl, rewarded_share):
     """The gradient that the script hands to its optimizer at the third update, where neither the ratios are 1 nor the
     KL is 0, against autograd of Eq. 9 in float64 with torch.distributions and LoRA merged into the weights."""
-    alpha, beta, clip, w, n, T = 7.0, 30.0 if kl == "exact" else 150.0, 5e-4, 3.0, 12, 4
+    alpha, beta, clip, w, n, T = 300.0, 30.0 if kl == "exact" else 150.0, 5e-4, 3.0, 12, 4
     recorded = record_updates(monkeypatch)
     flags = f"--num-iterations 1 --gradient-steps 3 --batch-size {n} --micro-batch-size 5 --learning-rate 3e-3 "
     flags += f"--alpha {alpha} --beta {beta} --clip-range {clip} --guidance-scale {w} --kl {kl} --max-grad-norm 1e9 "
@@ -38,6 +38,8 @@ def test_gradient_is_that_of_eq_9_written_out(tiny_sd, tmp_path, monkeypatch, kl
     _, pooled = dpok.encode_prompts(StableDiffusionPipeline.from_pretrained(tiny_sd), [dpok.Args().prompt], "cpu")
     value_function = dpok.ValueFunction(4 * 8 * 8 + 32, T)
     value_function.load_state_dict(state["value_function"])
+    # It began at the mean of the first rewards, and has since made one step of AdamW with a learning rate of 1e-4.
+    assert abs(value_function.out.bias.item() - replay["reward"][0].mean().item()) < 2e-4
     with torch.no_grad():
         value = value_function(x_t.float(), j, pooled.expand(n, -1)).double()
     advantages = replay["reward"][0, i].double() - value
@@ -56,6 +58,17 @@ def test_gradient_is_that_of_eq_9_written_out(tiny_sd, tmp_path, monkeypatch, kl
         f"{share}: both terms of Eq. 9 should matter in this case"
     )
     assert (ours - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_cooldown_is_a_straight_line_to_0(tiny_sd, tmp_path, monkeypatch):
+    """Of four iterations the last two have the learning rates 1 and 1/2: the first is where the line begins."""
+    rates, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self))
+    flags = f"--num-iterations 4 --cooldown-share 0.5 --learning-rate 1e-3 --output-dir {tmp_path / 'run'} "
+    flags += f"--gradient-steps 1 --model {tiny_sd}"
+    monkeypatch.setattr(sys, "argv", ["dpok.py", *flags.split(), *TINY])
+    dpok.main()
+    assert rates == [1e-3, 1e-3, 1e-3, 5e-4]
 
 
 def test_score_function_estimator_is_unbiased():

@@ -167,8 +167,10 @@ WRONG_OF = {
     "dpok.py": {
         "no share of the steps": (["zoo", "--rewarded-share", "0"], "--rewarded-share"),
         "more than all steps": (["zoo", "--rewarded-share", "1.5"], "--rewarded-share"),
+        "a cool-down of more than all": (["zoo", "--cooldown-share", "2"], "--cooldown-share"),
     },
     "ddpo.py": {
+        "no share of the steps": (["zoo", "--rewarded-share", "0"], "--rewarded-share"),
         "more than all steps": (["zoo", "--timestep-fraction", "1.5"], "--timestep-fraction"),
         "more updates than samples": (["zoo", "--gradient-steps", "33"], "--gradient-steps"),
         "a count that the buffer never has": (["zoo", "--min-count", "40"], "--min-count"),
