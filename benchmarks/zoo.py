@@ -14,7 +14,7 @@ from common.rewards import load_reward
 from common.rewards.base import to_pil
 from zoo import judge as judging
 from zoo import world
-from zoo.pretrain import preference_batch, ranking_loss, to_tensor
+from zoo.pretrain import DRIFT, Args, preference_batch, ranking_loss, redraw, to_tensor
 
 RARE = (
     "A green colored rabbit",
@@ -62,7 +62,9 @@ def main(count: int = 256):
 
     array = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
     labels = {name: value.numpy() for name, value in truth.items()}
-    prompts, shown, faults, _ = preference_batch([array], labels, range(len(array) // 4), np.random.default_rng(0))
+    drifted = redraw(Args(device="cpu", output_dir=ROOT / "zoo"), array, prompts, *DRIFT)
+    families, rng = range(len(array) // 4), np.random.default_rng(0)
+    prompts, shown, faults, _ = preference_batch([array], drifted, labels, families, rng)
     scores = [reward(to_tensor(four, "cpu"), [prompt] * 4) for prompt, four in zip(prompts, shown)]
     results["reward_pairs_ordered_rightly"] = ranking_loss(torch.stack(scores), faults)[1].item()
 

@@ -37,6 +37,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from common.lora import add_lora
 from common.rewards import load_reward
 from common.rewards.image_reward import CLIP_MEAN, CLIP_STD, ImageReward
 from zoo import judge as judging
@@ -50,6 +51,7 @@ Stage = Literal[
     "unet",
     "passed",
     "redrawn",
+    "drifted",
     "judge",
     "image_reward",
     "standardise",
@@ -446,31 +448,55 @@ def make_passed(args: Args):
     np.save(args.build_dir / "passed.npy", through_vae(args, np.load(args.build_dir / "unbiased.npy")))
 
 
-def make_redrawn(args: Args):
-    """The unbiased pictures as the diffusion model draws them: noised up to a third of the way and denoised again.
+DRIFT = 3, (0.12, 0.32)
+"""How `drifted` redraws: steps, and standard deviation of the LoRA."""
 
-    What is in a picture stays, but its lines and tints become those of samples, which the reward is to judge.
+
+def unbiased(args: Args) -> tuple[np.ndarray, list[str]]:
+    """Pictures and captions of the unbiased data set."""
+    captions = np.load(args.build_dir / "unbiased.npz")["captions"].tolist()
+    return np.load(args.build_dir / "unbiased.npy", mmap_mode="r"), captions
+
+
+def redraw(args: Args, images: np.ndarray, captions: list[str], shallowest: int, drift=None) -> np.ndarray:
+    """uint8 pictures as the diffusion model draws them: noised for `shallowest` to two more of its last steps and
+    denoised again. What is in a picture stays, but its lines and tints become those of samples.
+
+    With `drift`, by a model that has gone astray: every 64 pictures have a LoRA of random weights, of a standard
+    deviation drawn from this range (low, high). That is what an update that nothing holds back does to a model.
     """
     pipeline = StableDiffusionPipeline.from_pretrained(args.output_dir / "sd").to(args.device)
     unet, vae, scheduler = pipeline.unet.to(memory_format=torch.channels_last), load_vae(args), pipeline.scheduler
     scheduler.set_timesteps(NUM_INFERENCE_STEPS)
-    images = np.load(args.build_dir / "unbiased.npy", mmap_mode="r")
-    captions = np.load(args.build_dir / "unbiased.npz")["captions"].tolist()
+    torch.manual_seed(args.seed + 4)
+    up = [lora for lora in add_lora(unet, 4) if not lora.any()] if drift else []
     out = []
     with torch.no_grad():
         for i in tqdm(range(0, len(images), 64), desc="redraw"):
             generator = torch.Generator(args.device).manual_seed(args.seed + i)
+            if drift:
+                strength = np.random.default_rng([args.seed, i, 12]).uniform(*drift)
+                for lora in up:
+                    lora.normal_(0, strength, generator=generator)
             text = pipeline.text_encoder(tokenize(pipeline.tokenizer, captions[i : i + 64]).to(args.device))[0]
             x = to_tensor(images[i : i + 64], args.device).contiguous(memory_format=torch.channels_last)
             latents = vae.encode(x * 2 - 1).latent_dist.mean * vae.config.scaling_factor
-            timesteps = scheduler.timesteps[-2 - i // 64 % 3 :]  # 2 to 4 steps
+            timesteps = scheduler.timesteps[-shallowest - i // 64 % 3 :]
             noise = torch.randn(latents.shape, generator=generator, device=args.device)
             latents = scheduler.add_noise(latents, noise, timesteps[:1])
             for t in timesteps:
                 prediction = unet(latents, t, text).sample
                 latents = scheduler.step(prediction, t, latents, eta=1.0, generator=generator).prev_sample
             out.append(decoded(vae, latents / vae.config.scaling_factor))
-    np.save(args.build_dir / "redrawn.npy", np.concatenate(out))
+    return np.concatenate(out)
+
+
+def make_redrawn(args: Args):
+    np.save(args.build_dir / "redrawn.npy", redraw(args, *unbiased(args), 2))
+
+
+def make_drifted(args: Args):
+    np.save(args.build_dir / "drifted.npy", redraw(args, *unbiased(args), *DRIFT))
 
 
 def train_judge(args: Args):
@@ -579,14 +605,16 @@ def broken(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np
     return image.clip(0, 255).astype(np.uint8)
 
 
-FAULTS = (*world.FAULTS, "broken")
+FAULTS = (*world.FAULTS, "spoilt")
 
 
-def preference_batch(drawings, truth, families, rng, broken_share=0.5):
+def preference_batch(drawings, drifted, truth, families, rng, spoilt_share=0.75):
     """For each family of four pictures: a prompt for one of them, the pictures (some spoilt), their faults and rows.
 
-    The faults (B, 4, 5) are named in FAULTS; a spoilt picture is as bad as one with two wrong attributes. `drawings`
-    are arrays of the same pictures, of which one is taken at random each time; row i is described by row i of `truth`.
+    The faults (B, 4, 5) are named in FAULTS; a broken picture is as bad as one with two wrong attributes, one drawn by
+    a drifted model as bad as one with one. `drawings` are arrays of the same pictures, of which one is taken at random
+    each time, the first drawn better than the second by half a fault; row i of them, and of `drifted`, is described by
+    row i of `truth`.
     """
     prompts, pictures, faults, shown_rows = [], [], [], []
     for family in families:
@@ -594,14 +622,18 @@ def preference_batch(drawings, truth, families, rng, broken_share=0.5):
         scenes = [scene_of(truth, i) for i in rows]
         prompts.append(random_prompt(scenes[0], rng))
         asked = world.parse(prompts[-1])
-        wrong = [[*world.faults(asked, scene).values(), 0] for scene in scenes]
-        shown = [drawings[rng.integers(len(drawings))][i] for i in rows]
-        if rng.random() < broken_share:
+        drawn = rng.integers(len(drawings), size=4)
+        wrong = [[*world.faults(asked, scene).values(), 0.5 * worse] for scene, worse in zip(scenes, drawn)]
+        shown = [drawings[which][i] for which, i in zip(drawn, rows)]
+        if rng.random() < spoilt_share:
             j = int(rng.integers(4))
-            if rng.random() < 0.5:  # clean against broken, all else alike
+            if rng.random() < 0.5:  # clean against spoilt, all else alike
                 k = (j + 1) % 4
                 shown[k], wrong[k], rows[k] = shown[j], [*wrong[j]], rows[j]
-            shown[j], wrong[j][-1] = broken(shown[j], drawings[0][rng.integers(len(drawings[0]))], rng), 2
+            if rng.random() < 0.5:
+                shown[j], wrong[j][-1] = drifted[rows[j]], 1
+            else:
+                shown[j], wrong[j][-1] = broken(shown[j], drawings[0][rng.integers(len(drawings[0]))], rng), 2
         pictures.append(np.stack(shown))
         faults.append(wrong)
         shown_rows.append(rows)
@@ -628,6 +660,7 @@ def train_image_reward(args: Args):
     folder = args.output_dir / "image_reward"
     tokenizer = make_reward_tokenizer(folder)
     drawings = [np.load(args.build_dir / f"{name}.npy", mmap_mode="r") for name in ("passed", "redrawn")]
+    drifted = np.load(args.build_dir / "drifted.npy", mmap_mode="r")
     images, data = drawings[0], dict(np.load(args.build_dir / "unbiased.npz"))
     data.pop("captions")
     # The colour of the thing in each cell; colour and kind of a patch are learned apart, so that they combine.
@@ -700,12 +733,12 @@ def train_image_reward(args: Args):
 
     def preference_loss(step, generator):
         rng = np.random.default_rng([args.seed, step, 4])
-        prompts, pictures, faults, rows = preference_batch(drawings, data, rng.choice(families, 16), rng)
+        prompts, pictures, faults, rows = preference_batch(drawings, drifted, data, rng.choice(families, 16), rng)
         faults, (features, ids) = faults.to(args.device), features_of(prompts, pictures)
         loss, accuracy = ranking_loss(model.score(features).view(-1, 4), faults)
-        found = (faults > 0).flatten(0, 1).float()
+        found = (faults >= 1).flatten(0, 1).float()
         matched = F.binary_cross_entropy_with_logits(text_heads["faults"](features[:, 0]), found)
-        named = named_loss(features, ids, np.where(faults[..., -1].cpu() > 0, -1, rows).flatten())
+        named = named_loss(features, ids, np.where(faults[..., -1].cpu() >= 1, -1, rows).flatten())
         return loss + matched + named, {"accuracy": accuracy.item(), "matched": matched.item(), "named": named.item()}
 
     fit(args, "reward_vision", vision, vision_loss, args.reward_vision_steps, lr=1e-3, ema=0.99)
@@ -718,7 +751,7 @@ def train_image_reward(args: Args):
     with torch.no_grad():
         for i in range(families, families + held_out, 16):
             rng = np.random.default_rng([args.seed, i, 5])
-            batch = preference_batch(drawings, data, range(i, min(i + 16, families + held_out)), rng)
+            batch = preference_batch(drawings, drifted, data, range(i, min(i + 16, families + held_out)), rng)
             scores = model.score(features_of(*batch[:2])[0]).view(-1, 4)
             right.append(ranking_loss(scores, batch[2].to(args.device))[1].item())
     print(f"image_reward: {np.mean(right):.3f} of held-out pairs ordered rightly")
@@ -813,6 +846,7 @@ def main(args: Args):
         "unet": train_unet,
         "passed": make_passed,
         "redrawn": make_redrawn,
+        "drifted": make_drifted,
         "judge": train_judge,
         "image_reward": train_image_reward,
         "standardise": standardise,
