@@ -202,31 +202,32 @@ def main():
     # --- same in every script: setup
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     args = parse_args(PRESETS, __doc__)
-    prompts = check_args(args, world_size)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
+    # ---
+
+    prompts = check_args(args, world_size)
     pipeline, reward_function = load_pipeline(args.model), load_reward_or_fail(args.reward, device, prompts)
+
+    # --- same in every script: networks
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
     unet = pipeline.unet.to(device, dtype, memory_format=torch.channels_last).eval()
     vae = pipeline.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     pipeline.text_encoder.to(device).eval().requires_grad_(False)
-    warn_of_unknown_words(pipeline, prompts)
-    text, pooled = encode_prompts(pipeline, prompts, device)
     no_text, _ = encode_prompts(pipeline, [""], device)
     torch.manual_seed(args.seed)
     if args.compile:
         unet.compile()
-    optimizer = torch.optim.AdamW(add_lora(unet, args.lora_rank), args.learning_rate, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
     # DDIMScheduler would clip latents to [-1, 1] where a model's configuration does not speak of it.
     config = pipeline.scheduler.config
     scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
     scheduler.set_timesteps(args.num_inference_steps)
     latent_shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    m, T = args.samples_per_iteration, args.num_inference_steps
+    T = args.num_inference_steps
 
     def all_sum(values: torch.Tensor) -> torch.Tensor:
         if world_size > 1:
@@ -249,6 +250,10 @@ def main():
 
     # ---
 
+    warn_of_unknown_words(pipeline, prompts)
+    text, pooled = encode_prompts(pipeline, prompts, device)
+    optimizer = torch.optim.AdamW(add_lora(unet, args.lora_rank), args.learning_rate, weight_decay=args.weight_decay)
+    m = args.samples_per_iteration
     # Sample i of an iteration belongs to one rank; shares may be uneven.
     start, stop = np.linspace(0, m, world_size + 1).astype(int)[rank : rank + 2]
     own = range(start, stop)
@@ -274,7 +279,6 @@ def main():
     first_iteration = 0
     if args.resume:
         state = torch.load(run_dir / "checkpoint" / "state.pt", map_location=device, weights_only=True)
-        load_lora(unet, run_dir / "checkpoint")
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         first_iteration = state["iteration"]
@@ -288,7 +292,9 @@ def main():
         Image.fromarray(np.concatenate(pictures, axis=1)).save(run_dir / "samples" / f"{iteration:06d}.png")
 
     # ---
+
     if args.resume:
+        load_lora(unet, run_dir / "checkpoint")
         value_function.load_state_dict(state["value_function"])
         value_optimizer.load_state_dict(state["value_optimizer"])
         shares = sorted((run_dir / "checkpoint").glob("replay-*.pt"))
@@ -428,7 +434,8 @@ def main():
         # --- same in every script: log
         if rank == 0:
             run.log(metrics)
-            progress.set_postfix({"reward": f"{metrics['reward/mean']:.3f}", "kl": f"{metrics['kl/pretrained']:.3f}"})
+            shown = {"reward": "reward/mean", "kl": "kl/pretrained"}
+            progress.set_postfix({name: f"{metrics[key]:.3f}" for name, key in shown.items() if key in metrics})
         if (iteration + 1) % args.save_every == 0 or iteration + 1 == args.num_iterations:
             save_checkpoint(iteration + 1)
             if rank == 0:

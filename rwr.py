@@ -195,31 +195,32 @@ def main():
     # --- same in every script: setup
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     args = parse_args(PRESETS, __doc__)
-    prompts = check_args(args, world_size)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
+    # ---
+
+    prompts = check_args(args, world_size)
     pipeline, reward_function = load_pipeline(args.model), load_reward_or_fail(args.reward, device, prompts)
+
+    # --- same in every script: networks
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
     unet = pipeline.unet.to(device, dtype, memory_format=torch.channels_last).eval()
     vae = pipeline.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     pipeline.text_encoder.to(device).eval().requires_grad_(False)
-    warn_of_unknown_words(pipeline, prompts)
-    text, pooled = encode_prompts(pipeline, prompts, device)
     no_text, _ = encode_prompts(pipeline, [""], device)
     torch.manual_seed(args.seed)
     if args.compile:
         unet.compile()
-    optimizer = torch.optim.AdamW(add_lora(unet, args.lora_rank), args.learning_rate, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
     # DDIMScheduler would clip latents to [-1, 1] where a model's configuration does not speak of it.
     config = pipeline.scheduler.config
     scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
     scheduler.set_timesteps(args.num_inference_steps)
     latent_shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    m, T = args.samples_per_iteration, args.num_inference_steps
+    T = args.num_inference_steps
 
     def all_sum(values: torch.Tensor) -> torch.Tensor:
         if world_size > 1:
@@ -242,6 +243,10 @@ def main():
 
     # ---
 
+    warn_of_unknown_words(pipeline, prompts)
+    text, pooled = encode_prompts(pipeline, prompts, device)
+    optimizer = torch.optim.AdamW(add_lora(unet, args.lora_rank), args.learning_rate, weight_decay=args.weight_decay)
+    m = args.samples_per_iteration
     # The model as training evaluates it; without CFG training that is not the one that samples (B.1, Fig. 8).
     train_args = args if args.cfg_training else replace(args, guidance_scale=1.0)
     # A shard's samples are shared out among the ranks.
@@ -260,7 +265,6 @@ def main():
     first_iteration = 0
     if args.resume:
         state = torch.load(run_dir / "checkpoint" / "state.pt", map_location=device, weights_only=True)
-        load_lora(unet, run_dir / "checkpoint")
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         first_iteration = state["iteration"]
@@ -274,6 +278,9 @@ def main():
         Image.fromarray(np.concatenate(pictures, axis=1)).save(run_dir / "samples" / f"{iteration:06d}.png")
 
     # ---
+
+    if args.resume:
+        load_lora(unet, run_dir / "checkpoint")
 
     def save_checkpoint(iteration: int):
         """Rank 0 saves all there is; the old checkpoint stays until the new one is whole."""
@@ -378,7 +385,8 @@ def main():
         # --- same in every script: log
         if rank == 0:
             run.log(metrics)
-            progress.set_postfix({"reward": f"{metrics['reward/mean']:.3f}", "kl": f"{metrics['kl/pretrained']:.3f}"})
+            shown = {"reward": "reward/mean", "kl": "kl/pretrained"}
+            progress.set_postfix({name: f"{metrics[key]:.3f}" for name, key in shown.items() if key in metrics})
         if (iteration + 1) % args.save_every == 0 or iteration + 1 == args.num_iterations:
             save_checkpoint(iteration + 1)
             if rank == 0:

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import diffusers
 import numpy as np
@@ -17,9 +19,26 @@ import tyro
 from diffusers import StableDiffusionPipeline
 from tqdm import tqdm
 
+from common.pairs import open_pairs
+from common.prompts import SourceError, open_prompts
 from common.rewards import PromptError, Reward, RewardError, check_spec, load_reward
 
 MAY_CHANGE_ON_RESUME = {"num_iterations", "micro_batch_size", "save_every", "output_dir", "resume", "track", "compile"}
+MAY_CHANGE_ON_RESUME |= {"gradient_checkpointing"}
+
+
+class Task(NamedTuple):
+    """One of large_scale_ppo.py's --tasks."""
+
+    name: str
+    """Of its metrics: the reward's, with a number where two tasks have the same."""
+    reward: str
+    """Its spec."""
+    prompts: Sequence[str]
+    num_prompts: int
+    """P: prompts an iteration, all ranks together."""
+    num_images: int
+    """G: images of each."""
 
 
 def fail(message: str) -> NoReturn:
@@ -54,6 +73,7 @@ def parse_args(presets: dict, description: str):
         stored = json.loads((folder / "args.json").read_text())
         paths = [f.name for f in fields(default) if "Path" in str(f.type)]
         stored = {key: Path(value) if key in paths and value else value for key, value in stored.items()}
+        stored = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
         default = replace(default, **stored)
     args = tyro.cli(type(default), default=default, args=words, description=description)
     flags = {word.split("=")[0].replace("_", "-") for word in words}
@@ -69,11 +89,14 @@ def parse_args(presets: dict, description: str):
     return args
 
 
-def check_args(args, world_size: int) -> list[str]:
-    """Refuse what cannot work before anything slow is loaded; returns the prompts."""
+def check_args(args, world_size: int) -> list[str] | list[Task]:
+    """Refuse what cannot work before anything slow is loaded; returns the prompts, or the tasks of a script that has
+    them."""
+    has_tasks = "tasks" in asdict(args)
     for name, value in asdict(args).items():
         flag = "--" + name.replace("_", "-")
-        if isinstance(value, int) and not isinstance(value, bool) and name != "seed" and value < 1:
+        may_be_0 = name == "seed" or (name == "lora_rank" and has_tasks)
+        if isinstance(value, int) and not isinstance(value, bool) and not may_be_0 and value < 1:
             fail(f"{flag} is {value}; it must be 1 or more")
         if isinstance(value, float) and not (np.isfinite(value) and value >= 0):
             fail(f"{flag} is {value}; it must be a number of 0 or more")
@@ -94,9 +117,16 @@ def check_args(args, world_size: int) -> list[str]:
                 fail(f"{flag} {value} is less than the {world_size} processes; raise it")
     if "min_count" in asdict(args) and args.min_count > args.buffer_size:
         fail(f"--min-count is {args.min_count}; it can be at most --buffer-size, {args.buffer_size}")
-    if args.seed < 0:
-        fail(f"--seed is {args.seed}; it must be 0 or more")
-    if args.samples_per_iteration < world_size:
+    for name in {"seed", "lora_rank"}:
+        if getattr(args, name) < 0:
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 0 or more")
+    if has_tasks and args.training_timesteps > args.num_inference_steps:
+        fail(f"--training-timesteps is {args.training_timesteps}; it can be at most --num-inference-steps")
+    if has_tasks and args.caption_dropout > 1:
+        fail(f"--caption-dropout is {args.caption_dropout}; it can be at most 1")
+    if has_tasks and args.pretrain_batch_size < world_size:
+        fail(f"--pretrain-batch-size {args.pretrain_batch_size} is less than the {world_size} processes; raise it")
+    if not has_tasks and args.samples_per_iteration < world_size:
         fail(f"--samples-per-iteration {args.samples_per_iteration} is less than the {world_size} processes; raise it")
     if args.eta == 0:
         fail("--eta is 0, and a deterministic step has no log-probability to learn from; use 1")
@@ -107,7 +137,8 @@ def check_args(args, world_size: int) -> list[str]:
     if args.track and not any((Path(folder) / "wandb").is_dir() for folder in sys.path):
         fail("--track needs Weights & Biases: pip install wandb, or leave it out (TensorBoard is always written)")
     try:
-        check_spec(args.reward)
+        if not has_tasks:
+            check_spec(args.reward)
     except RewardError as error:
         fail(f"--reward: {error}")
     if args.output_dir and (args.output_dir / "args.json").exists() and not args.resume:
@@ -117,6 +148,8 @@ def check_args(args, world_size: int) -> list[str]:
         fail(f"--model: there is no folder {args.model!r}; give a folder in diffusers format or a hub id")
     if Path(args.model).is_dir() and not (Path(args.model) / "model_index.json").is_file():
         fail(f"--model: {args.model!r} has no model_index.json; give a folder in diffusers format")
+    if has_tasks:
+        return read_tasks(args, world_size)
     prompts = read_prompts(args)
     if asdict(args).get("dataset") and (description := args.dataset / "dataset.json").exists():
         there, asked = json.loads(description.read_text()), dataset_description(args, prompts)
@@ -143,6 +176,47 @@ def read_prompts(args) -> list[str]:
     return prompts
 
 
+def read_tasks(args, world_size: int) -> list[Task]:
+    """Of --tasks, each "REWARD PROMPTS [PxG]", fields with blanks in quotes."""
+    tasks = []
+    for text in args.tasks:
+        try:
+            reward, source, *size = shlex.split(text)
+            P, G = map(int, size[0].split("x")) if size else (args.prompts_per_task, args.images_per_prompt)
+        except (ValueError, IndexError):
+            size = None
+        if size is None or len(size) > 1 or P < 1 or G < 1:
+            fail(f'--tasks: {text!r} is not "REWARD PROMPTS [PxG]", e.g. "image_reward prompts/zoo.txt 8x4"')
+        try:
+            check_spec(reward)
+            prompts = open_prompts(source, args.seed)
+        except (RewardError, SourceError) as error:
+            fail(f"--tasks {text!r}: {error}")
+        if world_size > P * G:
+            fail(f"--tasks {text!r}: {P}x{G} images are less than the {world_size} processes; take more")
+        if G == 1 and "statistical_parity" in reward:
+            fail(f"--tasks {text!r}: statistical parity needs several images of a prompt; raise G of PxG")
+        name = re.split(r"[:?]", reward.rpartition(":")[2] if ".py:" in reward else reward)[0]
+        same = sum(task.name.partition("-")[0] == name for task in tasks)
+        tasks.append(Task(f"{name}-{same + 1}" if same else name, reward, prompts, P, G))
+    if not tasks:
+        fail('--tasks is empty; give at least one, e.g. "image_reward prompts/zoo.txt 8x4"')
+    return tasks
+
+
+def open_pairs_or_fail(source: str | None, seed: int) -> Sequence:
+    """The pairs of --pretrain-data; a source that is not to be had ends the run."""
+    if source is None:
+        fail(
+            "--pretrain-data is missing: a folder of pictures with metadata.jsonl, or of .tar shards "
+            "(docs/large_scale_ppo.md); --pretrain-beta 0 trains without"
+        )
+    try:
+        return open_pairs(source, seed)
+    except SourceError as error:
+        fail(f"--pretrain-data: {error}")
+
+
 def dataset_description(args, prompts: list[str]) -> dict:
     """What the samples in --dataset depend on, as the file dataset.json beside them has it."""
     keys = ("model", "reward", "shard_size", "num_inference_steps", "guidance_scale", "eta", "seed")
@@ -164,17 +238,18 @@ def load_pipeline(model: str) -> StableDiffusionPipeline:
         )
 
 
-def load_reward_or_fail(spec: str, device: torch.device, prompts: list[str]) -> Reward:
+def load_reward_or_fail(spec: str, device: torch.device, prompts: list[str], flag: str = "--reward") -> Reward:
     """The reward that `spec` names, which must be able to score `prompts`; one that is not to be had ends the run."""
     try:
         return load_reward(spec, device, prompts)
     except PromptError as error:
-        fail(f"--reward {spec} cannot score these prompts: {error}; change --prompt or --prompts-file")
+        remedy = "change --prompt or --prompts-file" if flag == "--reward" else "change the prompts of the task"
+        fail(f"{flag} {spec} cannot score these prompts: {error}; {remedy}")
     except RewardError as error:
-        fail(f"--reward {spec}: {error}")
+        fail(f"{flag} {spec}: {error}")
     except Exception as error:  # the hub's client, the loaders and the user's own file raise many kinds
         what = f"{type(error).__name__}: {str(error)[:300]}"
-        fail(f"--reward {spec} cannot be loaded ({what}); check the name, the folder and the network")
+        fail(f"{flag} {spec} cannot be loaded ({what}); check the name, the folder and the network")
 
 
 def warn_of_unknown_words(pipeline: StableDiffusionPipeline, prompts: list[str]) -> None:

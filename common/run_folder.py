@@ -11,8 +11,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 def run_name(script: str, args) -> str:
-    """<script>__<tag>__<seed>__<time>, the tag from the prompt or the prompts' file."""
-    text = args.prompts_file.stem if args.prompts_file else args.prompt
+    """<script>__<tag>__<seed>__<time>, the tag from the prompt, the prompts' file or the tasks' rewards."""
+    if "tasks" in asdict(args):
+        text = " ".join(task.split()[0].partition(":")[0] for task in args.tasks)
+    else:
+        text = args.prompts_file.stem if args.prompts_file else args.prompt
     tag = re.sub(r"[^a-z0-9]+", "-", text.lower())[:40].strip("-") or "prompt"
     return f"{Path(script).stem}__{tag}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
 
@@ -49,15 +52,14 @@ class RunFolder:
         """learning_curve.png: reward (mean and std) and KL to the pretrained model against reward queries."""
         from matplotlib.figure import Figure
 
-        samples, mean, std, kl = (
-            [line[key] for line in self.history] for key in ("samples", "reward/mean", "reward/std", "kl/pretrained")
-        )
+        samples, mean, std = ([line[key] for line in self.history] for key in ("samples", "reward/mean", "reward/std"))
         figure = Figure(figsize=(9, 3.5), layout="constrained")
         left, right = figure.subplots(1, 2)
         left.plot(samples, mean)
         left.fill_between(samples, [a - b for a, b in zip(mean, std)], [a + b for a, b in zip(mean, std)], alpha=0.2)
         left.set(xlabel="reward queries", ylabel="reward (mean, std)")
-        right.plot(samples, kl, color="tab:orange")
+        if "kl/pretrained" in self.history[0]:
+            right.plot(samples, [line["kl/pretrained"] for line in self.history], color="tab:orange")
         right.set(xlabel="reward queries", ylabel="KL to the pretrained model (nats)")
         figure.savefig(self.path / "learning_curve.png", dpi=110)
 

