@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from PIL import Image
 from tqdm import tqdm
 
@@ -287,7 +287,7 @@ def main():
         if args.lora_rank:
             load_lora(unet, run_dir / "checkpoint")
         else:
-            unet.load_state_dict(UNet2DConditionModel.from_pretrained(run_dir / "checkpoint" / "unet").state_dict())
+            unet.load_state_dict(type(unet).from_pretrained(run_dir / "checkpoint" / "unet").state_dict())
 
     def save_checkpoint(iteration: int):
         """Rank 0 saves all there is; the old checkpoint stays until the new one is whole."""
@@ -308,7 +308,7 @@ def main():
     progress = tqdm(range(first_iteration, args.num_iterations), disable=rank > 0, desc=Path(__file__).stem)
     for iteration in progress:
         sums, deviations = torch.zeros(3, dtype=torch.float64, device=device), torch.zeros(2, device=device)
-        means, stds_of_rewards, grad_norms, times = {}, {}, [], dict.fromkeys(("sample", "reward", "train"), 0.0)
+        rewards_by_task, grad_norms, times = {}, [], dict.fromkeys(("sample", "reward", "train"), 0.0)
         for k, (task, reward_function) in enumerate(zip(tasks, rewards_of)):
             # Rollout: the next P prompts of the task, G samples of the current policy for each. Sample i, which belongs
             # to one rank, shows prompt i // G and draws its noise from its own seed; shares may be uneven.
@@ -328,18 +328,15 @@ def main():
                 log_prob.append(log_p)
                 images.append(decode(vae, x[:, -1]))
             trajectory, log_prob, images = torch.cat(trajectory), torch.cat(log_prob), torch.cat(images)
-            times["sample"] += time.perf_counter() - clock
-            clock = time.perf_counter()
+            times["sample"], clock = times["sample"] + time.perf_counter() - clock, time.perf_counter()
             try:
                 rewards = reward_function(images, [batch[i // G] for i in range(start, stop)])  # Eq. 11, 12, 13
             except RewardError as error:
                 save_checkpoint(iteration)
                 end_run(f"iteration {iteration}: {error}; the run so far is in {run_dir}")
-            all_rewards = all_sum(F.pad(rewards, (start, m - stop))).cpu()
-            means[task.name], stds_of_rewards[task.name] = all_rewards.mean(), all_rewards.std(correction=0)
+            rewards_by_task[task.name] = all_rewards = all_sum(F.pad(rewards, (start, m - stop))).cpu()
             A = per_batch_advantages(all_rewards).float().to(device)[start:stop]  # Eq. 10
-            times["reward"] += time.perf_counter() - clock
-            clock = time.perf_counter()
+            times["reward"], clock = times["reward"] + time.perf_counter() - clock, time.perf_counter()
 
             # Timesteps that all samples share. A step with sigma_t = 0 has no log-probability and takes no part.
             steps_with_noise = torch.nonzero(stds > 0)[:, 0].cpu()
@@ -410,10 +407,10 @@ def main():
         metrics = {
             "iteration": iteration,
             "samples": (iteration + 1) * sum(task.num_prompts * task.num_images for task in tasks),
-            "reward/mean": float(np.mean([*means.values()])),
-            "reward/std": float(np.mean([*stds_of_rewards.values()])),
-            **{f"reward/{name}/mean": value.item() for name, value in means.items()},
-            **{f"reward/{name}/std": value.item() for name, value in stds_of_rewards.items()},
+            "reward/mean": float(np.mean([r.mean() for r in rewards_by_task.values()])),
+            "reward/std": float(np.mean([r.std(correction=0) for r in rewards_by_task.values()])),
+            **{f"reward/{name}/mean": r.mean().item() for name, r in rewards_by_task.items()},
+            **{f"reward/{name}/std": r.std(correction=0).item() for name, r in rewards_by_task.items()},
             "ratio/first_max_deviation": deviations[0].item(),
             "ratio/max_deviation": deviations[1].item(),
             "ratio/clip_fraction": sums[1],

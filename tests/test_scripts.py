@@ -12,14 +12,28 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-SCRIPTS = ("dpok.py", "ddpo.py", "rwr.py", "sft_kl.py")
+SCRIPTS = ("dpok.py", "ddpo.py", "rwr.py", "sft_kl.py", "large_scale_ppo.py")
 PROMPT = "A green colored rabbit"
-TINY = ("--num-inference-steps", "4", "--samples-per-iteration", "10", "--prompt", PROMPT)
 # What a run of ten samples needs, and what makes the algorithm's own parts take part in it.
 SMALL = {script: () for script in SCRIPTS}
 SMALL["rwr.py"] = ("--shard-size", 5, "--batch-size", 6, "--gradient-steps", 2)
 SMALL["sft_kl.py"] = (*SMALL["rwr.py"], "--dataset-size", 10)
+SMALL["large_scale_ppo.py"] = ("--pretrain-data", f"{ROOT}/zoo/pairs.py:biased", "--pretrain-batch-size", 5)
+SMALL["large_scale_ppo.py"] += ("--training-timesteps", 3)
 OWN = SMALL | {"dpok.py": ("--value-function",), "ddpo.py": ("--min-count", 2, "--gradient-steps", 2)}
+
+
+def ten_samples(script: str, reward: str, prompts: str) -> list:
+    """An iteration's ten samples: the flags."""
+    if script == "large_scale_ppo.py":
+        return ["--tasks", f"{reward} {prompts} 5x2"]
+    return ["--samples-per-iteration", 10, "--reward", reward, "--prompts-file", prompts]
+
+
+def tiny(script: str, folder, reward: str) -> list:
+    """Ten samples of one prompt in four steps."""
+    (folder / "prompt.txt").write_text(PROMPT)
+    return ["--num-inference-steps", 4, *ten_samples(script, reward, folder / "prompt.txt")]
 
 
 def run_here(monkeypatch, script: str, *flags) -> None:
@@ -32,7 +46,7 @@ def run_here(monkeypatch, script: str, *flags) -> None:
 def default_run(request, tiny_sd, tmp_path_factory):
     """The configuration without a preset, on SD v1.5's layout shrunk: 2 iterations of 10 samples, the JPEG's size."""
     folder = tmp_path_factory.mktemp("default") / "run"
-    flags = ["--num-iterations", 2, "--samples-per-iteration", 10, "--reward", "jpeg_compressibility"]
+    flags = ["--num-iterations", 2, *ten_samples(request.param, "jpeg_compressibility", "prompts/zoo.txt")]
     flags += SMALL[request.param]
     result = run_script(request.param, "--model", tiny_sd, *flags, "--output-dir", folder)
     assert result.returncode == 0, result.stderr
@@ -69,22 +83,16 @@ def test_lora_of_a_run_loads_in_plain_diffusers(default_run, tiny_sd):
 
 @pytest.fixture
 def smooth(tmp_path):
-    """A smooth reward (the size of a JPEG jumps with the last bit of a pixel) whose spread is far above rounding, which
-    it is not for the brightness of whole pictures: its advantages would be rounding in their fourth digit."""
-    (tmp_path / "mine.py").write_text(
-        "def f(images, prompts):\n"
-        "    left, right = images[:, 0].double().chunk(2, dim=2)\n"
-        "    return 1 + 10 * (left - right).mean((1, 2))\n"
-    )
-    return ["--reward", f"{tmp_path}/mine.py:f"]
+    """A smooth reward: the size of a JPEG jumps with the last bit of a pixel."""
+    (tmp_path / "mine.py").write_text("def f(images, prompts):\n    return 10 * images[:, 0].mean((1, 2))\n")
+    return f"{tmp_path}/mine.py:f"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_ranks_do_not_change_the_result(tiny_sd, tmp_path, smooth, script):
     """10 samples on 1, 2 and 3 processes (uneven for 3): the same metrics and LoRA after 3 iterations."""
-    # With much smaller steps the KL is a difference of nearly equal numbers; with larger ones, and with the default
-    # guidance of 7.5, rounding is amplified.
-    flags = [*TINY, *smooth, *OWN[script], "--num-iterations", 3, "--learning-rate", 2e-3, "--guidance-scale", 2]
+    # With much smaller steps the KL is a difference of nearly equal numbers, with larger ones rounding is amplified.
+    flags = [*tiny(script, tmp_path, smooth), *OWN[script], "--num-iterations", 3, "--learning-rate", 2e-3]
     flags += ["--model", tiny_sd]
     for ranks in (1, 2, 3):
         result = run_script(script, *flags, "--output-dir", tmp_path / str(ranks), ranks=ranks)
@@ -103,8 +111,8 @@ def test_ranks_do_not_change_the_result(tiny_sd, tmp_path, smooth, script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_micro_batch_size_does_not_change_the_result(tiny_sd, tmp_path, smooth, script, monkeypatch):
     for size in (3, 64):
-        flags = [*TINY, *smooth, *OWN[script], "--num-iterations", 1, "--micro-batch-size", size, "--model", tiny_sd]
-        run_here(monkeypatch, script, *flags, "--output-dir", tmp_path / str(size))
+        flags = [*tiny(script, tmp_path, smooth), *OWN[script], "--num-iterations", 1, "--micro-batch-size", size]
+        run_here(monkeypatch, script, *flags, "--model", tiny_sd, "--output-dir", tmp_path / str(size))
     small, large = read_metrics(tmp_path / "3")[0], read_metrics(tmp_path / "64")[0]
     for key in small:
         if not key.startswith(("time/", "ratio/first")):
@@ -113,7 +121,8 @@ def test_micro_batch_size_does_not_change_the_result(tiny_sd, tmp_path, smooth, 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_resumed_run_equals_an_undisturbed_one(tiny_sd, tmp_path, script, monkeypatch, capsys):
-    flags = [*TINY, *OWN[script], "--reward", "jpeg_incompressibility", "--model", tiny_sd, "--learning-rate", 1e-3]
+    flags = [*tiny(script, tmp_path, "jpeg_incompressibility"), *OWN[script], "--learning-rate", 1e-3]
+    flags += ["--model", tiny_sd]
     for folder, iterations in (("whole", 4), ("parts", 2)):
         run_here(monkeypatch, script, *flags, "--num-iterations", iterations, "--output-dir", tmp_path / folder)
     run_here(monkeypatch, script, "--resume", tmp_path / "parts", "--num-iterations", 4)
@@ -140,7 +149,7 @@ def test_reward_that_is_not_finite_stops_the_run(tiny_sd, tmp_path, script):
     (tmp_path / "mine.py").write_text(
         "import torch\ndef f(images, prompts): return torch.full((len(prompts),), float('nan'))\n"
     )
-    flags = [*TINY, *SMALL[script], "--model", tiny_sd, "--reward", f"{tmp_path}/mine.py:f"]
+    flags = [*tiny(script, tmp_path, f"{tmp_path}/mine.py:f"), *SMALL[script], "--model", tiny_sd]
     result = run_script(script, *flags, "--output-dir", tmp_path / "run")
     assert result.returncode == 1 and "nan" in result.stderr and PROMPT in result.stderr
     assert "Traceback" not in result.stderr
@@ -184,6 +193,34 @@ WRONG_OF = {
     },
     "rwr.py": {"shards that do not divide the round": (["zoo", "--shard-size", "70"], "--shard-size")},
     "sft_kl.py": {"shards that do not divide the data": (["zoo", "--shard-size", "70"], "--shard-size")},
+    "large_scale_ppo.py": {  # its tasks, in place of --reward, --prompt and --prompts-file
+        name: (["zoo", "--tasks", task], "--tasks")
+        for name, task in {
+            "unknown reward": "beauty prompts/zoo.txt",
+            "reward weights missing": "image_reward:nowhere prompts/zoo.txt",
+            "reward folder empty": "image_reward:docs prompts/zoo.txt",
+            "reward file missing": "nowhere.py:f prompts/zoo.txt",
+            "reward function not named": "dpok.py prompts/zoo.txt",
+            "empty prompt file": "jpeg_compressibility EMPTY",
+            "no prompt file": "jpeg_compressibility nowhere.txt",
+            "empty prompt": " ",
+            "two sources of prompts": "jpeg_compressibility prompts/zoo.txt prompts/dpok.txt 2x2",
+            "no prompts": "jpeg_compressibility",
+            "no size": "jpeg_compressibility prompts/zoo.txt 8by8",
+            "no images": "jpeg_compressibility prompts/zoo.txt 8x0",
+            "a set of one": "statistical_parity:zoo/skin_tone prompts/zoo_portraits.txt 8x1",
+            "prompts that the reward cannot score": "object_detection:zoo/detector prompts/occupations.txt 2x2",
+        }.items()
+    }
+    | {
+        "default model, no hub": (["composition", "--pretrain-beta", "0"], "SCRIPT zoo"),
+        "the paper's prompts are not there": ([], "--tasks"),
+        "no pairs": (["composition"], "--pretrain-data"),
+        "pairs missing": (["zoo", "--pretrain-data", "nowhere"], "--pretrain-data"),
+        "no dropout of more than all": (["zoo", "--caption-dropout", "1.1"], "--caption-dropout"),
+        "more updates than steps": (["zoo", "--training-timesteps", "13"], "--training-timesteps"),
+        "negative rank": (["zoo", "--lora-rank", "-1"], "--lora-rank"),
+    },
 }
 
 
@@ -200,7 +237,8 @@ def test_wrong_input_is_one_line_and_exit_code_2(script, name, tmp_path, monkeyp
     words, mentioned = (WRONG | WRONG_OF[script])[name]
     replaced = {"EMPTY": tmp_path / "empty.txt", "OTHER": tmp_path / "other"}
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", [script, *(str(replaced.get(word, word)) for word in words)])
+    words = [" ".join(str(replaced.get(part, part)) for part in word.split(" ")) for word in words]
+    monkeypatch.setattr(sys, "argv", [script, *words])
     with pytest.raises(SystemExit) as end:
         importlib.import_module(script.removesuffix(".py")).main()
     assert end.value.code == 2
@@ -211,16 +249,18 @@ def test_wrong_input_is_one_line_and_exit_code_2(script, name, tmp_path, monkeyp
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_wrong_input_as_a_user_sees_it(script):
     """In a process of its own: nothing that a library prints comes beside the line."""
-    for words, mentioned in (WRONG["default model, no hub"], WRONG["reward folder empty"]):
+    wrong = WRONG | WRONG_OF[script]
+    for words, mentioned in (wrong["default model, no hub"], wrong["reward folder empty"]):
         result = run_script(script, *words, timeout=60)
         assert result.returncode == 2 and is_one_line(result.stderr, mentioned.replace("SCRIPT", script)), result.stderr
 
 
-def test_fewer_samples_than_ranks(tiny_sd):
-    flags = ["--model", tiny_sd, *TINY, "--reward", "jpeg_compressibility", "--samples-per-iteration", 1]
-    result = run_script("dpok.py", *flags, ranks=2)
-    errors = [line for line in result.stderr.splitlines() if line.startswith("dpok.py: error:")]
-    assert result.returncode != 0 and len(errors) == 1 and "--samples-per-iteration" in errors[0]
+@pytest.mark.parametrize("script, flag", [("dpok.py", "--samples-per-iteration"), ("large_scale_ppo.py", "--tasks")])
+def test_fewer_samples_than_ranks(tiny_sd, tmp_path, script, flag):
+    one = {"--tasks": f"jpeg_compressibility {ROOT}/prompts/zoo.txt 1x1", "--samples-per-iteration": 1}[flag]
+    result = run_script(script, "--model", tiny_sd, *SMALL[script], flag, one, ranks=2)
+    errors = [line for line in result.stderr.splitlines() if line.startswith(f"{script}: error:")]
+    assert result.returncode != 0 and len(errors) == 1 and flag in errors[0]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -233,7 +273,7 @@ def test_blocks_that_are_the_same_in_every_script():
     for script in SCRIPTS:
         text = (ROOT / script).read_text()
         found = re.findall(r"^ *# --- same in every script: (.+)\n((?:.*\n)*?) *# ---\n", text, re.MULTILINE)
-        assert [name for name, _ in found] == ["model", "setup", "run folder", "log"]
+        assert [name for name, _ in found] == ["model", "setup", "networks", "run folder", "log"]
         for name, body in found:
             assert body == blocks.setdefault(name, body), (script, name)
 
@@ -242,7 +282,9 @@ def test_flags_with_the_same_name_mean_the_same():
     """A flag that scripts share has the same type and stands in the same place among those that they share."""
     fields = [importlib.import_module(s.removesuffix(".py")).Args.__dataclass_fields__ for s in SCRIPTS]
     shared = [name for name in fields[0] if all(name in other for other in fields)]
-    promised = "model prompt prompts_file reward num_iterations samples_per_iteration micro_batch_size "
+    of_one_task = {"prompt", "prompts_file", "reward", "samples_per_iteration"}
+    assert all(of_one_task <= set(other) or "tasks" in other for other in fields)
+    promised = "model num_iterations micro_batch_size "
     promised += "num_inference_steps guidance_scale eta learning_rate lora_rank max_grad_norm seed dtype compile "
     assert {*promised.split(), "output_dir", "resume", "track"} <= set(shared)
     for other in fields:

@@ -1,0 +1,279 @@
+"""large_scale_ppo.py: Eq. 7, 9 and 10 against what is written out, parity in closed form, streams over kills, ranks."""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, read_metrics, run_script
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+from written_out import merged_unet, policies, record_updates
+
+import ddpo
+import large_scale_ppo
+from common.prompts import open_prompts, take
+from common.rewards.statistical_parity import statistical_parity
+
+PROMPT = "A cat and a dog"
+
+
+def run_here(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["large_scale_ppo.py", *map(str, flags)])
+    large_scale_ppo.main()
+
+
+@pytest.fixture
+def small(tiny_sd, tmp_path):
+    """Flags of a run with ten samples of one prompt in four steps, and four pairs with one caption."""
+    (tmp_path / "prompt.txt").write_text(PROMPT)
+    (tmp_path / "pairs.py").write_text(
+        "import numpy as np\n"
+        "from PIL import Image\n"
+        "def f(seed):\n"
+        "    rng = np.random.default_rng(seed)\n"
+        f"    return [(Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)), {PROMPT!r}) for _ in range(9)]\n"
+    )
+    flags = ["--model", tiny_sd, "--tasks", f"jpeg_incompressibility {tmp_path}/prompt.txt 1x10", "--num-iterations", 1]
+    flags += ["--num-inference-steps", 4, "--training-timesteps", 3, "--guidance-scale", 3, "--micro-batch-size", 10]
+    return [*flags, "--pretrain-data", f"{tmp_path}/pairs.py:f", "--pretrain-batch-size", 4, "--max-grad-norm", 1e9]
+
+
+def gradient(update):
+    return torch.cat([g.flatten() for _, g in update]).double()
+
+
+def test_gradients_of_the_policy_are_those_of_eq_7(tiny_sd, tmp_path, monkeypatch, small):
+    """Every update's gradient against autograd in float64 of Eq. 7 and 10: one timestep each, all samples, the rollout's
+    log-probs; the ratios are 1 at the first and leave the band on either side later."""
+    clip, T, m = 3e-4, 4, 10
+    rollout, rewards, sample, advantages = [], [], large_scale_ppo.sample, large_scale_ppo.per_batch_advantages
+    monkeypatch.setattr(large_scale_ppo, "sample", lambda *a: rollout.append(sample(*a)) or rollout[-1])
+    monkeypatch.setattr(large_scale_ppo, "per_batch_advantages", lambda r: rewards.append(r) or advantages(r))
+    recorded = record_updates(monkeypatch)
+    flags = ["--clip-range", clip, "--learning-rate", 3e-3, "--pretrain-beta", 0, "--output-dir", tmp_path / "run"]
+    run_here(monkeypatch, *small, *flags)
+    monkeypatch.undo()
+    trajectory, log_prob, _ = rollout[1]  # the first is that of the grid of samples
+    r = rewards[0].double().numpy()
+    A = torch.from_numpy((r - r.mean()) / np.sqrt(((r - r.mean()) ** 2).mean()))
+    timesteps = torch.randperm(4, generator=large_scale_ppo.seeded(0, 1, 0, 0))[:3].tolist()
+    assert len(recorded) == 3
+    deviations, of_all_cases = [], set()
+    for update, j in zip(recorded, timesteps):
+        steps = torch.full((m,), j)
+        leaves, policy, *_ = policies(tiny_sd, [w for w, _ in update], T, 3.0, PROMPT, trajectory[:, j], steps)
+        log_p = policy.log_prob(trajectory[:, j + 1].double()).flatten(1).mean(1)
+        w = (log_p - log_prob[:, j].double()).exp()
+        total = 0.0
+        for i in range(m):
+            g = (1 + clip) * A[i] if A[i] >= 0 else (1 - clip) * A[i]
+            total = total + min(w[i] * A[i], g)
+            of_all_cases.add((bool(A[i] >= 0), bool(w[i] * A[i] < g)))
+        expected = torch.cat([g.flatten() for g in torch.autograd.grad(-total / m, leaves)])
+        assert (gradient(update) - expected).norm() < 1e-3 * expected.norm()
+        deviations.append((w - 1).abs().max().item())
+    assert len(of_all_cases) == 4, "both signs, inside and outside"
+    line = read_metrics(tmp_path / "run")[0]
+    assert deviations[0] < 1e-5 > line["ratio/first_max_deviation"] and max(deviations[1:]) > clip
+    assert line["ratio/max_deviation"] == pytest.approx(max(deviations[1:]), rel=1e-2)
+    assert "loss/pretrain" not in line
+
+
+@pytest.mark.parametrize("prediction_type, dropout", [("epsilon", 0), ("epsilon", 1), ("v_prediction", 0)])
+def test_gradient_of_the_pretraining_loss_is_that_of_eq_9(
+    tiny_sd, tmp_path, monkeypatch, small, prediction_type, dropout
+):
+    """The last update of an iteration, with beta, on pairs that the VAE encoded; dropout 1 is the empty caption."""
+    model = shutil.copytree(tiny_sd, tmp_path / "model")
+    config = json.loads((model / "scheduler/scheduler_config.json").read_text())
+    (model / "scheduler/scheduler_config.json").write_text(json.dumps(config | {"prediction_type": prediction_type}))
+    recorded = record_updates(monkeypatch)
+    flags = ["--pretrain-beta", 0.3, "--caption-dropout", dropout, "--learning-rate", 1e-3, "--model", model]
+    run_here(monkeypatch, *small, *flags, "--output-dir", tmp_path / "run")
+    monkeypatch.undo()
+    assert len(recorded) == 4, "three timesteps of the task, and the pre-training loss"
+
+    pairs = large_scale_ppo.open_pairs_or_fail(f"{tmp_path}/pairs.py:f", 0)
+    order = np.random.default_rng([0, 0]).permutation(np.arange(9, dtype=np.int32))[:4]
+    pictures = torch.stack([torch.from_numpy(np.array(pairs[i][0])) for i in order]).permute(0, 3, 1, 2).double()
+    pipeline = StableDiffusionPipeline.from_pretrained(model)
+    mean, log_var = pipeline.vae.double().encode(pictures / 127.5 - 1).latent_dist.parameters.chunk(2, dim=1)
+    z, t, eps = [], [], []
+    for i in range(4):
+        generator = large_scale_ppo.seeded(0, 2, 0, i)
+        torch.rand(1, generator=generator)
+        t.append(torch.randint(1000, (1,), generator=generator))
+        noise = torch.randn(2, 4, 8, 8, generator=generator).double()
+        z.append((mean[i] + (log_var[i] / 2).exp() * noise[0]).detach() * pipeline.vae.config.scaling_factor)
+        eps.append(noise[1])
+    z, t, eps = torch.stack(z), torch.cat(t), torch.stack(eps)
+    alpha = pipeline.scheduler.alphas_cumprod.double()[t].view(-1, 1, 1, 1)
+    z_t = alpha.sqrt() * z + (1 - alpha).sqrt() * eps
+    target = eps if prediction_type == "epsilon" else alpha.sqrt() * eps - (1 - alpha).sqrt() * z
+    caption = "" if dropout else PROMPT
+    leaves, predicted, _ = merged_unet(model, [w for w, _ in recorded[3]], 1.0, caption)
+    loss = 0.3 * ((predicted(z_t, t) - target) ** 2).mean()
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, leaves)])
+    assert (gradient(recorded[3]) - expected).norm() < 1e-3 * expected.norm() > 0
+    assert read_metrics(tmp_path / "run")[0]["loss/pretrain"] == pytest.approx(loss.item() / 0.3, rel=1e-3)
+
+
+def test_parity_has_a_gradient_per_batch_and_none_per_prompt():
+    """Two prompts, two images each, of class 1 with probability p. The chance of a mixed group is u = 2 p (1 - p). With
+    the batch's mean and std the advantages are +1 and -1 where one group is mixed and the other not, and the expected
+    gradient is 2 (E[score, mixed] (1 - u) - E[score, not mixed] u) = 2 du/dp = 4 (1 - 2p). With each prompt's own mean
+    every advantage is 0, as its images share their reward. All 16 outcomes, enumerated."""
+    for p in (0.1, 0.4, 0.5, 0.8):
+        per_batch = 0.0
+        for images in itertools.product((0, 1), repeat=4):
+            groups = images[:2], images[2:]
+            rewards = torch.tensor([-statistical_parity(list(group), 2) for group in groups for _ in group])
+            chance = np.prod([p if image else 1 - p for image in images])
+            score = torch.tensor([1 / p if image else -1 / (1 - p) for image in images], dtype=torch.float64)
+            per_batch += chance * (large_scale_ppo.per_batch_advantages(rewards) * score).sum().item()
+            history = torch.full((2, 8), float("nan"), dtype=torch.float64)
+            per_prompt = ddpo.per_prompt_advantages(history, torch.tensor([0, 0, 1, 1]), rewards, 2)
+            assert (per_prompt == 0).all()
+        assert per_batch == pytest.approx(4 * (1 - 2 * p), abs=1e-5)
+
+
+def test_equal_rewards_give_no_advantage():
+    assert (large_scale_ppo.per_batch_advantages(torch.full((7,), 0.1)).abs() < 1e-6).all()
+    ours = large_scale_ppo.per_batch_advantages(torch.tensor([3, -1, 4, 1, -5]))
+    assert ours.mean().item() == pytest.approx(0, abs=1e-12) and ours.std(correction=0).item() == pytest.approx(1)
+
+
+def test_shares_of_a_parity_group_on_several_ranks(tmp_path):
+    """Two tasks, groups of five on 1, 2 and 3 processes: every rank's share of a group is another one."""
+    tasks = ["statistical_parity:zoo/skin_tone prompts/zoo_portraits.txt 3x5"]
+    tasks += ["image_reward:zoo/image_reward prompts/zoo_preference.txt 2x2"]
+    flags = ["zoo", "--tasks", *tasks, "--num-inference-steps", 4, "--training-timesteps", 2, "--num-iterations", 2]
+    for ranks in (1, 2, 3):
+        folder = tmp_path / str(ranks)
+        result = run_script("large_scale_ppo.py", *flags, "--output-dir", folder, ranks=ranks)
+        assert result.returncode == 0, result.stderr
+    one = load_file(tmp_path / "1/pytorch_lora_weights.safetensors")
+    for ranks in ("2", "3"):
+        for a, b in zip(read_metrics(tmp_path / "1"), read_metrics(tmp_path / ranks), strict=True):
+            assert a["reward/statistical_parity/mean"] == pytest.approx(b["reward/statistical_parity/mean"], abs=1e-6)
+            for key in a:
+                if not key.startswith(("time/", "ratio/first")):
+                    assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
+        many = load_file(tmp_path / ranks / "pytorch_lora_weights.safetensors")
+        difference = sum((one[key] - many[key]).square().sum() for key in one) ** 0.5
+        assert difference < 1e-4 * sum(value.square().sum() for value in one.values()) ** 0.5
+    assert read_metrics(tmp_path / "1")[0]["reward/statistical_parity/std"] > 0
+
+
+REWARD = """
+import json, os
+def f(images, prompts):
+    with open(os.environ["SEEN"] + os.environ.get("RANK", "0"), "a") as file:
+        file.write(json.dumps(list(prompts)) + "\\n")
+    return images.mean((1, 2, 3))
+"""
+
+
+def test_killed_and_resumed_run_sees_every_prompt_once(tiny_sd, tmp_path):
+    """Two processes are killed in the middle of an epoch and three go on: what the model has learned from, counted."""
+    (tmp_path / "mine.py").write_text(REWARD)
+    (tmp_path / "prompts.txt").write_text("".join(f"{word} cat {i}\n" for i in range(10) for word in ("a", "one")))
+    flags = ["--model", tiny_sd, "--tasks", f"{tmp_path}/mine.py:f {tmp_path}/prompts.txt 3x3", "--pretrain-beta", 0]
+    flags += ["--num-inference-steps", 2, "--training-timesteps", 1, "--guidance-scale", 1, "--save-every", 2]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "SEEN": str(tmp_path / "before")}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [
+        "large_scale_ppo.py",
+        *map(str, flags),
+        "--num-iterations",
+        "100",
+        "--output-dir",
+        str(tmp_path / "run"),
+    ]
+    child = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, stderr=subprocess.DEVNULL)
+    state, metrics = tmp_path / "run/checkpoint/state.pt", tmp_path / "run/metrics.jsonl"
+    for _ in range(1200):
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= 3:
+            break
+        time.sleep(0.1)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    saved = torch.load(state, weights_only=True)
+    done = saved["iteration"]
+    assert done >= 2 and saved["positions"] == [3 * done, 0] and saved["lengths"] == [20, 0]
+    os.environ["SEEN"] = str(tmp_path / "after")
+    total = done + 7
+    result = run_script("large_scale_ppo.py", "--resume", tmp_path / "run", "--num-iterations", total, ranks=3)
+    assert result.returncode == 0, result.stderr
+
+    def seen(name: str, ranks: int) -> list[list[str]]:
+        calls = [map(json.loads, (tmp_path / f"{name}{rank}").read_text().splitlines()) for rank in range(ranks)]
+        return [sum(shares, []) for shares in zip(*calls)]
+
+    learned = seen("before", 2)[:done] + seen("after", 3)
+    assert len(learned) == total
+    stream = take(open_prompts(str(tmp_path / "prompts.txt"), 0), 0, 0, 3 * total)
+    assert [prompt for iteration in learned for prompt in iteration] == [p for p in stream for _ in range(3)]
+    assert len(set(stream[:20])) == 20 and torch.load(state, weights_only=True)["positions"] == [3 * total, 0]
+    (tmp_path / "prompts.txt").write_text("a cat\n" * 21)
+    result = run_script("large_scale_ppo.py", "--resume", tmp_path / "run", "--num-iterations", total + 1)
+    errors = [line for line in result.stderr.splitlines() if "error:" in line]
+    assert result.returncode == 2 and len(errors) == 1 and "[21, 0]" in errors[0]
+
+
+def test_all_weights(tiny_sd, tmp_path, monkeypatch, small):
+    """--lora-rank 0: a unet/ folder that diffusers loads, all of it trained, resumed exactly; checkpointing is free."""
+    flags = [*small, "--lora-rank", 0, "--learning-rate", 1e-4, "--gradient-checkpointing"]
+    for folder, iterations in (("whole", 3), ("parts", 1)):
+        run_here(monkeypatch, *flags, "--num-iterations", iterations, "--output-dir", tmp_path / folder)
+    resume = ["--resume", tmp_path / "parts", "--num-iterations", 3, "--no-gradient-checkpointing"]
+    run_here(monkeypatch, *resume)
+    whole, parts = (read_metrics(tmp_path / name) for name in ("whole", "parts"))
+    for a, b in zip(whole, parts, strict=True):
+        assert "kl/pretrained" not in a
+        for key in a:
+            if not key.startswith("time/"):
+                assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
+    before = pipeline.unet.state_dict()
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "whole/unet")
+    after, resumed = unet.state_dict(), UNet2DConditionModel.from_pretrained(tmp_path / "parts/unet").state_dict()
+    assert all(not after[key].equal(before[key]) for key in before)
+    assert all(torch.allclose(after[key], resumed[key], atol=1e-5) for key in after)
+    assert not (tmp_path / "whole/pytorch_lora_weights.safetensors").exists()
+    StableDiffusionPipeline.from_pretrained(tiny_sd, unet=unet)(PROMPT, num_inference_steps=1, output_type="np")
+
+
+def test_two_tasks_of_one_reward_have_names_of_their_own(tmp_path, monkeypatch, small, tiny_sd):
+    (tmp_path / "my prompts.jsonl").write_text('{"text": "a cat"}\n{"text": "a dog"}\n')
+    tasks = [
+        f"jpeg_compressibility {tmp_path}/prompt.txt 1x4",
+        f"jpeg_compressibility '{tmp_path}/my prompts.jsonl' 2x3",
+    ]
+    run_here(monkeypatch, *small, "--tasks", *tasks, "--output-dir", tmp_path / "run")
+    line = read_metrics(tmp_path / "run")[0]
+    means = line["reward/jpeg_compressibility/mean"], line["reward/jpeg_compressibility-2/mean"]
+    assert line["samples"] == 10 and line["reward/mean"] == pytest.approx(sum(means) / 2) and means[0] != means[1]
+
+
+def test_presets_are_those_of_the_paper():
+    for name in ("preference", "composition", "skin-tone", "joint"):
+        args = large_scale_ppo.PRESETS[name]
+        assert (args.guidance_scale, args.learning_rate, args.num_inference_steps, args.clip_range) == (
+            7,
+            2e-6,
+            50,
+            1e-4,
+        )
+        assert (args.prompts_per_task, args.images_per_prompt, args.training_timesteps) == (128, 16, 5)
+        assert (args.weight_decay, args.pretrain_batch_size) == (1e-2, 128 * 16)
+    rewards = [task.split()[0] for task in large_scale_ppo.PRESETS["joint"].tasks]
+    assert rewards == ["image_reward", "object_detection", "statistical_parity"]
