@@ -51,8 +51,8 @@ def gradient(update):
 
 
 def test_gradients_of_the_policy_are_those_of_eq_7(tiny_sd, tmp_path, monkeypatch, small):
-    """Every update's gradient against autograd in float64 of Eq. 7 and 10: one timestep each, all samples, the rollout's
-    log-probs; the ratios are 1 at the first and leave the band on either side later."""
+    """Every update's gradient against autograd in float64 of Eq. 7 and 10: one timestep each, all samples, the log-probs
+    of the rollout; the ratios are 1 at the first and leave the band on either side later."""
     clip, T, m = 3e-4, 4, 10
     rollout, rewards, sample, advantages = [], [], large_scale_ppo.sample, large_scale_ppo.per_batch_advantages
     monkeypatch.setattr(large_scale_ppo, "sample", lambda *a: rollout.append(sample(*a)) or rollout[-1])
@@ -216,7 +216,7 @@ def test_killed_and_resumed_run_sees_every_prompt_once(tiny_sd, tmp_path):
 
     def seen(name: str, ranks: int) -> list[list[str]]:
         calls = [map(json.loads, (tmp_path / f"{name}{rank}").read_text().splitlines()) for rank in range(ranks)]
-        return [sum(shares, []) for shares in zip(*calls)]
+        return [[*itertools.chain(*shares)] for shares in zip(*calls)]
 
     learned = seen("before", 2)[:done] + seen("after", 3)
     assert len(learned) == total
