@@ -51,7 +51,7 @@ def gradient(update):
 
 
 def test_gradients_of_the_policy_are_those_of_eq_7(tiny_sd, tmp_path, monkeypatch, small):
-    """Every update's gradient against autograd in float64 of Eq. 7 and 10: one timestep each, all samples, the log-probs
+    """Every update's gradient against autograd in float64 of Eq. 7 and 10: one timestep each, all samples, log-probs
     of the rollout; the ratios are 1 at the first and leave the band on either side later."""
     clip, T, m = 3e-4, 4, 10
     rollout, rewards, sample, advantages = [], [], large_scale_ppo.sample, large_scale_ppo.per_batch_advantages
