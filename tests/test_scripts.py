@@ -214,6 +214,7 @@ WRONG_OF = {
     }
     | {
         "default model, no hub": (["composition", "--pretrain-beta", "0"], "SCRIPT zoo"),
+        "hub out of reach": (["composition", "--pretrain-beta", "0", "--model", "nobody/nothing"], "SCRIPT zoo"),
         "the paper's prompts are not there": ([], "--tasks"),
         "no pairs": (["composition"], "--pretrain-data"),
         "pairs missing": (["zoo", "--pretrain-data", "nowhere"], "--pretrain-data"),
