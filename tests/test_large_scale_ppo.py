@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 import time
@@ -185,24 +185,20 @@ def test_killed_and_resumed_run_sees_every_prompt_once(tiny_sd, tmp_path, monkey
     (tmp_path / "prompts.txt").write_text("".join(f"{word} cat {i}\n" for i in range(10) for word in ("a", "one")))
     flags = ["--model", tiny_sd, "--tasks", f"{tmp_path}/mine.py:f {tmp_path}/prompts.txt 3x3", "--pretrain-beta", 0]
     flags += ["--num-inference-steps", 2, "--training-timesteps", 1, "--guidance-scale", 1, "--save-every", 2]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "SEEN": str(tmp_path / "before")}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [
-        "large_scale_ppo.py",
-        *map(str, flags),
-        "--num-iterations",
-        "100",
-        "--output-dir",
-        str(tmp_path / "run"),
-    ]
-    child = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "large_scale_ppo.py", *map(str, flags), "--output-dir", str(tmp_path / "run")]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        env = os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    env |= {"OMP_NUM_THREADS": "1", "SEEN": str(tmp_path / "before")}
+    # Without torchrun, whose workers outlive it when it is killed.
+    ranks = [subprocess.Popen(command, cwd=ROOT, env=env | {"RANK": rank}, stderr=subprocess.DEVNULL) for rank in "01"]
     state, metrics = tmp_path / "run/checkpoint/state.pt", tmp_path / "run/metrics.jsonl"
-    for _ in range(1200):
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= 3:
-            break
-        time.sleep(0.1)
-    os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+        assert all(rank.poll() is None for rank in ranks), "it ended by itself"
+        time.sleep(0.05)
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
     saved = torch.load(state, weights_only=True)
     done = saved["iteration"]
     assert done >= 2 and saved["positions"] == [3 * done, 0] and saved["lengths"] == [20, 0]
