@@ -190,7 +190,7 @@ def read_tasks(args, world_size: int) -> list[Task]:
         try:
             check_spec(reward)
             prompts = open_prompts(source, args.seed)
-        except (RewardError, SourceError) as error:
+        except (RewardError, SourceError, OSError) as error:  # OSError: no right to read, or to write the cache
             fail(f"--tasks {text!r}: {error}")
         if world_size > P * G:
             fail(f"--tasks {text!r}: {P}x{G} images are less than the {world_size} processes; take more")
@@ -213,7 +213,7 @@ def open_pairs_or_fail(source: str | None, seed: int) -> Sequence:
         )
     try:
         return open_pairs(source, seed)
-    except SourceError as error:
+    except (SourceError, OSError) as error:
         fail(f"--pretrain-data: {error}")
 
 
