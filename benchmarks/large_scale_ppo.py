@@ -68,6 +68,9 @@ def run(args: Args):
             return
         env = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))}
         for stop in stops_of(args, name):
+            kept = folder / f"after_{stop}"
+            if kept.exists():
+                continue
             command = [
                 "large_scale_ppo.py",
                 "zoo",
@@ -81,8 +84,7 @@ def run(args: Args):
                 command = ["large_scale_ppo.py", "--resume", str(folder)]
             command += ["--num-iterations", str(stop)]
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True, env=env)
-            kept = folder / f"after_{stop}"
-            kept.mkdir(exist_ok=True)
+            kept.mkdir()
             shutil.copy(folder / "pytorch_lora_weights.safetensors", kept)
         wall_time = {"seconds": time.time() - start, "jobs_side_by_side": args.jobs, "cores": os.cpu_count()}
         (folder / "wall_time.json").write_text(json.dumps(wall_time))
