@@ -71,19 +71,11 @@ def run(args: Args):
             kept = folder / f"after_{stop}"
             if kept.exists():
                 continue
-            command = [
-                "large_scale_ppo.py",
-                "zoo",
-                *EXPERIMENTS[name],
-                "--seed",
-                str(seed),
-                "--output-dir",
-                str(folder),
-            ]
+            words = ["zoo", *EXPERIMENTS[name], "--seed", str(seed), "--output-dir", str(folder)]
             if (folder / "checkpoint").exists():
-                command = ["large_scale_ppo.py", "--resume", str(folder)]
-            command += ["--num-iterations", str(stop)]
-            subprocess.run([sys.executable, *command], cwd=ROOT, check=True, env=env)
+                words = ["--resume", str(folder)]
+            command = [sys.executable, "large_scale_ppo.py", *words, "--num-iterations", str(stop)]
+            subprocess.run(command, cwd=ROOT, check=True, env=env)
             kept.mkdir()
             shutil.copy(folder / "pytorch_lora_weights.safetensors", kept)
         wall_time = {"seconds": time.time() - start, "jobs_side_by_side": args.jobs, "cores": os.cpu_count()}
