@@ -2,6 +2,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["DIFFUSERS_VERBOSITY"] = "error"
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each process
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import json
 import shutil
@@ -13,6 +15,19 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(config, items):
+    """For --dist loadgroup: tests that share a fixture run in one process, those of test_scripts.py wherever one is free."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        group = item.path.stem
+        if group == "test_scripts":
+            if "default_run" not in item.fixturenames:
+                continue
+            group = f"default run of {item.callspec.params['default_run']}"
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def run_script(*args, ranks: int = 1, timeout: int = 300) -> subprocess.CompletedProcess:
