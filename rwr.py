@@ -106,7 +106,7 @@ RWR = Args()
 SPARSE = replace(Args(), weights="sparse")
 ZOO = replace(Args(), model="zoo/sd", reward="image_reward:zoo/image_reward", prompts_file=Path("prompts/zoo.txt"))
 ZOO = replace(ZOO, num_inference_steps=12, guidance_scale=1.5, samples_per_iteration=192, shard_size=64)
-ZOO = replace(ZOO, micro_batch_size=64, num_iterations=8, gradient_steps=40, batch_size=32, learning_rate=2e-3)
+ZOO = replace(ZOO, micro_batch_size=64, num_iterations=5, gradient_steps=40, batch_size=32, learning_rate=2e-3)
 ZOO = replace(ZOO, inverse_temperature=2.0)  # rewards of unit variance, where JPEGs of 512 px vary by tens of kB
 PRESETS = {"rwr": RWR, "sparse": SPARSE, "zoo": ZOO}
 
