@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(config, items):
-    """For --dist loadgroup: tests that share a fixture run in one process, those of test_scripts.py wherever one is free."""
+    """For --dist loadgroup: tests that share a fixture run in one process, those of test_scripts.py in any."""
     if not config.pluginmanager.hasplugin("xdist"):
         return
     for item in items:
