@@ -113,7 +113,7 @@ class Args:
 
 MULTI_PROMPT = replace(Args(), samples_per_iteration=45, num_iterations=1112, beta=0.001, value_function=True)  # E.3
 ZOO = replace(Args(), model="zoo/sd", reward="image_reward:zoo/image_reward", num_inference_steps=12)
-ZOO = replace(ZOO, guidance_scale=1.5, num_iterations=60, samples_per_iteration=24, micro_batch_size=48)
+ZOO = replace(ZOO, guidance_scale=1.5, num_iterations=80, samples_per_iteration=24, micro_batch_size=48)
 ZOO = replace(ZOO, kl="exact", beta=0.1, rewarded_share=0.5, replay_rollouts=1, gradient_steps=2, batch_size=96)
 # A latent of 1024 numbers instead of 16384: the mean over them leaves ratios about 16 times farther from 1.
 ZOO = replace(ZOO, clip_range=1e-3, learning_rate=2e-3, cooldown_share=0.4)
