@@ -111,7 +111,7 @@ AESTHETIC = replace(Args(), reward="aesthetic", prompts_file=Path("prompts/anima
 ALIGNMENT = replace(Args(), reward="llava_bertscore", prompts_file=Path("prompts/animals_activities.txt"))  # 5.3
 ZOO = replace(Args(), model="zoo/sd", reward="image_reward:zoo/image_reward", prompts_file=Path("prompts/zoo.txt"))
 ZOO = replace(ZOO, num_inference_steps=12, guidance_scale=1.5, samples_per_iteration=32, micro_batch_size=64)
-ZOO = replace(ZOO, num_iterations=30, rewarded_share=0.5, min_count=8, learning_rate=5e-3)
+ZOO = replace(ZOO, num_iterations=60, rewarded_share=0.5, min_count=8, gradient_steps=2, learning_rate=2e-3)
 # A latent of 1024 numbers instead of 16384: the mean over them leaves ratios about 16 times farther from 1.
 ZOO = replace(ZOO, clip_range=1e-3)
 PRESETS = {"compressibility": COMPRESSIBILITY, "incompressibility": INCOMPRESSIBILITY, "aesthetic": AESTHETIC}

@@ -47,12 +47,20 @@ def experiments(script: str) -> dict[tuple[str, str], tuple[str, list[str], list
         keys = itertools.product(("kl-d", "kl-o", "none"), PROMPTS)
         return {(k, p): (REWARDS[2], [p], ["--regularization", k, "--prompt", p]) for k, p in keys}
     flag, values = ("--estimator", ("is", "sf")) if script == "ddpo" else ("--weights", ("softmax", "sparse"))
-    # The JPEGs' sizes have a standard deviation of 0.35 kB, the zoo's reward one of 1.
-    of_jpeg = ["--inverse-temperature", "12"] if script == "rwr" else []
     prompts = (ROOT / "prompts/zoo.txt").read_text().splitlines()
+
+    def flags(value: str, reward: str) -> list[str]:
+        more = []
+        if script == "ddpo" and reward.startswith("jpeg"):  # which larger steps do not break
+            more = ["--learning-rate", "5e-3", "--gradient-steps", "4", "--num-iterations", "30"]
+        elif value == "sf":  # half as many updates
+            more = ["--learning-rate", "5e-3"]
+        elif value == "softmax" and reward.startswith("jpeg"):  # a standard deviation of 0.35 kB, not of 1
+            more = ["--inverse-temperature", "12"]
+        return [flag, value, "--reward", reward, *more]
+
     return {
-        (v, r): (r, prompts, [flag, v, "--reward", r, *(of_jpeg if r.startswith("jpeg") else [])])
-        for v, r in itertools.product(values, REWARDS)
+        (value, reward): (reward, prompts, flags(value, reward)) for value, reward in itertools.product(values, REWARDS)
     }
 
 
