@@ -52,7 +52,8 @@ def experiments(script: str) -> dict[tuple[str, str], tuple[str, list[str], list
     def flags(value: str, reward: str) -> list[str]:
         more = []
         if script == "ddpo" and reward.startswith("jpeg"):  # which larger steps do not break
-            more = ["--learning-rate", "5e-3", "--gradient-steps", "4", "--num-iterations", "30"]
+            more = ["--learning-rate", "5e-3" if value == "is" else "8e-3", "--num-iterations", "30"]
+            more += ["--gradient-steps", "4"]
         elif value == "sf":  # half as many updates
             more = ["--learning-rate", "5e-3"]
         elif value == "softmax" and reward.startswith("jpeg"):  # a standard deviation of 0.35 kB, not of 1
