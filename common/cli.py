@@ -57,12 +57,13 @@ def end_run(message: str) -> NoReturn:
     raise SystemExit(1)
 
 
-def parse_args(presets: dict, description: str):
+def parse_args(presets: dict, description: str, words: Sequence[str] | None = None):
     """Arguments of a script: `script.py [PRESET] [--flag value ...]`; with no word the first preset.
 
-    With --resume RUN_DIR the arguments of that run are the defaults, and those that must agree with it are held to.
+    With --resume RUN_DIR the arguments of that run are the defaults, and those that must agree with it are held to. A
+    flag of several values may be given several times, with one or more of them each. `words` are the command line's.
     """
-    words = sys.argv[1:]
+    words = sys.argv[1:] if words is None else list(words)
     if words and not words[0].startswith("-") and words[0] not in presets:
         fail(f"there is no preset {words[0]!r}; there are: {', '.join(presets)}")
     default = presets[words.pop(0) if words and words[0] in presets else next(iter(presets))]
@@ -75,13 +76,14 @@ def parse_args(presets: dict, description: str):
         stored = {key: Path(value) if key in paths and value else value for key, value in stored.items()}
         stored = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
         default = replace(default, **stored)
+    words = join_repeated(words, [f"--{f.name.replace('_', '-')}" for f in fields(default) if "tuple" in str(f.type)])
     args = tyro.cli(type(default), default=default, args=words, description=description)
     flags = {word.split("=")[0].replace("_", "-") for word in words}
     if {"--prompt", "--prompts-file"} <= flags:
         fail("--prompt and --prompts-file are both given; choose one")
     if "--prompt" in flags:
         args = replace(args, prompts_file=None)
-    if args.resume:
+    if asdict(args).get("resume"):
         for name in asdict(args).keys() - MAY_CHANGE_ON_RESUME:
             if getattr(args, name) != getattr(default, name):
                 fail(f"--{name.replace('_', '-')} differs from the run to resume, where it is {getattr(default, name)}")
@@ -89,17 +91,54 @@ def parse_args(presets: dict, description: str):
     return args
 
 
+def join_repeated(words: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """The command line with `--lora A --lora B` as `--lora A B` for each of `flags`, of which tyro takes the last."""
+    rest, given, place = [], {}, None
+    for word in words:
+        flag, equals, value = word.partition("=")
+        flag = flag.replace("_", "-")
+        if flag in flags:
+            place = given.setdefault(flag, [])
+            place += [value] if equals else []
+        elif place is None or word.startswith("--"):
+            place = None
+            rest.append(word)
+        else:
+            place.append(word)
+    return rest + [word for flag, values in given.items() for word in (flag, *values)]
+
+
+def check_numbers(args, may_be_0: set[str]) -> None:
+    """Refuse integers under 1, those of `may_be_0` under 0, and other numbers that are negative or not finite."""
+    for name, value in asdict(args).items():
+        flag, least = "--" + name.replace("_", "-"), 0 if name in may_be_0 else 1
+        if isinstance(value, int) and not isinstance(value, bool) and value < least:
+            fail(f"{flag} is {value}; it must be {least} or more")
+        if isinstance(value, float) and not (np.isfinite(value) and value >= 0):
+            fail(f"{flag} is {value}; it must be a number of 0 or more")
+
+
+def check_dtype(dtype: str) -> None:
+    if dtype != "fp32" and not torch.cuda.is_available():
+        fail(f"--dtype {dtype} needs a GPU and none is there; use --dtype fp32")
+    if dtype == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        fail("--dtype bf16 is not supported by this GPU; use --dtype fp32 or fp16")
+
+
+def check_model(model: str) -> None:
+    """Refuse a folder that is none in diffusers format; whether there is a hub id is known when it is loaded."""
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model)
+    if not is_hub_id and not Path(model).is_dir():
+        fail(f"--model: there is no folder {model!r}; give a folder in diffusers format or a hub id")
+    if Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
+        fail(f"--model: {model!r} has no model_index.json; give a folder in diffusers format")
+
+
 def check_args(args, world_size: int) -> list[str] | list[Task]:
     """Refuse what cannot work before anything slow is loaded; returns the prompts, or the tasks of a script that has
     them."""
     has_tasks = "tasks" in asdict(args)
-    for name, value in asdict(args).items():
-        flag = "--" + name.replace("_", "-")
-        may_be_0 = name == "seed" or (name == "lora_rank" and has_tasks)
-        if isinstance(value, int) and not isinstance(value, bool) and not may_be_0 and value < 1:
-            fail(f"{flag} is {value}; it must be 1 or more")
-        if isinstance(value, float) and not (np.isfinite(value) and value >= 0):
-            fail(f"{flag} is {value}; it must be a number of 0 or more")
+    check_numbers(args, {"seed", "lora_rank"} if has_tasks else {"seed"})
     for name in {"rewarded_share", "timestep_fraction"} & asdict(args).keys():
         if not 0 < getattr(args, name) <= 1:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be more than 0 and at most 1")
@@ -117,9 +156,6 @@ def check_args(args, world_size: int) -> list[str] | list[Task]:
                 fail(f"{flag} {value} is less than the {world_size} processes; raise it")
     if "min_count" in asdict(args) and args.min_count > args.buffer_size:
         fail(f"--min-count is {args.min_count}; it can be at most --buffer-size, {args.buffer_size}")
-    for name in {"seed", "lora_rank"}:
-        if getattr(args, name) < 0:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 0 or more")
     if has_tasks and args.training_timesteps > args.num_inference_steps:
         fail(f"--training-timesteps is {args.training_timesteps}; it can be at most --num-inference-steps")
     if has_tasks and args.caption_dropout > 1:
@@ -130,10 +166,7 @@ def check_args(args, world_size: int) -> list[str] | list[Task]:
         fail(f"--samples-per-iteration {args.samples_per_iteration} is less than the {world_size} processes; raise it")
     if args.eta == 0:
         fail("--eta is 0, and a deterministic step has no log-probability to learn from; use 1")
-    if args.dtype != "fp32" and not torch.cuda.is_available():
-        fail(f"--dtype {args.dtype} needs a GPU and none is there; use --dtype fp32")
-    if args.dtype == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        fail("--dtype bf16 is not supported by this GPU; use --dtype fp32 or fp16")
+    check_dtype(args.dtype)
     if args.track and not any((Path(folder) / "wandb").is_dir() for folder in sys.path):
         fail("--track needs Weights & Biases: pip install wandb, or leave it out (TensorBoard is always written)")
     try:
@@ -143,11 +176,7 @@ def check_args(args, world_size: int) -> list[str] | list[Task]:
         fail(f"--reward: {error}")
     if args.output_dir and (args.output_dir / "args.json").exists() and not args.resume:
         fail(f"--output-dir {args.output_dir} holds another run; choose another, or use --resume {args.output_dir}")
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", args.model)
-    if not is_hub_id and not Path(args.model).is_dir():
-        fail(f"--model: there is no folder {args.model!r}; give a folder in diffusers format or a hub id")
-    if Path(args.model).is_dir() and not (Path(args.model) / "model_index.json").is_file():
-        fail(f"--model: {args.model!r} has no model_index.json; give a folder in diffusers format")
+    check_model(args.model)
     if has_tasks:
         return read_tasks(args, world_size)
     prompts = read_prompts(args)
@@ -243,7 +272,7 @@ def load_reward_or_fail(spec: str, device: torch.device, prompts: list[str], fla
     try:
         return load_reward(spec, device, prompts)
     except PromptError as error:
-        remedy = "change --prompt or --prompts-file" if flag == "--reward" else "change the prompts of the task"
+        remedy = "change the prompts of the task" if flag == "--tasks" else "change --prompt or --prompts-file"
         fail(f"{flag} {spec} cannot score these prompts: {error}; {remedy}")
     except RewardError as error:
         fail(f"{flag} {spec}: {error}")

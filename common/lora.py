@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -99,15 +100,32 @@ def save_lora(unet: torch.nn.Module, folder: str | Path) -> None:
     save_file(lora_state_dict(unet), Path(folder) / FILE_NAME, metadata={"format": "pt"})
 
 
-def load_lora(unet: torch.nn.Module, folder: str | Path) -> None:
-    """Read what `save_lora` wrote into a UNet on which `add_lora` was called with the same rank.
+def lora_file(path: str | Path) -> Path:
+    """The safetensors file itself, or that of a folder."""
+    return Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
+
+
+def lora_rank(path: str | Path) -> int:
+    """The rank of the LoRA in a folder or file. Raises ValueError when there is none, or not one."""
+    try:
+        state = load_file(lora_file(path))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{lora_file(path)} cannot be read as safetensors ({str(error)[:100]})") from None
+    ranks = {value.shape[0] for key, value in state.items() if key.endswith("lora_A.weight")}
+    if len(ranks) != 1:
+        raise ValueError(f"{lora_file(path)} holds no LoRA of one rank under the names that diffusers gives it")
+    return ranks.pop()
+
+
+def load_lora(unet: torch.nn.Module, path: str | Path) -> None:
+    """Read what `save_lora` wrote, a folder or the file, into a UNet on which `add_lora` was called with its rank.
 
     Raises ValueError when the file does not belong to this UNet or rank.
     """
-    state = load_file(Path(folder) / FILE_NAME)
+    state = load_file(lora_file(path))
     own = lora_state_dict(unet)
     if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
-        raise ValueError(f"the LoRA in {folder} is of another model or rank")
+        raise ValueError(f"the LoRA in {path} is of another model or rank")
     for name, processor in unet.attn_processors.items():
         for projection in PROJECTIONS:
             lora = getattr(processor, projection.removesuffix(".0"))
