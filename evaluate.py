@@ -19,7 +19,6 @@ The same command goes on where it was stopped. docs/evaluate.md explains every c
 
 import copy
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -180,7 +179,7 @@ class Model(NamedTuple):
     path: Path | None
     """What --lora says; None is the base."""
     digest: str
-    """Of its weights; empty for the base."""
+    """Of its weights; empty for a base from the hub."""
     trained_on: list[str] | None
     """The rewards that it was trained on, as its run's args.json has them; None where that is not known."""
 
@@ -203,29 +202,35 @@ def read_models(args: Args) -> list[Model]:
     parts = [
         path.resolve().parent.parts if path.name in (FILE_NAME, "unet") else path.resolve().parts for path in paths
     ]
-    for path, others in zip(args.lora, itertools.accumulate([[p] for p in parts])):
-        if others[-1] in others[:-1]:
+    for i, path in enumerate(args.lora):
+        if parts[i] in parts[:i]:
             fail(f"--lora {path} is given twice; name each model once")
     # As much of the path's end as it takes to tell them apart.
     for length in range(1, 100):
         names = [re.sub(r"[^\w.=+-]+", "-", "__".join(p[-length:]).removesuffix(".safetensors")) for p in parts]
         if len({BASE, *names}) == len(names) + 1:
             break
-    models = [Model(BASE, None, "", [])]
+    local = Path(args.model) / "unet"
+    models = [Model(BASE, None, digest_of(local) if local.is_dir() else "", [])]
     for name, path, place in zip(names, args.lora, paths):
-        digest = hashlib.sha256()
-        for file in [place] if place.is_file() else sorted(place.glob("*.safetensors")):
-            with open(file, "rb") as opened:
-                while block := opened.read(1 << 24):
-                    digest.update(block)
-        run = read_run_args(place.parent)
+        run = read_run_args(place.parent) if place.name in (FILE_NAME, "unet") else {}
         specs = [shlex.split(task)[0] for task in run.get("tasks", [])] + [run[k] for k in ("reward",) if k in run]
-        models.append(Model(name, path, digest.hexdigest(), specs or None))
+        models.append(Model(name, path, digest_of(place), specs or None))
         keys = ("model", "num_inference_steps", "guidance_scale", "eta")
         differ = [f"--{k.replace('_', '-')} {run[k]}" for k in keys if k in run and run[k] != getattr(args, k)]
         if differ and int(os.environ.get("RANK", 0)) == 0:
             print(f"warning: {name} was trained with {', '.join(differ)}, and is evaluated otherwise", file=sys.stderr)
     return models
+
+
+def digest_of(place: Path) -> str:
+    """SHA-256 of a file of weights, or of those of a folder."""
+    digest = hashlib.sha256()
+    for file in [place] if place.is_file() else sorted(place.glob("*.safetensors")):
+        with open(file, "rb") as opened:
+            while block := opened.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def read_run_args(folder: Path) -> dict:
@@ -242,14 +247,12 @@ def read_run_args(folder: Path) -> dict:
 
 def reward_terms(spec: str) -> set[str]:
     """The rewards that a sum is made of, local paths absolute, so that two ways to write one compare."""
-    terms = set()
-    for _, term in parse_sum(spec):
-        source, mark, options = term.partition("?")
-        parts = [
-            str(Path(part).resolve()) if "/" in part and Path(part).exists() else part for part in source.split(":")
-        ]
-        terms.add(":".join(parts) + mark + options)
-    return terms
+
+    def absolute(part: str) -> str:
+        return str(Path(part).resolve()) if "/" in part and Path(part).exists() else part
+
+    terms = [term.partition("?") for _, term in parse_sum(spec)]
+    return {":".join(map(absolute, source.split(":"))) + mark + options for source, mark, options in terms}
 
 
 def was_trained_on(model: Model, spec: str) -> bool | None:
@@ -272,7 +275,10 @@ def prepare(args: Args, world_size: int) -> tuple[list[str], list[Model], Path]:
             fail(f"--images-per-prompt is {args.images_per_prompt}, and {spec} needs several pictures of a prompt")
     check_model(args.model)
     prompts, models = list(dict.fromkeys(read_prompts(args))), read_models(args)
-    fewest = min(len(shard) for shard in shards_of(args, len(prompts))) * args.images_per_prompt
+    fewest = (
+        min(len(shard) for shard in shards_of(len(prompts), args.images_per_prompt, args.shard_size))
+        * args.images_per_prompt
+    )
     if fewest < world_size:
         fail(f"--images-per-prompt: {fewest} pictures are less than the {world_size} processes; raise it")
 
@@ -320,9 +326,9 @@ def write_whole(path: Path, content: str | dict[str, np.ndarray]) -> None:
     partial.replace(path)
 
 
-def shards_of(args: Args, num_prompts: int) -> list[np.ndarray]:
+def shards_of(num_prompts: int, images_per_prompt: int, shard_size: int) -> list[np.ndarray]:
     """Indices of the prompts, in runs of about shard_size pictures: the same however many ranks there are."""
-    count = max(1, num_prompts * args.images_per_prompt // args.shard_size)
+    count = max(1, num_prompts * images_per_prompt // shard_size)
     return np.array_split(np.arange(num_prompts), min(count, num_prompts))
 
 
@@ -399,7 +405,8 @@ def draw_and_score(args: Args, prompts: list[str], models: list[Model], folder: 
             dist.all_gather_object(shares, share)
         return np.concatenate(shares)
 
-    shards, N = shards_of(args, len(prompts)), args.images_per_prompt
+    N = args.images_per_prompt
+    shards = shards_of(len(prompts), N, args.shard_size)
     total = len(models) * len(prompts) * N
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -491,7 +498,8 @@ def diversity(vectors: torch.Tensor) -> float | None:
 def report(args: Args, prompts: list[str], models: list[Model], folder: Path) -> str:
     """Write results.json, table.md and comparison.png from the samples in `folder`; returns the table of all prompts
     together. For rank 0."""
-    shards, N, specs = shards_of(args, len(prompts)), args.images_per_prompt, args.rewards
+    N, specs = args.images_per_prompt, args.rewards
+    shards = shards_of(len(prompts), N, args.shard_size)
     judge, results, values, shown = load_zoo_judge(args.model), {}, {}, {}
     for model in models:
         scores, of_prompts, drawn = {}, [], []
