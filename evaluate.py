@@ -31,7 +31,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -346,16 +346,14 @@ def read_shard(folder: Path, model: str, shard: int) -> dict[str, np.ndarray]:
         return dict(stored)
 
 
-def finetuned(base: UNet2DConditionModel, path: Path) -> UNet2DConditionModel:
+def finetuned(base: torch.nn.Module, path: Path) -> torch.nn.Module:
     """The UNet that a run has made of `base`: with its LoRA, on weights that both share, or the one saved whole.
 
     Raises ValueError when it is of another model.
     """
     place = weights_of(path)
     if place.is_dir():
-        unet = UNet2DConditionModel.from_pretrained(place).to(
-            base.device, base.dtype, memory_format=torch.channels_last
-        )
+        unet = type(base).from_pretrained(place).to(base.device, base.dtype, memory_format=torch.channels_last)
         if {k: v.shape for k, v in unet.state_dict().items()} != {k: v.shape for k, v in base.state_dict().items()}:
             raise ValueError("the UNet in it is of another model")
         return unet.eval().requires_grad_(False)
@@ -376,7 +374,7 @@ def draw_and_score(args: Args, prompts: list[str], models: list[Model], folder: 
     pipeline = load_pipeline(args.model)
     base = pipeline.unet.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
 
-    def unet_of(model: Model) -> UNet2DConditionModel:
+    def unet_of(model: Model) -> torch.nn.Module:
         try:
             return finetuned(base, model.path) if model.path else base
         except Exception as error:  # ValueError, and what diffusers raises for a folder that it cannot read
