@@ -198,13 +198,12 @@ def weights_of(path: Path) -> Path:
 
 def read_models(args: Args) -> list[Model]:
     """The base and what --lora names, each with a name that is a file's name and shows in the tables."""
-    paths = [weights_of(path) for path in args.lora]
-    parts = [
-        path.resolve().parent.parts if path.name in (FILE_NAME, "unet") else path.resolve().parts for path in paths
-    ]
-    for i, path in enumerate(args.lora):
-        if parts[i] in parts[:i]:
-            fail(f"--lora {path} is given twice; name each model once")
+    places = [weights_of(path) for path in args.lora]
+    for i, place in enumerate(places):
+        if place.resolve() in [other.resolve() for other in places[:i]]:
+            fail(f"--lora {args.lora[i]} is given twice; name each model once")
+    parts = [Path(os.path.abspath(place)).parts for place in places]  # a link keeps its own name
+    parts = [whole[:-1] if whole[-1] in (FILE_NAME, "unet") else whole for whole in parts]
     # As much of the path's end as it takes to tell them apart.
     for length in range(1, 100):
         names = [re.sub(r"[^\w.=+-]+", "-", "__".join(p[-length:]).removesuffix(".safetensors")) for p in parts]
@@ -212,7 +211,7 @@ def read_models(args: Args) -> list[Model]:
             break
     local = Path(args.model) / "unet"
     models = [Model(BASE, None, digest_of(local) if local.is_dir() else "", [])]
-    for name, path, place in zip(names, args.lora, paths):
+    for name, path, place in zip(names, args.lora, places):
         run = read_run_args(place.parent) if place.name in (FILE_NAME, "unet") else {}
         specs = [shlex.split(task)[0] for task in run.get("tasks", [])] + [run[k] for k in ("reward",) if k in run]
         models.append(Model(name, path, digest_of(place), specs or None))
