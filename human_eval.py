@@ -206,7 +206,8 @@ header, footer, #pictures { display: flex; gap: 1em; align-items: center }
 progress { flex: 1 }
 #prompt { font-size: 1.4em; text-align: center; margin: .6em }
 figure { flex: 1; margin: 0; text-align: center }
-img { width: 100%; max-width: 512px; image-rendering: pixelated }
+img { width: min(100%, 512px, 46vh) }
+img.small { image-rendering: pixelated }
 fieldset { margin: .6em 0; border: 2px solid #ccc; border-radius: 6px }
 fieldset.active { border-color: #06c }
 fieldset div { display: flex; gap: .5em; flex-wrap: wrap }
@@ -336,6 +337,10 @@ questions.forEach((question, index) => {
   }
   element("questions").append(field);
 });
+for (const side of ["left", "right"]) {
+  const picture = element(side);
+  picture.addEventListener("load", () => picture.classList.toggle("small", picture.naturalWidth < 256));
+}
 element("rater").addEventListener("input", () => { state.rater = element("rater").value; keep(); });
 element("back").addEventListener("click", () => { element("back").blur(); go(-1); });
 element("next").addEventListener("click", () => { element("next").blur(); go(1); });

@@ -1,7 +1,7 @@
 """The comparison that docs/evaluate.md shows: base, a DPOK LoRA and an SFT LoRA on four prompts of the paper and four
 unseen ones, and how long it takes. Trains nothing: the runs are those of other benchmarks.
 
-python -m benchmarks.evaluate --dpok RUN --sft RUN    benchmarks/results/evaluate.json, docs/images/evaluate.png, a table
+python -m benchmarks.evaluate --dpok RUN --sft RUN   benchmarks/results/evaluate.json, docs/images/evaluate.png, tables
 
 The time that the project promises is that of 8 pictures a prompt on two idle cores (the default); for the docs' table
 take more, under a name of its own: --images-per-prompt 64 --name evaluate_64

@@ -287,7 +287,7 @@ def test_two_runs_against_each_other(tiny_sd, study, tmp_path, monkeypatch):
 BUILD_WRONG = {
     "no run": ([], "--lora"),
     "three runs": (["--lora", "RUN", "a", "b"], "--lora"),
-    "folder without weights": (["--lora", "docs"], "--lora docs"),
+    "folder without weights": (["--lora", "docs", "--prompt", "a cat"], "--lora docs"),
     "no prompts": (["--lora", "RUN", "--prompt", ""], "--prompt"),
     "models of nothing": (["--lora", "RUN", "--models", "base", "x"], "--models"),
     "two sources": (["--evaluation", "PICTURES", "--lora", "RUN"], "--lora"),
