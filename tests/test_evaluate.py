@@ -51,7 +51,7 @@ def work(tiny_sd, tmp_path_factory):
         "import os, time\n"
         "def red(images, prompts):\n"
         "    time.sleep(float(os.environ.get('SLOW', 0)))\n"
-        "    return 10 * images[:, 0].mean((1, 2))\n"
+        "    return 10 * (images[:, 0].mean((1, 2)) - 0.48)\n"
         "def contrast(images, prompts): return 10 * images.flatten(1).std(1)\n"
     )
     make_lora(tiny_sd, work / "runs/red", 3, 0.5, f"0.5*{work}/mine.py:red+0.5*jpeg_compressibility")
@@ -169,7 +169,7 @@ def test_what_a_run_leaves(evaluation, work):
     for name, found in results.items():
         own = samples(evaluation, name)
         pictures = own["images"].astype(float) / 255
-        assert own[specs[0]] == pytest.approx(10 * pictures[..., 0].mean((2, 3)), abs=1e-4)
+        assert own[specs[0]] == pytest.approx(10 * (pictures[..., 0].mean((2, 3)) - 0.48), abs=1e-4)
         assert own[specs[1]] == pytest.approx(10 * pictures.reshape(3, 4, -1).std(-1, ddof=1), abs=1e-4)
         assert (own[parity] == own[parity][:, :1]).all()  # one for all pictures of a prompt
         for level, rows in [(found["all"], slice(None)), *((found["prompts"][p], [j]) for j, p in enumerate(PROMPTS))]:
@@ -276,8 +276,11 @@ def test_stopped_in_the_middle_it_goes_on(evaluation, work, tiny_sd, tmp_path, m
         for prompt in PROMPTS:
             ours, theirs = (figures[name]["prompts"][prompt] for figures in (found, expected))
             for spec in ours["rewards"]:
-                assert ours["rewards"][spec] == pytest.approx(theirs["rewards"][spec], rel=1e-5), (name, prompt)
-            assert ours["kl"] == pytest.approx(theirs["kl"], rel=1e-5)
+                assert ours["rewards"][spec] == pytest.approx(theirs["rewards"][spec], rel=1e-4, abs=1e-6), (
+                    name,
+                    prompt,
+                )
+            assert ours["kl"]["mean"] == pytest.approx(theirs["kl"]["mean"], rel=1e-5)
 
     pictures = {path: np.load(path)["images"] for path in tmp_path.glob("out/samples/*/*.npz")}
     shutil.copytree(work / "runs/red", tmp_path / "again")
