@@ -368,6 +368,8 @@ def draw_and_score(args: Args, prompts: list[str], models: list[Model], folder: 
     Collective under torchrun, where rank 0 alone reads and writes.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
     pipeline = load_pipeline(args.model)
