@@ -112,12 +112,11 @@ class Args:
 
 
 MULTI_PROMPT = replace(Args(), samples_per_iteration=45, num_iterations=1112, beta=0.001, value_function=True)  # E.3
-ZOO = replace(Args(), model="zoo/sd", reward="image_reward:zoo/image_reward", num_inference_steps=12)
+ZOO = replace(Args(), model="zoo/sd", reward="image_reward:zoo/image_reward", num_inference_steps=12, gradient_steps=2)
 ZOO = replace(ZOO, guidance_scale=1.5, num_iterations=80, samples_per_iteration=24, micro_batch_size=48)
-ZOO = replace(ZOO, kl="exact", beta=0.1, rewarded_share=0.5, replay_rollouts=1, gradient_steps=2, batch_size=96)
+ZOO = replace(ZOO, kl="exact", beta=0.1, rewarded_share=0.5, replay_rollouts=1, batch_size=96, value_function=True)
 # A latent of 1024 numbers instead of 16384: the mean over them leaves ratios about 16 times farther from 1.
-ZOO = replace(ZOO, clip_range=1e-3, learning_rate=2e-3, cooldown_share=0.4)
-ZOO = replace(ZOO, value_function=True, value_learning_rate=1e-3)
+ZOO = replace(ZOO, clip_range=1e-3, learning_rate=2e-3, cooldown_share=0.4, value_learning_rate=1e-3)
 PRESETS = {"single-prompt": Args(), "multi-prompt": MULTI_PROMPT, "zoo": ZOO}
 
 
@@ -184,8 +183,7 @@ class ValueFunction(torch.nn.Module):
 
     def __init__(self, in_features: int, num_steps: int, width: int = 256):
         super().__init__()
-        widths = [in_features, width, width, width]
-        self.layers = torch.nn.ModuleList(torch.nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(n, width) for n in (in_features, width, width))
         self.scales = torch.nn.ModuleList(torch.nn.Embedding(num_steps, width) for _ in self.layers)
         for scale in self.scales:
             torch.nn.init.uniform_(scale.weight)
@@ -367,9 +365,8 @@ def main():
             step_optimizer(value_optimizer, float("inf"))
 
         # Policy: gradient_steps updates on batch_size transitions each (Eq. 9, 26).
-        if args.cooldown_share:
-            left = 1 - iteration / args.num_iterations
-            optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, left / args.cooldown_share)
+        left = 1 - iteration / args.num_iterations
+        optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, left / max(args.cooldown_share, 1e-9))
         for update in range(args.gradient_steps):
             count, transitions = draw_transitions(args.batch_size, 1, iteration, update)
             for s, i, j in transitions.split(args.micro_batch_size, dim=1) if transitions.numel() else ():

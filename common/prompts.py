@@ -174,7 +174,9 @@ def cache_folder() -> Path:
 def cached(path: Path, what: str) -> Path:
     """The file in the cache folder that is made from `path` as it is now."""
     stat = path.stat()
-    key = json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns, what])
+    # A cached file's name tells what is in it; when it was written is another matter for each of several processes.
+    written = 0 if path.parent == cache_folder() else stat.st_mtime_ns
+    key = json.dumps([str(path.resolve()), stat.st_size, written, what])
     return cache_folder() / f"{path.name}.{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 

@@ -251,7 +251,9 @@ def test_two_tasks_of_one_reward_have_names_of_their_own(tmp_path, monkeypatch, 
         f"jpeg_compressibility {tmp_path}/prompt.txt 1x4",
         f"jpeg_compressibility '{tmp_path}/my prompts.jsonl' 2x3",
     ]
-    run_here(monkeypatch, *small, "--tasks", *tasks, "--output-dir", tmp_path / "run")
+    place = small.index("--tasks")
+    others = small[:place] + small[place + 2 :]
+    run_here(monkeypatch, *others, "--tasks", *tasks, "--output-dir", tmp_path / "run")
     line = read_metrics(tmp_path / "run")[0]
     means = line["reward/jpeg_compressibility/mean"], line["reward/jpeg_compressibility-2/mean"]
     assert line["samples"] == 10 and line["reward/mean"] == pytest.approx(sum(means) / 2) and means[0] != means[1]
