@@ -61,9 +61,8 @@ def work(tiny_sd, tmp_path_factory):
 
 
 def flags(work, tiny_sd, *more) -> list:
-    runs = ["--lora", work / "runs/red", work / "runs/nothing", "--lora", work / "bare.safetensors"]
     rewards = ["--rewards", f"{work}/mine.py:red", "--rewards", f"{work}/mine.py:contrast"]
-    return ["--model", tiny_sd, *runs, "--prompts-file", work / "prompts.txt", *rewards, *SETTINGS, *more]
+    return ["--model", tiny_sd, "--prompts-file", work / "prompts.txt", *rewards, *SETTINGS, *more]
 
 
 def run_here(monkeypatch, *words) -> None:
@@ -81,6 +80,7 @@ def evaluation(work, tiny_sd):
     """The whole command as a user makes it."""
     parity = "statistical_parity:zoo/skin_tone"
     words = flags(work, tiny_sd, "--rewards", parity, "--micro-batch-size", 16, "--output-dir", work / "out")
+    words += ["--lora", work / "runs/red", work / "runs/nothing", "--lora", work / "bare.safetensors"]
     result = run_script("evaluate.py", *words)
     assert result.returncode == 0, result.stderr
     assert "| red |" in result.stdout and "warning" not in result.stderr.replace("warning: the model does not", "")
@@ -223,15 +223,15 @@ def test_ranks_and_batches_do_not_change_the_figures(
     evaluation, work, tiny_sd, tmp_path, monkeypatch, ranks, micro_batch_size
 ):
     words = flags(work, tiny_sd, "--rewards", "statistical_parity:zoo/skin_tone", "--output-dir", tmp_path / "out")
-    words += ["--micro-batch-size", micro_batch_size]
+    words += ["--micro-batch-size", micro_batch_size, "--lora", work / "runs/red"]
     if ranks == 1:
         run_here(monkeypatch, *words)
     else:
         result = run_script("evaluate.py", *words, ranks=ranks)
         assert result.returncode == 0, result.stderr
     expected, found = dict(figures_of(read(evaluation))), dict(figures_of(read(tmp_path / "out")))
-    assert expected.keys() == found.keys() and len(expected) > 100
-    for path in expected:
+    assert found.keys() == {path for path in expected if path.startswith(("/base/", "/red/"))} and len(found) > 100
+    for path in found:
         assert found[path] == pytest.approx(expected[path], rel=1e-4, abs=1e-4), path
 
 
@@ -251,7 +251,8 @@ def test_a_picture_is_a_function_of_seed_prompt_and_number(evaluation, work, tin
 def test_stopped_in_the_middle_it_goes_on(evaluation, work, tiny_sd, tmp_path, monkeypatch, capsys):
     """Killed while it draws, and begun again: the same figures, and what was drawn is not drawn again. Then with a
     reward and a model more; with another seed it refuses."""
-    words = [*map(str, flags(work, tiny_sd, "--micro-batch-size", 16, "--output-dir", tmp_path / "out"))]
+    words = flags(work, tiny_sd, "--micro-batch-size", 16, "--output-dir", tmp_path / "out")
+    words = [*map(str, [*words, "--lora", work / "bare.safetensors"])]
     first = tmp_path / "out/samples/base/00000.npz"
     monkeypatch.setenv("SLOW", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -266,13 +267,14 @@ def test_stopped_in_the_middle_it_goes_on(evaluation, work, tiny_sd, tmp_path, m
         process.wait()
     assert first.exists() and not (tmp_path / "out/results.json").exists()
     drawn = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/samples/*/*.npz")}
-    assert 1 <= len(drawn) < 12
+    assert 1 <= len(drawn) < 6
     monkeypatch.setenv("SLOW", "0")
 
     run_here(monkeypatch, *words)
     assert all(path.stat().st_mtime_ns == before for path, before in drawn.items())
     expected, found = read(evaluation), read(tmp_path / "out")
-    for name in expected:
+    assert list(found) == ["base", "bare"]
+    for name in found:
         for prompt in PROMPTS:
             ours, theirs = (figures[name]["prompts"][prompt] for figures in (found, expected))
             for spec in ours["rewards"]:
@@ -280,14 +282,13 @@ def test_stopped_in_the_middle_it_goes_on(evaluation, work, tiny_sd, tmp_path, m
                     name,
                     prompt,
                 )
-            assert ours["kl"]["mean"] == pytest.approx(theirs["kl"]["mean"], rel=1e-5)
+            assert ours["kl"]["mean"] == pytest.approx(theirs["kl"]["mean"], rel=1e-4)
 
     pictures = {path: np.load(path)["images"] for path in tmp_path.glob("out/samples/*/*.npz")}
-    shutil.copytree(work / "runs/red", tmp_path / "again")
-    run_here(monkeypatch, *words, "--rewards", "jpeg_compressibility", "--lora", tmp_path / "again")
+    run_here(monkeypatch, *words, "--rewards", "jpeg_compressibility", "--lora", work / "runs/red")
     assert all(np.array_equal(np.load(path)["images"], before) for path, before in pictures.items())
     found = read(tmp_path / "out")
-    assert found["again"]["all"]["kl"] == found["red"]["all"]["kl"]
+    assert found["red"]["all"]["kl"]["mean"] == pytest.approx(expected["red"]["all"]["kl"]["mean"], rel=1e-4)
     assert all(model["all"]["rewards"]["jpeg_compressibility"]["mean"] < 0 for model in found.values())
 
     capsys.readouterr()
