@@ -90,6 +90,12 @@ def run(args: Args):
         list(pool.map(lambda task: train(*task), tasks))
 
 
+def minutes_of(lines: list[dict]) -> float:
+    """Of a run's iterations: the median one's time for each, so that a pause of the machine does not count."""
+    seconds = [line["time/sample_s"] + line["time/reward_s"] + line["time/train_s"] for line in lines]
+    return float(np.median(seconds)) * len(lines) / 60
+
+
 def report(args: Args):
     from matplotlib.figure import Figure
     from scipy.stats import ttest_1samp
@@ -111,8 +117,8 @@ def report(args: Args):
         for seed in args.seeds:
             folder = args.runs / slug(args.script, curve, panel, seed)
             after.append(reward(pictures(load_pipeline(folder), asked, seed=5), asked).mean().item())
-            minutes.append(json.loads((folder / "wall_time.json").read_text())["seconds"] / 60)
             lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            minutes.append(minutes_of(lines))
             axes[panel].plot(
                 [line["samples"] for line in lines],
                 [line["reward/mean"] for line in lines],
