@@ -17,22 +17,17 @@ Eight GPUs:               torchrun --nproc_per_node=8 evaluate.py --lora runs/A 
 The same command goes on where it was stopped. docs/evaluate.md explains every column, and human_eval.py asks people.
 """
 
-import copy
 import hashlib
 import json
 import os
-import re
-import shlex
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from diffusers import DDIMScheduler
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from common.cli import (
@@ -47,10 +42,12 @@ from common.cli import (
     read_prompts,
     warn_of_unknown_words,
 )
-from common.lora import FILE_NAME, add_lora, load_lora, lora_rank
-from common.rewards import RewardError, check_spec, parse_sum
+from common.comparison import compare, comparison, diversity, mean_and_error
+from common.models import BASE, Model, finetuned, read_models, was_trained_on
+from common.rewards import RewardError, check_spec
 from common.run_folder import run_name
 from common.scheduler import ddim_step_kl, ddim_step_with_logprob
+from dpok import decode, encode_prompts, guided_noise, sample, seeded
 
 
 @dataclass
@@ -94,65 +91,6 @@ ZOO = replace(Args(), model="zoo/sd", prompts_file=Path("prompts/dpok_and_unseen
 ZOO = replace(ZOO, rewards=("image_reward:zoo/image_reward",), num_inference_steps=12, guidance_scale=1.5)
 ZOO = replace(ZOO, micro_batch_size=16)
 PRESETS = {"stable-diffusion": Args(), "zoo": ZOO}
-TIE = 1e-6
-"""Scores that differ by no more are a tie: rounding, when two models draw the same picture."""
-BASE = "base"
-"""The pretrained model's name among the models."""
-
-
-# --- same in every script: model
-def seeded(*key: int) -> torch.Generator:
-    """A CPU generator that is a function of `key` alone, so that nothing depends on the number of ranks."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
-
-
-@torch.no_grad()
-def encode_prompts(pipeline, prompts: list[str], device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states (B, L, D) and pooled features (B, D) of the text encoder."""
-    length = pipeline.tokenizer.model_max_length
-    ids = pipeline.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    out = pipeline.text_encoder(ids.input_ids.to(device))
-    return out.last_hidden_state.float(), out.pooler_output.float()
-
-
-def guided_noise(args: Args, unet, latents, timesteps, text, no_text) -> torch.Tensor:
-    """w eps(x_t, t, z) + (1 - w) eps(x_t, t), float32; both in one forward pass, as the policy is their combination.
-
-    latents (B, C, H, W), timesteps (B,), text (B, L, D) and no_text (1, L, D), the embedding of the empty prompt.
-    """
-    w, dtype = args.guidance_scale, unet.conv_in.weight.dtype
-    if w <= 1:
-        return unet(latents.to(dtype), timesteps, text.to(dtype), return_dict=False)[0].float()
-    text = torch.cat([no_text.expand_as(text), text]).to(dtype)
-    noise = unet(torch.cat([latents, latents]).to(dtype), timesteps.repeat(2), text, return_dict=False)[0]
-    noise_without_text, noise_with_text = noise.float().chunk(2)
-    return noise_without_text + w * (noise_with_text - noise_without_text)
-
-
-@torch.no_grad()
-def sample(args: Args, unet, scheduler, text, no_text, noise):
-    """Denoise: trajectories (B, T+1, C, H, W) from x_T to x_0, log-probs (B, T) and sigma_t (T,).
-
-    noise (B, T+1, C, H, W), standard normal: x_T first, then that of every step.
-    """
-    trajectory, log_probs, stds = [noise[:, 0] * scheduler.init_noise_sigma], [], []
-    for j, t in enumerate(scheduler.timesteps.to(noise.device)):
-        x_t, timesteps = trajectory[-1], t.expand(len(noise))
-        model_output = guided_noise(args, unet, x_t, timesteps, text, no_text)
-        step = ddim_step_with_logprob(scheduler, model_output, timesteps, x_t, args.eta, noise=noise[:, j + 1])
-        trajectory.append(step.prev_sample)
-        log_probs.append(step.log_prob)
-        stds.append(step.std[0])
-    return torch.stack(trajectory, dim=1), torch.stack(log_probs, dim=1), torch.stack(stds)
-
-
-@torch.no_grad()
-def decode(vae, latents: torch.Tensor) -> torch.Tensor:
-    """Pictures (B, 3, H, W) in [0, 1] of latents x_0."""
-    return (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
-
-
-# ---
 
 
 @torch.no_grad()
@@ -170,95 +108,6 @@ def kl_to_pretrained(args: Args, unet, scheduler, text, no_text, noise, trajecto
         mean = x_prev - stds[j] * noise[:, j + 1]  # of the model that has drawn x_prev: no need to run it again
         total += ddim_step_kl(mean, pre.mean, pre.std) * x_t[0].numel()
     return total
-
-
-class Model(NamedTuple):
-    """One of the models to compare."""
-
-    name: str
-    path: Path | None
-    """What --lora says; None is the base."""
-    digest: str
-    """Of its weights; empty for a base from the hub."""
-    trained_on: list[str] | None
-    """The rewards that it was trained on, as its run's args.json has them; None where that is not known."""
-
-
-def weights_of(path: Path) -> Path:
-    """The LoRA's safetensors file, or the folder of the UNet that a run with --lora-rank 0 has left."""
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        fail(f"--lora {path}: there is no such file or folder; give the folder of a run")
-    for place in (path / FILE_NAME, path / "unet"):
-        if place.is_file() or (place / "config.json").is_file():
-            return place
-    fail(f"--lora {path} has neither {FILE_NAME} nor unet/ in it; give the folder of a run that has saved its weights")
-
-
-def read_models(args: Args) -> list[Model]:
-    """The base and what --lora names, each with a name that is a file's name and shows in the tables."""
-    places = [weights_of(path) for path in args.lora]
-    for i, place in enumerate(places):
-        if place.resolve() in [other.resolve() for other in places[:i]]:
-            fail(f"--lora {args.lora[i]} is given twice; name each model once")
-    parts = [Path(os.path.abspath(place)).parts for place in places]  # a link keeps its own name
-    parts = [whole[:-1] if whole[-1] in (FILE_NAME, "unet") else whole for whole in parts]
-    # As much of the path's end as it takes to tell them apart.
-    for length in range(1, 100):
-        names = [re.sub(r"[^\w.=+-]+", "-", "__".join(p[-length:]).removesuffix(".safetensors")) for p in parts]
-        if len({BASE, *names}) == len(names) + 1:
-            break
-    local = Path(args.model) / "unet"
-    models = [Model(BASE, None, digest_of(local) if local.is_dir() else "", [])]
-    for name, path, place in zip(names, args.lora, places):
-        run = read_run_args(place.parent) if place.name in (FILE_NAME, "unet") else {}
-        specs = [shlex.split(task)[0] for task in run.get("tasks", [])] + [run[k] for k in ("reward",) if k in run]
-        models.append(Model(name, path, digest_of(place), specs or None))
-        keys = ("model", "num_inference_steps", "guidance_scale", "eta")
-        differ = [f"--{k.replace('_', '-')} {run[k]}" for k in keys if k in run and run[k] != getattr(args, k)]
-        if differ and int(os.environ.get("RANK", 0)) == 0:
-            print(f"warning: {name} was trained with {', '.join(differ)}, and is evaluated otherwise", file=sys.stderr)
-    return models
-
-
-def digest_of(place: Path) -> str:
-    """SHA-256 of a file of weights, or of those of a folder."""
-    digest = hashlib.sha256()
-    for file in [place] if place.is_file() else sorted(place.glob("*.safetensors")):
-        with open(file, "rb") as opened:
-            while block := opened.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def read_run_args(folder: Path) -> dict:
-    """args.json of a run, {} where there is none; a checkpoint's is in the folder above."""
-    for file in (folder / "args.json", folder.parent / "args.json" if folder.name == "checkpoint" else None):
-        if file and file.is_file():
-            try:
-                run = json.loads(file.read_text())
-            except ValueError:
-                return {}
-            return run if isinstance(run, dict) else {}
-    return {}
-
-
-def reward_terms(spec: str) -> set[str]:
-    """The rewards that a sum is made of, local paths absolute, so that two ways to write one compare."""
-
-    def absolute(part: str) -> str:
-        return str(Path(part).resolve()) if "/" in part and Path(part).exists() else part
-
-    terms = [term.partition("?") for _, term in parse_sum(spec)]
-    return {":".join(map(absolute, source.split(":"))) + mark + options for source, mark, options in terms}
-
-
-def was_trained_on(model: Model, spec: str) -> bool | None:
-    """Whether the reward, or a term that it shares with it, was trained on; None where that is not known."""
-    if model.trained_on is None:
-        return None
-    return any(reward_terms(spec) & reward_terms(trained) for trained in model.trained_on)
 
 
 def prepare(args: Args, world_size: int) -> tuple[list[str], list[Model], Path]:
@@ -343,23 +192,6 @@ def read_shard(folder: Path, model: str, shard: int) -> dict[str, np.ndarray]:
         return {}
     with np.load(file) as stored:
         return dict(stored)
-
-
-def finetuned(base: torch.nn.Module, path: Path) -> torch.nn.Module:
-    """The UNet that a run has made of `base`: with its LoRA, on weights that both share, or the one saved whole.
-
-    Raises ValueError when it is of another model.
-    """
-    place = weights_of(path)
-    if place.is_dir():
-        unet = type(base).from_pretrained(place).to(base.device, base.dtype, memory_format=torch.channels_last)
-        if {k: v.shape for k, v in unet.state_dict().items()} != {k: v.shape for k, v in base.state_dict().items()}:
-            raise ValueError("the UNet in it is of another model")
-        return unet.eval().requires_grad_(False)
-    unet = copy.deepcopy(base, {id(weight): weight for weight in base.parameters()})  # the modules, not their weights
-    add_lora(unet, lora_rank(place))
-    load_lora(unet, place)
-    return unet.eval().requires_grad_(False)
 
 
 def draw_and_score(args: Args, prompts: list[str], models: list[Model], folder: Path) -> None:
@@ -457,41 +289,6 @@ def draw_and_score(args: Args, prompts: list[str], models: list[Model], folder: 
                 shard_file(folder, model.name, number).parent.mkdir(parents=True, exist_ok=True)
                 write_whole(shard_file(folder, model.name, number), stored)
     progress.close()
-
-
-def mean_and_error(values: np.ndarray) -> tuple[float, float | None]:
-    """Mean of (P, N) values, N of each of P prompts, and its standard error, None where N is 1.
-
-    The prompts are taken as they are: the error is that of the prompts' means, added up. So it says how far the figure
-    would move with other noise and the same prompts.
-    """
-    P, N = values.shape
-    values = values.astype(np.float64)
-    error = float(np.sqrt((values.var(axis=1, ddof=1) / N).sum()) / P) if N > 1 else None
-    return float(values.mean()), error
-
-
-def compare(scores: np.ndarray, base: np.ndarray | None, of_a_set: bool = False) -> dict[str, float | None]:
-    """The figures of (P, N) scores, and of their pairs with those of the base, whose noise is the same.
-
-    `of_a_set`: a prompt's pictures have one score together, which has no standard error.
-    """
-    out = dict(zip(("mean", "standard_error"), mean_and_error(scores)))
-    if base is not None:
-        gain = scores - base
-        won = (gain > TIE) + 0.5 * (abs(gain) <= TIE)
-        out |= dict(zip(("gain", "gain_standard_error"), mean_and_error(gain)))
-        out |= dict(zip(("win_rate", "win_rate_standard_error"), mean_and_error(won)))
-    if of_a_set:
-        out |= {key: None for key in out if key.endswith("standard_error")}
-    return out
-
-
-def diversity(vectors: torch.Tensor) -> float | None:
-    """Mean over all pairs of N vectors (N, D) of the root mean square of their difference; None for N = 1."""
-    if len(vectors) < 2:
-        return None
-    return torch.pdist(vectors).mean().item() / vectors.shape[1] ** 0.5
 
 
 def report(args: Args, prompts: list[str], models: list[Model], folder: Path) -> str:
@@ -624,29 +421,6 @@ def who_was_trained_on(spec: str, models: list[Model]) -> str:
     if len(set(trained.values())) < 2:
         return "".join(f" ({words[was]})" for was in set(trained.values()))
     return f" ({', '.join(f'{name}: {words[was]}' for name, was in trained.items())})"
-
-
-LEFT, TOP, GAP = 176, 26, 2
-
-
-def comparison(shown: dict[tuple[str, int], np.ndarray], prompts: list[str], names: list[str]) -> Image.Image:
-    """Under each prompt a row for each model and a column for each seed; `shown` has (columns, H, W, 3) uint8."""
-    shape = next(iter(shown.values())).shape
-    side = 256 if shape[1] > 256 else shape[1] * max(1, 128 // shape[1])
-    how = Image.Resampling.LANCZOS if side < shape[1] else Image.Resampling.NEAREST
-    indices = sorted({j for _, j in shown})
-    block = TOP + len(names) * (side + GAP)
-    sheet = Image.new("RGB", (LEFT + shape[0] * (side + GAP), len(indices) * block), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for n, j in enumerate(indices):
-        draw.text((LEFT, n * block + 5), prompts[j], "black", font)
-        for row, name in enumerate(names):
-            y = n * block + TOP + row * (side + GAP)
-            draw.text((4, y + 4), "\n".join(re.findall(".{1,20}", name)), "black", font)
-            for column, picture in enumerate(shown[name, j]):
-                cell = Image.fromarray(picture).resize((side, side), how)
-                sheet.paste(cell, (LEFT + column * (side + GAP), y))
-    return sheet
 
 
 def main():

@@ -2,7 +2,6 @@
 batches, a stop in the middle, wrong input."""
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,8 @@ from scipy import stats
 from torch.distributions import Normal, kl_divergence
 
 import evaluate
-from common.lora import add_lora, save_lora
+from common import comparison
+from common.lora import FILE_NAME, add_lora, save_lora
 from common.scheduler import ddim_step_with_logprob
 
 PROMPTS = ["A green colored rabbit", "A cat and a dog", "a dog on the moon"]
@@ -56,7 +56,7 @@ def work(tiny_sd, tmp_path_factory):
     )
     make_lora(tiny_sd, work / "runs/red", 3, 0.5, f"0.5*{work}/mine.py:red+0.5*jpeg_compressibility")
     make_lora(tiny_sd, work / "runs/nothing", 2, 0.0, "aesthetic")
-    shutil.move(make_lora(tiny_sd, work / "runs/bare", 4, 0.3) / evaluate.FILE_NAME, work / "bare.safetensors")
+    shutil.move(make_lora(tiny_sd, work / "runs/bare", 4, 0.3) / FILE_NAME, work / "bare.safetensors")
     return work
 
 
@@ -199,12 +199,12 @@ def test_what_a_run_leaves(evaluation, work):
     assert all(table.count(f"| {prompt} |") == 4 for prompt in PROMPTS)
 
     sheet, names = np.asarray(Image.open(evaluation / "comparison.png")), list(results)
-    side = 128 + evaluate.GAP  # 64 px, twice as large
+    side = 128 + comparison.GAP  # 64 px, twice as large
     for j in range(3):
         for row, name in enumerate(names):
             for i in range(4):
-                y = j * (evaluate.TOP + 4 * side) + evaluate.TOP + row * side
-                x = evaluate.LEFT + i * side
+                y = j * (comparison.TOP + 4 * side) + comparison.TOP + row * side
+                x = comparison.LEFT + i * side
                 cell = sheet[y : y + 128 : 2, x : x + 128 : 2]
                 assert np.array_equal(cell, samples(evaluation, name)["images"][j, i]), (j, name, i)
 
@@ -305,7 +305,7 @@ def test_stopped_in_the_middle_it_goes_on(evaluation, work, tiny_sd, tmp_path, m
 
 def test_a_unet_saved_whole_is_evaluated_as_the_lora_merged_into_it(evaluation, work, tiny_sd, tmp_path, monkeypatch):
     unet = UNet2DConditionModel.from_pretrained(tiny_sd / "unet")
-    state = load_file(work / "runs/red" / evaluate.FILE_NAME)
+    state = load_file(work / "runs/red" / FILE_NAME)
     with torch.no_grad():
         for key in [key for key in state if key.endswith("lora_A.weight")]:
             layer = unet.get_submodule(key.removeprefix("unet.").removesuffix(".lora_A.weight"))
@@ -347,8 +347,8 @@ def test_the_zoo_has_its_judge(tmp_path, monkeypatch):
 def test_names_tell_models_apart(tmp_path):
     for place in ("a/run", "b/run", "base", "c/d|e"):
         (tmp_path / place).mkdir(parents=True)
-        save_file({"x": torch.zeros(1)}, tmp_path / place / evaluate.FILE_NAME)
-    paths = [tmp_path / "a/run", tmp_path / "b/run" / evaluate.FILE_NAME, tmp_path / "c/d|e"]
+        save_file({"x": torch.zeros(1)}, tmp_path / place / FILE_NAME)
+    paths = [tmp_path / "a/run", tmp_path / "b/run" / FILE_NAME, tmp_path / "c/d|e"]
     models = evaluate.read_models(evaluate.Args(lora=tuple(paths)))
     assert [model.name for model in models] == ["base", "a__run", "b__run", "c__d-e"]
     names = [model.name for model in evaluate.read_models(evaluate.Args(lora=(tmp_path / "base",)))]
@@ -412,12 +412,3 @@ def test_wrong_input_as_a_user_sees_it(work, tiny_sd):
     result = run_script("evaluate.py", "--model", tiny_sd, "--prompt", "a cat", "--lora", "zoo/judge/model.safetensors")
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     assert result.returncode == 2 and len(lines) == 1 and "--lora" in lines[0], result.stderr
-
-
-def test_sampling_is_that_of_the_scripts():
-    """evaluate.py draws with the very lines that the scripts train with."""
-    blocks = []
-    for script in ("dpok.py", "evaluate.py"):
-        pattern = r"^# --- same in every script: model\n((?:.*\n)*?)# ---\n"
-        blocks.append(re.findall(pattern, (ROOT / script).read_text(), re.MULTILINE))
-    assert blocks[0] == blocks[1] and len(blocks[0]) == 1
