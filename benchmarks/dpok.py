@@ -2,6 +2,7 @@
 
 python -m benchmarks.dpok run       trains, one run after the other; a finished run is kept
 python -m benchmarks.dpok report    judges them: benchmarks/results/dpok.json, docs/images/dpok_*.png, a table
+python -m benchmarks.dpok base      how well the base model draws what is right: benchmarks/results/dpok_base.json
 
 What a setting is worth, two prompts and one seed, under a name of its own; then report with the same --name, ...:
 
@@ -36,8 +37,8 @@ PROMPTS = ("A green colored rabbit", "A cat and a dog", "Four wolves in the park
 
 @dataclass
 class Args:
-    what: tyro.conf.Positional[Literal["run", "report"]]
-    """Train, or judge what was trained."""
+    what: tyro.conf.Positional[Literal["run", "report", "base"]]
+    """Train, judge what was trained, or judge the base model alone."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs."""
     prompts: tuple[str, ...] = PROMPTS
@@ -132,6 +133,26 @@ def report(args: Args):
         )
 
 
+def report_base(args: Args):
+    """Distance of the base model's right pictures, and of as many at random: that of fewer pictures is larger."""
+    judge, reward = judging.load_judge(ROOT / "zoo/judge"), load_reward(f"image_reward:{ROOT / 'zoo/image_reward'}")
+    base, rng = load_pipeline(), np.random.default_rng(0)
+    results = {"weights": weights_digest(), "pictures": args.count}
+    for prompt in args.prompts:
+        _, images = measure(base, judge, reward, prompt, args.count, seed=7)
+        right = judging.success(judge, images, [prompt] * args.count) > 0
+        subsets = [torch.from_numpy(rng.permutation(args.count)[: int(right.sum())]) for _ in range(8)]
+        results[prompt] = {
+            "right_pictures": int(right.sum()),
+            "distance": judging.image_quality(judge, base.vae, images),
+            "distance_right": judging.image_quality(judge, base.vae, images[right]),
+            "distance_as_many_at_random": [judging.image_quality(judge, base.vae, images[some]) for some in subsets],
+        }
+        numbers = [results[prompt][key] for key in ("distance", "distance_right")]
+        print(prompt, *numbers, np.mean(results[prompt]["distance_as_many_at_random"]), flush=True)
+    (ROOT / f"benchmarks/results/{args.name}_base.json").write_text(json.dumps(results, indent=2) + "\n")
+
+
 if __name__ == "__main__":
     arguments = tyro.cli(Args, description=__doc__)
-    {"run": run, "report": report}[arguments.what](arguments)
+    {"run": run, "report": report, "base": report_base}[arguments.what](arguments)
