@@ -118,7 +118,7 @@ KL_D = replace(Args(), regularization="kl-d")
 NO_KL = replace(Args(), regularization="none")
 ZOO = replace(Args(), model="zoo/sd", reward="image_reward:zoo/image_reward", num_inference_steps=12)
 ZOO = replace(ZOO, guidance_scale=1.5, dataset_size=512, shard_size=64, micro_batch_size=64, batch_size=32)
-ZOO = replace(ZOO, num_iterations=5, gradient_steps=40, samples_per_iteration=32, learning_rate=1e-3)
+ZOO = replace(ZOO, num_iterations=5, gradient_steps=24, samples_per_iteration=32, learning_rate=1e-3)
 ZOO = replace(ZOO, weighting="simple", gamma=0.5)
 PRESETS = {"kl-o": KL_O, "kl-d": KL_D, "no-kl": NO_KL, "zoo": ZOO}
 

@@ -56,9 +56,10 @@ def experiments(script: str) -> dict[tuple[str, str], tuple[str, list[str], list
             more += ["--gradient-steps", "4"]
         elif value == "sf":  # half as many updates
             more = ["--learning-rate", "5e-3"]
-        elif value == "softmax" and reward.startswith("jpeg"):  # a standard deviation of 0.4 kB, not of 1
-            # Weights of 12 are too even to teach detail, which every model loses that is trained on its own pictures.
-            more = ["--inverse-temperature", "12" if reward == "jpeg_compressibility" else "30"]
+        elif value == "softmax" and reward == "jpeg_compressibility":  # a standard deviation of 0.4 kB, not of 1
+            more = ["--inverse-temperature", "12"]
+        elif value == "softmax" and reward == "jpeg_incompressibility":  # 12 and 2e-3 move nothing
+            more = ["--inverse-temperature", "30", "--learning-rate", "5e-3"]
         return [flag, value, "--reward", reward, *more]
 
     return {
