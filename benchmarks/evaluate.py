@@ -4,7 +4,7 @@ unseen ones, and how long it takes. Trains nothing: the runs are those of other 
 python -m benchmarks.evaluate --dpok RUN --sft RUN   benchmarks/results/evaluate.json, docs/images/evaluate.png, tables
 
 The time that the project promises is that of 8 pictures a prompt on two idle cores (the default); for the docs' table
-take more, under a name of its own: --images-per-prompt 64 --name evaluate_64
+take more, under a name of its own: --images-per-prompt 32 --name evaluate_32
 """
 
 import json
