@@ -54,6 +54,7 @@ def end_run(message: str) -> NoReturn:
         tqdm.write(f"error: {' '.join(message.split())}", file=sys.stderr)  # on a line of its own, not the bar's
     if dist.is_initialized():
         dist.barrier()  # torchrun ends the other ranks when one has ended: rank 0 must have saved and said everything
+        dist.destroy_process_group()  # else gloo's threads may outlive the interpreter, which then aborts
     raise SystemExit(1)
 
 

@@ -537,6 +537,8 @@ if world > 1:
         except RewardError as error:
             faults.append(str(error))
 torch.save((reward(images, prompts), faults), f"{folder}/{world}-{rank}.pt")
+if world > 1:
+    dist.destroy_process_group()  # else gloo's threads may outlive the interpreter, which then aborts
 """
 
 
