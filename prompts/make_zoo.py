@@ -1,39 +1,54 @@
 """The zoo's prompts for large_scale_ppo.py, three tasks, for training and held out: python -m prompts.make_zoo
 
-preference: 120 and 40 different scenes of one kind. composition: of 12 of the 16 kinds; held out: of the other 4 alone.
-portraits: of 6 of the 8 occupations; held out: the other 2.
+preference: 12 things in a colour that is rare for them; held out: 8 others. composition: two of 4 kinds; held out: of 4
+others. portraits: of 6 of the 8 occupations; held out: the other 2. They are few and of one kind, so that a laptop's
+batches of some 30 pictures, whose advantages share one mean, show what a picture was worth and not how hard its prompt.
 """
 
 from pathlib import Path
 
-import numpy as np
-
 from prompts.composition import Composition
 from zoo import world
 
+RARE_COLORS = (
+    ("green", "rabbit"),
+    ("blue", "cat"),
+    ("red", "dog"),
+    ("pink", "wolf"),
+    ("green", "pig"),
+    ("blue", "lion"),
+    ("red", "turtle"),
+    ("yellow", "elephant"),
+    ("gray", "fish"),
+    ("pink", "bird"),
+    ("blue", "rose"),
+    ("yellow", "cup"),
+)
+RARE_COLORS_HELD_OUT = (
+    ("pink", "rabbit"),
+    ("red", "cat"),
+    ("green", "dog"),
+    ("yellow", "wolf"),
+    ("blue", "pig"),
+    ("green", "lion"),
+    ("red", "elephant"),
+    ("gray", "rose"),
+)
+KINDS = ("rabbit", "cat", "dog", "cup")
 KINDS_HELD_OUT = ("lion", "turtle", "apple", "car")
 OCCUPATIONS_HELD_OUT = ("nurse", "pilot")
 
 
-def scenes(count: int) -> list[str]:
-    """Different captions of one kind with a colour, a number or a place, most with two of them."""
-    rng, found = np.random.default_rng(0), {}
-    while len(found) < count:
-        color = str(rng.choice(list(world.COLORS))) if rng.random() < 0.6 else None
-        number = int(rng.choice((1, 1, 2, 3, 4)))
-        group = world.Group(str(rng.choice(world.KINDS)), number, color)
-        found[world.caption(world.Scene((group,), place=str(rng.choice(list(world.PLACES)))))] = None
-    return list(found)
-
-
 def main():
-    preference = scenes(160)
-    seen = [world.article(kind) for kind in world.KINDS if kind not in KINDS_HELD_OUT]
+    things = [
+        [world.caption(world.Scene((world.Group(kind, color=color),))) for color, kind in pairs]
+        for pairs in (RARE_COLORS, RARE_COLORS_HELD_OUT)
+    ]
     portraits = {who: world.caption(world.Scene(occupation=who)) for who in world.OCCUPATIONS}
     files = {
-        "preference": preference[:120],
-        "preference_held_out": preference[120:],
-        "composition": list(Composition(seen)),
+        "preference": things[0],
+        "preference_held_out": things[1],
+        "composition": list(Composition([world.article(kind) for kind in KINDS])),
         "composition_held_out": list(Composition([world.article(kind) for kind in KINDS_HELD_OUT])),
         "portraits": [text for who, text in portraits.items() if who not in OCCUPATIONS_HELD_OUT],
         "portraits_held_out": [portraits[who] for who in OCCUPATIONS_HELD_OUT],
