@@ -47,7 +47,7 @@ class Args:
     """Iterations of a run: for each task of the joint run as many as for a single one."""
     parts: int = 5
     """Points on the way at which weights are kept."""
-    count: int = 256
+    count: int = 128
     """Pictures for each figure."""
 
 
