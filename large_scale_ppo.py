@@ -117,7 +117,7 @@ SKIN_TONE = replace(Args(), tasks=("statistical_parity prompts/occupations.txt",
 JOINT = replace(Args(), tasks=PREFERENCE.tasks + COMPOSITION.tasks + SKIN_TONE.tasks)  # 4.4
 ZOO_TASKS = ("image_reward:zoo/image_reward prompts/zoo_preference.txt 12x3",)
 ZOO_TASKS += ("object_detection:zoo/detector prompts/zoo_composition.txt 16x2",)
-ZOO_TASKS += ("statistical_parity:zoo/skin_tone prompts/zoo_portraits.txt 6x8",)
+ZOO_TASKS += ("statistical_parity:zoo/skin_tone prompts/zoo_portraits.txt 24x2",)
 ZOO = replace(Args(), model="zoo/sd", tasks=ZOO_TASKS, pretrain_data="zoo/pairs.py:biased", pretrain_batch_size=32)
 ZOO = replace(ZOO, num_inference_steps=12, guidance_scale=1.5, micro_batch_size=64, num_iterations=60)
 # A latent of 1024 numbers instead of 16384: the mean over them leaves ratios about 16 times farther from 1. With beta 1
