@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import tyro
 
 from benchmarks.zoo_eval import ROOT, load_pipeline, pictures, weights_digest
+from common.lora import FILE_NAME as LORA
 from common.rewards import load_reward
 from large_scale_ppo import ZOO, ZOO_TASKS
 from zoo import judge as judging
@@ -63,26 +63,29 @@ def stops_of(args: Args, name: str) -> list[int]:
 
 def run(args: Args):
     def train(name: str, seed: int):
-        folder, start = folder_of(args, name, seed), time.time()
-        if (folder / "wall_time.json").exists():
-            return
+        folder = folder_of(args, name, seed)
         env = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))}
         for stop in stops_of(args, name):
             kept = folder / f"after_{stop}"
-            if kept.exists():
+            if (kept / LORA).exists():
                 continue
             words = ["zoo", *EXPERIMENTS[name], "--seed", str(seed), "--output-dir", str(folder)]
             if (folder / "checkpoint").exists():
                 words = ["--resume", str(folder)]
             command = [sys.executable, "large_scale_ppo.py", *words, "--num-iterations", str(stop)]
             subprocess.run(command, cwd=ROOT, check=True, env=env)
-            kept.mkdir()
-            shutil.copy(folder / "pytorch_lora_weights.safetensors", kept)
-        wall_time = {"seconds": time.time() - start, "jobs_side_by_side": args.jobs, "cores": os.cpu_count()}
-        (folder / "wall_time.json").write_text(json.dumps(wall_time))
+            kept.mkdir(exist_ok=True)
+            shutil.copy(folder / LORA, kept)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda task: train(*task), [(name, seed) for seed in args.seeds for name in EXPERIMENTS]))
+
+
+def minutes(folder: Path) -> float:
+    """Of a run, by its median iteration: other work on the machine, or a pause, counts less."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    seconds = [sum(value for key, value in line.items() if key.startswith("time/")) for line in lines]
+    return float(np.median(seconds) * len(seconds) / 60)
 
 
 def report(args: Args):
@@ -104,17 +107,23 @@ def report(args: Args):
                 numbers["success"] = judging.success(judge, images, asked).mean().item()
         return numbers
 
+    def scores_of(folder: Path, names=tuple(TASKS)) -> dict[str, float]:
+        """Those of a run's weights, which stay beside them."""
+        path = folder / f"scores_{args.count}.json"
+        if not path.exists():
+            path.write_text(json.dumps(scores(load_pipeline(folder), names)))
+        return json.loads(path.read_text())
+
     base = scores(load_pipeline())
     results = {"weights": weights_digest(), "pictures": args.count, "num_iterations": args.num_iterations}
     results |= {"base": base, "runs": {}, "on_the_way": {}, "minutes": {}}
     for name in EXPERIMENTS:
         folders = [folder_of(args, name, seed) for seed in args.seeds]
-        results["runs"][name] = [scores(load_pipeline(folder)) for folder in folders]
-        seconds = [json.loads((folder / "wall_time.json").read_text())["seconds"] for folder in folders]
-        results["minutes"][name] = [s / 60 for s in seconds]
+        results["runs"][name] = [scores_of(folder) for folder in folders]
+        results["minutes"][name] = [minutes(folder) for folder in folders]
         if name in AT_EQUAL_REWARD:
             results["on_the_way"][name] = [
-                [scores(load_pipeline(folder / f"after_{stop}"), ("preference",)) for stop in stops_of(args, name)]
+                [scores_of(folder / f"after_{stop}", ("preference",)) for stop in stops_of(args, name)]
                 for folder in folders
             ]
     # The paper's claim: the joint run has at least 80 % of the gain of the run for that task alone.
