@@ -119,10 +119,10 @@ ZOO_TASKS = ("image_reward:zoo/image_reward prompts/zoo_preference.txt 12x3",)
 ZOO_TASKS += ("object_detection:zoo/detector prompts/zoo_composition.txt 16x2",)
 ZOO_TASKS += ("statistical_parity:zoo/skin_tone prompts/zoo_portraits.txt 24x2",)
 ZOO = replace(Args(), model="zoo/sd", tasks=ZOO_TASKS, pretrain_data="zoo/pairs.py:biased", pretrain_batch_size=32)
-ZOO = replace(ZOO, num_inference_steps=12, guidance_scale=1.5, micro_batch_size=64, num_iterations=60)
+ZOO = replace(ZOO, num_inference_steps=12, guidance_scale=1.5, micro_batch_size=64, num_iterations=100)
 # A latent of 1024 numbers instead of 16384: the mean over them leaves ratios about 16 times farther from 1. With beta 1
 # the pre-training gradient has some ten times the policy's norm, and they share one AdamW.
-ZOO = replace(ZOO, learning_rate=2e-3, clip_range=1e-3, pretrain_beta=0.1)
+ZOO = replace(ZOO, learning_rate=1e-3, clip_range=1e-3, pretrain_beta=0.1)
 PRESETS = {"preference": PREFERENCE, "composition": COMPOSITION, "skin-tone": SKIN_TONE, "joint": JOINT, "zoo": ZOO}
 
 
