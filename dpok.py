@@ -18,7 +18,6 @@ docs/dpok.md says what the paper does, what the released code does, what this fi
 """
 
 import os
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,14 +28,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
-from PIL import Image
 from tqdm import tqdm
 
-from common.cli import check_args, end_run, load_pipeline, load_reward_or_fail, parse_args, warn_of_unknown_words
+from common.cli import check_args, load_pipeline, load_reward_or_fail, parse_args, warn_of_prompts
 from common.lora import add_lora, load_lora, pretrained, save_lora
 from common.rewards import RewardError
-from common.run_folder import RunFolder, replace_folder, run_name
+from common.run_folder import RunFolder, choose_run_dir, new_checkpoint, save_grid
 from common.scheduler import ddim_step_kl, ddim_step_with_logprob
+from common.stop import catch_signals, end_early, end_run, gradient_metrics, join_ranks, too_many_skipped
 
 
 @dataclass
@@ -101,6 +100,10 @@ class Args:
     """What the UNet's forward pass runs in; all else is float32. On CPU fp32 alone."""
     compile: bool = False
     """torch.compile the UNet."""
+    reward_timeout: float = 0.0
+    """Seconds after which a call of the reward counts as hung, which stops the run; 0 waits for ever."""
+    max_skipped_updates: int = 10
+    """Updates in a row without a finite gradient, each of which is skipped, after which the run stops."""
     save_every: int = 50
     """Iterations between checkpoints, each with a grid of fixed prompts and seeds; there is always one at the end."""
     output_dir: Path | None = None
@@ -199,7 +202,7 @@ class ValueFunction(torch.nn.Module):
 def main():
     # --- same in every script: setup
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    args = parse_args(PRESETS, __doc__)
+    args, signals = parse_args(PRESETS, __doc__), catch_signals()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -207,11 +210,12 @@ def main():
     # ---
 
     prompts = check_args(args, world_size)
-    pipeline, reward_function = load_pipeline(args.model), load_reward_or_fail(args.reward, device, prompts)
+    pipeline = load_pipeline(args.model)
+    reward_function = load_reward_or_fail(args.reward, device, prompts, timeout=args.reward_timeout)
 
     # --- same in every script: networks
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        join_ranks(device)
     unet = pipeline.unet.to(device, dtype, memory_format=torch.channels_last).eval()
     vae = pipeline.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     pipeline.text_encoder.to(device).eval().requires_grad_(False)
@@ -219,7 +223,7 @@ def main():
     torch.manual_seed(args.seed)
     if args.compile:
         unet.compile()
-    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
+    scaler, norms = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16"), []  # gradient norms of all updates
     # DDIMScheduler would clip latents to [-1, 1] where a model's configuration does not speak of it.
     config = pipeline.scheduler.config
     scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
@@ -233,7 +237,7 @@ def main():
         return values
 
     def step_optimizer(optimizer, max_grad_norm: float) -> float:
-        """Sum the gradients of all ranks in one flat all-reduce, clip, update; returns the norm before clipping."""
+        """Sum the gradients of all ranks in one flat all-reduce, clip, update if the norm, returned, is finite."""
         parameters = optimizer.param_groups[0]["params"]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = all_sum(torch.cat([g.flatten() for g in gradients]))
@@ -241,14 +245,16 @@ def main():
             p.grad = g.view_as(p)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-        scaler.step(optimizer)
+        if norm.isfinite():
+            scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        return norm.item()
+        norms.append(norm.item())
+        return norms[-1]
 
     # ---
 
-    warn_of_unknown_words(pipeline, prompts)
+    warn_of_prompts(pipeline, prompts)
     text, pooled = encode_prompts(pipeline, prompts, device)
     optimizer = torch.optim.AdamW(add_lora(unet, args.lora_rank), args.learning_rate, weight_decay=args.weight_decay)
     m = args.samples_per_iteration
@@ -270,24 +276,20 @@ def main():
     replay = {key: value.to(device) for key, value in replay.items()}
 
     # --- same in every script: run folder
-    run_dir = [args.output_dir or Path("runs") / run_name(__file__, args)]
-    if world_size > 1:
-        dist.broadcast_object_list(run_dir)  # the name has the time in it
-    run_dir = run_dir[0]
+    run_dir = choose_run_dir(__file__, args)
     first_iteration = 0
     if args.resume:
         state = torch.load(run_dir / "checkpoint" / "state.pt", map_location=device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         first_iteration = state["iteration"]
-    run = RunFolder(run_dir, args, first_iteration) if rank == 0 else None
+    run = RunFolder(run_dir, args, first_iteration)
 
     def save_sample_grid(iteration: int):
         """Eight pictures of fixed prompts and seeds, so that the grids of a run compare."""
         noise = torch.stack([torch.randn(T + 1, *latent_shape, generator=seeded(args.seed, 3, i)) for i in range(8)])
         x0 = sample(args, unet, scheduler, text[torch.arange(8) % len(prompts)], no_text, noise.to(device))[0][:, -1]
-        pictures = (decode(vae, x0) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        Image.fromarray(np.concatenate(pictures, axis=1)).save(run_dir / "samples" / f"{iteration:06d}.png")
+        save_grid(decode(vae, x0), run_dir / "samples" / f"{iteration:06d}.png")
 
     # ---
 
@@ -301,21 +303,19 @@ def main():
 
     def save_checkpoint(iteration: int):
         """Each rank its share of the replay, rank 0 the rest; the old checkpoint stays until the new one is whole."""
-        folder, partial = run_dir / "checkpoint", run_dir / "checkpoint.partial"
-        partial.mkdir(parents=True, exist_ok=True)
-        torch.save(replay, partial / f"replay-{rank:05d}.pt")
-        if world_size > 1:
-            dist.barrier()
-        if rank == 0:
-            save_lora(unet, run_dir)
-            save_lora(unet, partial)
-            state = {"iteration": iteration, "optimizer": optimizer.state_dict()}
-            state |= {"scaler": scaler.state_dict(), "value_function": value_function.state_dict()}
-            torch.save(state | {"value_optimizer": value_optimizer.state_dict()}, partial / "state.pt")
-            replace_folder(partial, folder)
+        with new_checkpoint(run_dir) as folder:
+            torch.save(replay, folder / f"replay-{rank:05d}.pt")
+            if rank == 0:
+                save_lora(unet, run_dir)
+                save_lora(unet, folder)
+                state = {"iteration": iteration, "optimizer": optimizer.state_dict()}
+                state |= {"scaler": scaler.state_dict(), "value_function": value_function.state_dict()}
+                torch.save(state | {"value_optimizer": value_optimizer.state_dict()}, folder / "state.pt")
 
-    if rank == 0 and not args.resume:
-        save_sample_grid(0)
+    if not args.resume:
+        if rank == 0:
+            save_sample_grid(0)
+        save_checkpoint(0)  # so that a run can go on from any moment
     progress = tqdm(range(first_iteration, args.num_iterations), disable=rank > 0, desc=Path(__file__).stem)
     for iteration in progress:
         # Rollout: m samples of the current policy (Alg. 1). Sample i draws its prompt and its noise from its own seed.
@@ -338,7 +338,7 @@ def main():
         replay["reward"][slot] = rewards.clamp(min=0) if args.reward_filter else rewards
         all_rewards = all_sum(F.pad(rewards, (start, m - stop)))
         if iteration == 0:  # a baseline from the first update on, when the value function has learned nothing yet
-            torch.nn.init.constant_(value_function.out.bias, all_sum(replay["reward"][slot].sum()).item() / m)
+            torch.nn.init.constant_(value_function.out.bias, all_sum(replay["reward"][slot].double().sum()).item() / m)
         time_reward, clock = time.perf_counter() - clock, time.perf_counter()
 
         # A step with sigma_t = 0 has no log-probability and is never drawn.
@@ -419,25 +419,23 @@ def main():
             "loss/value": sums[6],
             "advantages/mean": sums[4],
             "advantages/std": max(sums[5] - sums[4] ** 2, 0.0) ** 0.5,
-            "grad_norm": float(np.mean(grad_norms)),
+            **gradient_metrics(grad_norms),
             "time/sample_s": time_sample,
             "time/reward_s": time_reward,
             "time/train_s": time.perf_counter() - clock,
         }
-        if rank == 0 and iteration == 0 and first_deviation > args.clip_range:
-            off = f"{first_deviation.item():.1e}, more than --clip-range {args.clip_range}"
-            print(f"warning: before the first update a ratio is off 1 by {off}; try --dtype fp32", file=sys.stderr)
 
         # --- same in every script: log
-        if rank == 0:
-            run.log(metrics)
-            shown = {"reward": "reward/mean", "kl": "kl/pretrained"}
-            progress.set_postfix({name: f"{metrics[key]:.3f}" for name, key in shown.items() if key in metrics})
-        if (iteration + 1) % args.save_every == 0 or iteration + 1 == args.num_iterations:
-            save_checkpoint(iteration + 1)
+        run.log(metrics, progress)
+        asked_to_stop = all_sum(torch.tensor(float(len(signals)), device=device)).item() > 0
+        stopping = asked_to_stop or too_many_skipped(norms, args.max_skipped_updates)
+        if (iteration + 1) % args.save_every == 0 or iteration + 1 == args.num_iterations or stopping:
             if rank == 0:
                 save_sample_grid(iteration + 1)
                 run.save_learning_curve()
+            save_checkpoint(iteration + 1)
+        if stopping:
+            end_early(run_dir, signals if asked_to_stop else None)
         # ---
 
     if rank == 0:

@@ -34,19 +34,19 @@ from common.cli import (
     check_dtype,
     check_model,
     check_numbers,
-    end_run,
     fail,
     load_pipeline,
     load_reward_or_fail,
     parse_args,
     read_prompts,
-    warn_of_unknown_words,
+    warn_of_prompts,
 )
 from common.comparison import compare, comparison, diversity, mean_and_error
 from common.models import BASE, Model, finetuned, read_models, was_trained_on
 from common.rewards import RewardError, check_spec
 from common.run_folder import run_name
 from common.scheduler import ddim_step_kl, ddim_step_with_logprob
+from common.stop import end_run, join_ranks
 from dpok import decode, encode_prompts, guided_noise, sample, seeded
 
 
@@ -217,11 +217,11 @@ def draw_and_score(args: Args, prompts: list[str], models: list[Model], folder: 
         unet_of(model)  # before anything slow
     rewards = {spec: load_reward_or_fail(spec, device, prompts, "--rewards") for spec in args.rewards}
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        join_ranks(device)
     vae = pipeline.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     pipeline.text_encoder.to(device).eval().requires_grad_(False)
     no_text, _ = encode_prompts(pipeline, [""], device)
-    warn_of_unknown_words(pipeline, prompts)
+    warn_of_prompts(pipeline, prompts)
     # DDIMScheduler would clip latents to [-1, 1] where a model's configuration does not speak of it.
     config = pipeline.scheduler.config
     scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))

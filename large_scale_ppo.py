@@ -20,7 +20,6 @@ docs/large_scale_ppo.md says what the paper does, what this file does where it i
 """
 
 import os
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,25 +30,24 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
-from PIL import Image
 from tqdm import tqdm
 
 from common.cli import (
     check_args,
-    end_run,
     fail,
     load_pipeline,
     load_reward_or_fail,
     open_pairs_or_fail,
     parse_args,
-    warn_of_unknown_words,
+    warn_of_prompts,
 )
 from common.lora import add_lora, load_lora, pretrained, save_lora
 from common.pairs import take_pairs
 from common.prompts import take
 from common.rewards import RewardError
-from common.run_folder import RunFolder, replace_folder, run_name
+from common.run_folder import RunFolder, choose_run_dir, new_checkpoint, save_grid
 from common.scheduler import ddim_step_kl, ddim_step_with_logprob
+from common.stop import catch_signals, end_early, end_run, gradient_metrics, join_ranks, too_many_skipped
 
 
 @dataclass
@@ -101,6 +99,10 @@ class Args:
     """What the UNet's forward pass runs in; all else is float32. On CPU fp32 alone."""
     compile: bool = False
     """torch.compile the UNet."""
+    reward_timeout: float = 0.0
+    """Seconds after which a call of the reward counts as hung, which stops the run; 0 waits for ever."""
+    max_skipped_updates: int = 10
+    """Updates in a row without a finite gradient, each of which is skipped, after which the run stops."""
     save_every: int = 50
     """Iterations between checkpoints, each with a grid of fixed prompts and seeds; there is always one at the end."""
     output_dir: Path | None = None
@@ -190,7 +192,7 @@ def per_batch_advantages(rewards: torch.Tensor) -> torch.Tensor:
 def main():
     # --- same in every script: setup
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    args = parse_args(PRESETS, __doc__)
+    args, signals = parse_args(PRESETS, __doc__), catch_signals()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -200,14 +202,14 @@ def main():
     tasks = check_args(args, world_size)
     pairs = open_pairs_or_fail(args.pretrain_data, args.seed) if args.pretrain_beta else []
     pipeline = load_pipeline(args.model)
-    first_prompts = [take(task.prompts, args.seed, 0, min(len(task.prompts), 1000)) for task in tasks]
-    rewards_of = [load_reward_or_fail(task.reward, device, p, "--tasks") for task, p in zip(tasks, first_prompts)]
+    some = [take(task.prompts, args.seed, 0, min(len(task.prompts), 1000)) for task in tasks]
+    rewards_of = [load_reward_or_fail(t.reward, device, p, "--tasks", args.reward_timeout) for t, p in zip(tasks, some)]
     # Weights that are trained stay float32; then the forward pass alone, under autocast, is in --dtype.
     forward_dtype, dtype = dtype, dtype if args.lora_rank else torch.float32
 
     # --- same in every script: networks
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        join_ranks(device)
     unet = pipeline.unet.to(device, dtype, memory_format=torch.channels_last).eval()
     vae = pipeline.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     pipeline.text_encoder.to(device).eval().requires_grad_(False)
@@ -215,7 +217,7 @@ def main():
     torch.manual_seed(args.seed)
     if args.compile:
         unet.compile()
-    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
+    scaler, norms = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16"), []  # gradient norms of all updates
     # DDIMScheduler would clip latents to [-1, 1] where a model's configuration does not speak of it.
     config = pipeline.scheduler.config
     scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
@@ -229,7 +231,7 @@ def main():
         return values
 
     def step_optimizer(optimizer, max_grad_norm: float) -> float:
-        """Sum the gradients of all ranks in one flat all-reduce, clip, update; returns the norm before clipping."""
+        """Sum the gradients of all ranks in one flat all-reduce, clip, update if the norm, returned, is finite."""
         parameters = optimizer.param_groups[0]["params"]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = all_sum(torch.cat([g.flatten() for g in gradients]))
@@ -237,10 +239,12 @@ def main():
             p.grad = g.view_as(p)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-        scaler.step(optimizer)
+        if norm.isfinite():
+            scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        return norm.item()
+        norms.append(norm.item())
+        return norms[-1]
 
     # ---
 
@@ -250,39 +254,36 @@ def main():
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(weights, args.learning_rate, weight_decay=args.weight_decay)
-    for prompts in first_prompts:
-        warn_of_unknown_words(pipeline, prompts)
+    for prompts in some:
+        warn_of_prompts(pipeline, prompts)
     # The prompts of the grids of samples: the first of each task in turn.
-    prompts = [p[i % len(p)] for i in range(8) for p in first_prompts][:8]
+    prompts = [p[i % len(p)] for i in range(8) for p in some][:8]
     text, _ = encode_prompts(pipeline, prompts, device)
-    # Where each task's stream of prompts is, and last that of the pairs: how many were learned from.
-    positions, lengths = [0] * (len(tasks) + 1), [*(len(task.prompts) for task in tasks), len(pairs)]
+    # Where each task's stream of prompts is, and last that of the pairs: how many were learned from; and the numbers of
+    # an iteration some of whose tasks are done.
+    done, positions, lengths = (), [0] * (len(tasks) + 1), [*(len(task.prompts) for task in tasks), len(pairs)]
     picture_size = latent_shape[1] * 2 ** (len(vae.config.block_out_channels) - 1)
 
     # --- same in every script: run folder
-    run_dir = [args.output_dir or Path("runs") / run_name(__file__, args)]
-    if world_size > 1:
-        dist.broadcast_object_list(run_dir)  # the name has the time in it
-    run_dir = run_dir[0]
+    run_dir = choose_run_dir(__file__, args)
     first_iteration = 0
     if args.resume:
         state = torch.load(run_dir / "checkpoint" / "state.pt", map_location=device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         first_iteration = state["iteration"]
-    run = RunFolder(run_dir, args, first_iteration) if rank == 0 else None
+    run = RunFolder(run_dir, args, first_iteration)
 
     def save_sample_grid(iteration: int):
         """Eight pictures of fixed prompts and seeds, so that the grids of a run compare."""
         noise = torch.stack([torch.randn(T + 1, *latent_shape, generator=seeded(args.seed, 3, i)) for i in range(8)])
         x0 = sample(args, unet, scheduler, text[torch.arange(8) % len(prompts)], no_text, noise.to(device))[0][:, -1]
-        pictures = (decode(vae, x0) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        Image.fromarray(np.concatenate(pictures, axis=1)).save(run_dir / "samples" / f"{iteration:06d}.png")
+        save_grid(decode(vae, x0), run_dir / "samples" / f"{iteration:06d}.png")
 
     # ---
 
     if args.resume:
-        positions = state["positions"]
+        positions, done = state["positions"], state.get("done", ())
         if state["lengths"] != lengths:
             fail(f"--resume: the sources had {state['lengths']} prompts and pairs and have {lengths}; put them back")
         if args.lora_rank:
@@ -292,30 +293,33 @@ def main():
 
     def save_checkpoint(iteration: int):
         """Rank 0 saves all there is; the old checkpoint stays until the new one is whole."""
-        if rank == 0:
-            folder, partial = run_dir / "checkpoint", run_dir / "checkpoint.partial"
-            partial.mkdir(parents=True, exist_ok=True)
-            for place in (run_dir, partial):
+        with new_checkpoint(run_dir) as folder:
+            for place in (run_dir, folder) if rank == 0 else ():
                 if args.lora_rank:
                     save_lora(unet, place)
                 else:
                     unet.save_pretrained(place / "unet")
-            state = {"iteration": iteration, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            torch.save(state | {"positions": positions, "lengths": lengths}, partial / "state.pt")
-            replace_folder(partial, folder)
+            if rank == 0:
+                state = {"iteration": iteration, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                torch.save(state | {"positions": positions, "lengths": lengths, "done": done}, folder / "state.pt")
 
-    if rank == 0 and not args.resume:
-        save_sample_grid(0)
+    if not args.resume:
+        if rank == 0:
+            save_sample_grid(0)
+        save_checkpoint(0)  # so that a run can go on from any moment
     progress = tqdm(range(first_iteration, args.num_iterations), disable=rank > 0, desc=Path(__file__).stem)
     for iteration in progress:
-        sums, deviations = torch.zeros(3, dtype=torch.float64, device=device), torch.zeros(2, device=device)
-        rewards_by_task, grad_norms, times = {}, [], dict.fromkeys(("sample", "reward", "train"), 0.0)
+        fresh = (torch.zeros(3, dtype=torch.float64, device=device), torch.zeros(2, device=device), {}, [])
+        (sums, deviations, rewards_by_task, grad_norms), done = done or fresh, ()
+        sums *= rank == 0  # what was saved is the sum over the ranks
+        times = dict.fromkeys(("sample", "reward", "train"), 0.0)
         for k, (task, reward_function) in enumerate(zip(tasks, rewards_of)):
+            if positions[k] > iteration * task.num_prompts:  # learned before the reward of a later task failed
+                continue
             # Rollout: the next P prompts of the task, G samples of the current policy for each. Sample i, which belongs
             # to one rank, shows prompt i // G and draws its noise from its own seed; shares may be uneven.
             clock = time.perf_counter()
-            P, G = task.num_prompts, task.num_images
-            m = P * G
+            P, G, m = task.num_prompts, task.num_images, task.num_prompts * task.num_images
             start, stop = np.linspace(0, m, world_size + 1).astype(int)[rank : rank + 2]
             batch = take(task.prompts, args.seed, positions[k], P)
             embeddings, _ = encode_prompts(pipeline, batch[start // G : (stop - 1) // G + 1], device)
@@ -333,6 +337,7 @@ def main():
             try:
                 rewards = reward_function(images, [batch[i // G] for i in range(start, stop)])  # Eq. 11, 12, 13
             except RewardError as error:
+                done = (all_sum(sums), deviations, rewards_by_task, grad_norms)
                 save_checkpoint(iteration)
                 end_run(f"iteration {iteration}: {error}; the run so far is in {run_dir}")
             rewards_by_task[task.name] = all_rewards = all_sum(F.pad(rewards, (start, m - stop))).cpu()
@@ -369,12 +374,13 @@ def main():
                         sums[1] += ((ratio - 1).abs() > args.clip_range).double().sum() / m / len(steps) / len(tasks)
                         sums[2] += loss.double() / len(steps) / len(tasks)
                 grad_norms.append(step_optimizer(optimizer, args.max_grad_norm))
+            if world_size > 1:
+                dist.all_reduce(deviations, op=dist.ReduceOp.MAX)
             positions[k] += P
             times["train"] += time.perf_counter() - clock
 
         # The pre-training loss (Eq. 9) of the conditional prediction, one update. Pair i draws from its own seed.
-        clock = time.perf_counter()
-        pretrain = {}
+        clock, pretrain = time.perf_counter(), {}
         if args.pretrain_beta:
             B = args.pretrain_batch_size
             start, stop = np.linspace(0, B, world_size + 1).astype(int)[rank : rank + 2]
@@ -403,41 +409,35 @@ def main():
             positions[-1] += B
 
         sums = all_sum(sums).tolist()
-        if world_size > 1:
-            dist.all_reduce(deviations, op=dist.ReduceOp.MAX)
         metrics = {
             "iteration": iteration,
             "samples": (iteration + 1) * sum(task.num_prompts * task.num_images for task in tasks),
-            "reward/mean": float(np.mean([r.mean() for r in rewards_by_task.values()])),
-            "reward/std": float(np.mean([r.std(correction=0) for r in rewards_by_task.values()])),
+            "reward/mean": float(np.mean([r.mean().item() for r in rewards_by_task.values()])),
+            "reward/std": float(np.mean([r.std(correction=0).item() for r in rewards_by_task.values()])),
             **{f"reward/{name}/mean": r.mean().item() for name, r in rewards_by_task.items()},
             **{f"reward/{name}/std": r.std(correction=0).item() for name, r in rewards_by_task.items()},
             "ratio/first_max_deviation": deviations[0].item(),
             "ratio/max_deviation": deviations[1].item(),
             "ratio/clip_fraction": sums[1],
             "loss/policy": sums[2],
-            "grad_norm": float(np.mean(grad_norms)),
-            "time/sample_s": times["sample"],
-            "time/reward_s": times["reward"],
-            "time/train_s": times["train"],
+            **gradient_metrics(grad_norms),
+            **{f"time/{name}_s": seconds for name, seconds in times.items()},
             **pretrain,
         }
         if args.lora_rank:  # otherwise no pretrained model is kept
             metrics["kl/pretrained"] = sums[0] * int(np.prod(latent_shape)) * len(steps_with_noise)
-        if rank == 0 and iteration == 0 and deviations[0] > args.clip_range:
-            off = f"{deviations[0].item():.1e}, more than --clip-range {args.clip_range}"
-            print(f"warning: before the first update a ratio is off 1 by {off}; try --dtype fp32", file=sys.stderr)
 
         # --- same in every script: log
-        if rank == 0:
-            run.log(metrics)
-            shown = {"reward": "reward/mean", "kl": "kl/pretrained"}
-            progress.set_postfix({name: f"{metrics[key]:.3f}" for name, key in shown.items() if key in metrics})
-        if (iteration + 1) % args.save_every == 0 or iteration + 1 == args.num_iterations:
-            save_checkpoint(iteration + 1)
+        run.log(metrics, progress)
+        asked_to_stop = all_sum(torch.tensor(float(len(signals)), device=device)).item() > 0
+        stopping = asked_to_stop or too_many_skipped(norms, args.max_skipped_updates)
+        if (iteration + 1) % args.save_every == 0 or iteration + 1 == args.num_iterations or stopping:
             if rank == 0:
                 save_sample_grid(iteration + 1)
                 run.save_learning_curve()
+            save_checkpoint(iteration + 1)
+        if stopping:
+            end_early(run_dir, signals if asked_to_stop else None)
         # ---
 
     if rank == 0:

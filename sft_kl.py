@@ -28,23 +28,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
-from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm import tqdm
 
-from common.cli import (
-    check_args,
-    dataset_description,
-    end_run,
-    load_pipeline,
-    load_reward_or_fail,
-    parse_args,
-    warn_of_unknown_words,
-)
+from common.cli import check_args, dataset_description, load_pipeline, load_reward_or_fail, parse_args, warn_of_prompts
 from common.lora import add_lora, load_lora, pretrained, save_lora
 from common.rewards import RewardError
-from common.run_folder import RunFolder, replace_folder, run_name
+from common.run_folder import RunFolder, choose_run_dir, new_checkpoint, save_grid, save_shard, saving, write_text
 from common.scheduler import ddim_step_kl, ddim_step_with_logprob
+from common.stop import catch_signals, end_early, end_run, gradient_metrics, join_ranks, too_many_skipped
 
 
 @dataclass
@@ -103,6 +95,10 @@ class Args:
     """What the UNet's forward pass runs in; all else is float32. On CPU fp32 alone."""
     compile: bool = False
     """torch.compile the UNet."""
+    reward_timeout: float = 0.0
+    """Seconds after which a call of the reward counts as hung, which stops the run; 0 waits for ever."""
+    max_skipped_updates: int = 10
+    """Updates in a row without a finite gradient, each of which is skipped, after which the run stops."""
     save_every: int = 5
     """Iterations between checkpoints, each with a grid of fixed prompts and seeds; there is always one at the end."""
     output_dir: Path | None = None
@@ -222,7 +218,7 @@ def sft_loss(args: Args, reward, x0, f, f_pre) -> torch.Tensor:
 def main():
     # --- same in every script: setup
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    args = parse_args(PRESETS, __doc__)
+    args, signals = parse_args(PRESETS, __doc__), catch_signals()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -230,11 +226,12 @@ def main():
     # ---
 
     prompts = check_args(args, world_size)
-    pipeline, reward_function = load_pipeline(args.model), load_reward_or_fail(args.reward, device, prompts)
+    pipeline = load_pipeline(args.model)
+    reward_function = load_reward_or_fail(args.reward, device, prompts, timeout=args.reward_timeout)
 
     # --- same in every script: networks
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        join_ranks(device)
     unet = pipeline.unet.to(device, dtype, memory_format=torch.channels_last).eval()
     vae = pipeline.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     pipeline.text_encoder.to(device).eval().requires_grad_(False)
@@ -242,7 +239,7 @@ def main():
     torch.manual_seed(args.seed)
     if args.compile:
         unet.compile()
-    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
+    scaler, norms = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16"), []  # gradient norms of all updates
     # DDIMScheduler would clip latents to [-1, 1] where a model's configuration does not speak of it.
     config = pipeline.scheduler.config
     scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
@@ -256,7 +253,7 @@ def main():
         return values
 
     def step_optimizer(optimizer, max_grad_norm: float) -> float:
-        """Sum the gradients of all ranks in one flat all-reduce, clip, update; returns the norm before clipping."""
+        """Sum the gradients of all ranks in one flat all-reduce, clip, update if the norm, returned, is finite."""
         parameters = optimizer.param_groups[0]["params"]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = all_sum(torch.cat([g.flatten() for g in gradients]))
@@ -264,14 +261,16 @@ def main():
             p.grad = g.view_as(p)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-        scaler.step(optimizer)
+        if norm.isfinite():
+            scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        return norm.item()
+        norms.append(norm.item())
+        return norms[-1]
 
     # ---
 
-    warn_of_unknown_words(pipeline, prompts)
+    warn_of_prompts(pipeline, prompts)
     text, pooled = encode_prompts(pipeline, prompts, device)
     optimizer = torch.optim.AdamW(add_lora(unet, args.lora_rank), args.learning_rate, weight_decay=args.weight_decay)
     m = args.samples_per_iteration
@@ -300,47 +299,46 @@ def main():
         try:
             return reward_function(images, [prompts[i] for i in chosen])
         except RewardError as error:
+            save_checkpoint(iteration)
             end_run(f"{error}; the run so far is in {run_dir}")
 
     # --- same in every script: run folder
-    run_dir = [args.output_dir or Path("runs") / run_name(__file__, args)]
-    if world_size > 1:
-        dist.broadcast_object_list(run_dir)  # the name has the time in it
-    run_dir = run_dir[0]
+    run_dir = choose_run_dir(__file__, args)
     first_iteration = 0
     if args.resume:
         state = torch.load(run_dir / "checkpoint" / "state.pt", map_location=device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         first_iteration = state["iteration"]
-    run = RunFolder(run_dir, args, first_iteration) if rank == 0 else None
+    run = RunFolder(run_dir, args, first_iteration)
 
     def save_sample_grid(iteration: int):
         """Eight pictures of fixed prompts and seeds, so that the grids of a run compare."""
         noise = torch.stack([torch.randn(T + 1, *latent_shape, generator=seeded(args.seed, 3, i)) for i in range(8)])
         x0 = sample(args, unet, scheduler, text[torch.arange(8) % len(prompts)], no_text, noise.to(device))[0][:, -1]
-        pictures = (decode(vae, x0) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        Image.fromarray(np.concatenate(pictures, axis=1)).save(run_dir / "samples" / f"{iteration:06d}.png")
+        save_grid(decode(vae, x0), run_dir / "samples" / f"{iteration:06d}.png")
 
     # ---
 
+    # The updates of an iteration whose samples have no reward yet: when that fails they are not made again.
+    iteration, updates = first_iteration, {"loss": 0.0, "grad_norms": []}
     if args.resume:
         load_lora(unet, run_dir / "checkpoint")
+        updates = state.get("updates", updates)
 
     def save_checkpoint(iteration: int):
         """Rank 0 saves all there is; the old checkpoint stays until the new one is whole."""
-        if rank == 0:
-            folder, partial = run_dir / "checkpoint", run_dir / "checkpoint.partial"
-            partial.mkdir(parents=True, exist_ok=True)
-            save_lora(unet, run_dir)
-            save_lora(unet, partial)
-            state = {"iteration": iteration, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            torch.save(state, partial / "state.pt")
-            replace_folder(partial, folder)
+        with new_checkpoint(run_dir) as folder:
+            if rank == 0:
+                save_lora(unet, run_dir)
+                save_lora(unet, folder)
+                state = {"iteration": iteration, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                torch.save(state | {"updates": updates}, folder / "state.pt")
 
-    if rank == 0 and not args.resume:
-        save_checkpoint(0)  # so that a run that is stopped while it collects can go on
-        save_sample_grid(0)
+    if not args.resume:
+        if rank == 0:
+            save_sample_grid(0)
+        save_checkpoint(0)  # so that a run can go on from any moment
 
     # The data set: M samples of the pretrained model and their rewards, shard by shard (Algorithm 2).
     dataset, shards = args.dataset or run_dir / "dataset", []
@@ -349,24 +347,26 @@ def main():
         if all_sum(torch.tensor(float(rank == 0 and path.exists()), device=device)) > 0:
             shards.append(load_file(path))
             continue
+        if all_sum(torch.tensor(float(len(signals)), device=device)) > 0:  # the shards so far are on disk
+            end_early(run_dir, signals)
         with pretrained(unet):
             chosen, trajectory = draw(args.shard_size, 0, first)
         shard = {"x0": trajectory[:, -1], "prompt": chosen, "reward": score(chosen, trajectory[:, -1])}
         shards.append({key: gathered(value, args.shard_size) for key, value in shard.items()})
-        if rank == 0:
-            dataset.mkdir(parents=True, exist_ok=True)
-            (dataset / "dataset.json").write_text(json.dumps(dataset_description(args, prompts)))
-            save_file(shards[-1], path.with_suffix(".partial"))
-            path.with_suffix(".partial").rename(path)
+        with saving(run_dir):
+            if rank == 0:
+                write_text(dataset / "dataset.json", json.dumps(dataset_description(args, prompts)))
+                save_shard(path, shards[-1])
     data = {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
 
     progress = tqdm(range(first_iteration, args.num_iterations), disable=rank > 0, desc=Path(__file__).stem)
     for iteration in progress:
         # Updates, on n samples of the data set each (Algorithm 2).
         clock = time.perf_counter()
-        loss_sum, grad_norms = torch.zeros((), dtype=torch.float64, device=device), []
+        loss_sum = torch.tensor(updates["loss"] * (rank == 0), dtype=torch.float64, device=device)
+        grad_norms = updates["grad_norms"]
         start, stop = np.linspace(0, args.batch_size, world_size + 1).astype(int)[rank : rank + 2]
-        for update in range(args.gradient_steps):
+        for update in range(len(grad_norms), args.gradient_steps):
             generator = seeded(args.seed, 1, iteration, update)
             batch = torch.randint(len(data["x0"]), (args.batch_size,), generator=generator)
             t = torch.randint(1, scheduler.config.num_train_timesteps, (args.batch_size,), generator=generator)
@@ -386,6 +386,7 @@ def main():
                 scaler.scale(loss).backward()
                 loss_sum += loss.detach().double() / args.gradient_steps
             grad_norms.append(step_optimizer(optimizer, args.max_grad_norm))
+        updates = {"loss": all_sum(loss_sum).item(), "grad_norms": grad_norms}
         time_train, clock = time.perf_counter() - clock, time.perf_counter()
 
         # What the model draws now. Its KL to the pretrained one (Eq. 7) is taken on one step of each sample.
@@ -404,6 +405,7 @@ def main():
         kl = gathered(kl, m)
         time_sample, clock = time.perf_counter() - clock, time.perf_counter()
         rewards = gathered(score(chosen, trajectory[:, -1]), m)
+        updates = {"loss": 0.0, "grad_norms": []}
 
         metrics = {
             "iteration": iteration,
@@ -412,23 +414,24 @@ def main():
             "reward/std": rewards.std(correction=0).item(),
             "reward/dataset": data["reward"].mean().item(),
             "kl/pretrained": kl.mean().item() * int(np.prod(latent_shape)) * T,
-            "loss/sft": all_sum(loss_sum).item(),
-            "grad_norm": float(np.mean(grad_norms)),
+            "loss/sft": loss_sum.item(),
+            **gradient_metrics(grad_norms),
             "time/sample_s": time_sample,
             "time/reward_s": time.perf_counter() - clock,
             "time/train_s": time_train,
         }
 
         # --- same in every script: log
-        if rank == 0:
-            run.log(metrics)
-            shown = {"reward": "reward/mean", "kl": "kl/pretrained"}
-            progress.set_postfix({name: f"{metrics[key]:.3f}" for name, key in shown.items() if key in metrics})
-        if (iteration + 1) % args.save_every == 0 or iteration + 1 == args.num_iterations:
-            save_checkpoint(iteration + 1)
+        run.log(metrics, progress)
+        asked_to_stop = all_sum(torch.tensor(float(len(signals)), device=device)).item() > 0
+        stopping = asked_to_stop or too_many_skipped(norms, args.max_skipped_updates)
+        if (iteration + 1) % args.save_every == 0 or iteration + 1 == args.num_iterations or stopping:
             if rank == 0:
                 save_sample_grid(iteration + 1)
                 run.save_learning_curve()
+            save_checkpoint(iteration + 1)
+        if stopping:
+            end_early(run_dir, signals if asked_to_stop else None)
         # ---
 
     if rank == 0:

@@ -13,18 +13,17 @@ from typing import NamedTuple, NoReturn
 import diffusers
 import numpy as np
 import torch
-import torch.distributed as dist
 import transformers
 import tyro
 from diffusers import StableDiffusionPipeline
-from tqdm import tqdm
 
 from common.pairs import open_pairs
-from common.prompts import SourceError, open_prompts
+from common.prompts import Lines, SourceError, open_prompts
 from common.rewards import PromptError, Reward, RewardError, check_spec, load_reward
+from common.run_folder import CheckpointError, check_checkpoint
 
 MAY_CHANGE_ON_RESUME = {"num_iterations", "micro_batch_size", "save_every", "output_dir", "resume", "track", "compile"}
-MAY_CHANGE_ON_RESUME |= {"gradient_checkpointing"}
+MAY_CHANGE_ON_RESUME |= {"gradient_checkpointing", "reward_timeout", "max_skipped_updates"}
 
 
 class Task(NamedTuple):
@@ -42,20 +41,10 @@ class Task(NamedTuple):
 
 
 def fail(message: str) -> NoReturn:
-    """One line on stderr and exit code 2: what is wrong with the command, and what to do about it."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    """One line on stderr, of a node's first rank, and exit code 2: what is wrong with the command, and the remedy."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def end_run(message: str) -> NoReturn:
-    """One line on stderr and exit code 1 on every rank, all of which call this: what has stopped a run under way."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(f"error: {' '.join(message.split())}", file=sys.stderr)  # on a line of its own, not the bar's
-    if dist.is_initialized():
-        dist.barrier()  # torchrun ends the other ranks when one has ended: rank 0 must have saved and said everything
-        dist.destroy_process_group()  # else gloo's threads may outlive the interpreter, which then aborts
-    raise SystemExit(1)
 
 
 def parse_args(presets: dict, description: str, words: Sequence[str] | None = None):
@@ -64,15 +53,28 @@ def parse_args(presets: dict, description: str, words: Sequence[str] | None = No
     With --resume RUN_DIR the arguments of that run are the defaults, and those that must agree with it are held to. A
     flag of several values may be given several times, with one or more of them each. `words` are the command line's.
     """
-    words = sys.argv[1:] if words is None else list(words)
+    words = split_values(sys.argv[1:] if words is None else words, ("--resume", "--output-dir"))
     if words and not words[0].startswith("-") and words[0] not in presets:
         fail(f"there is no preset {words[0]!r}; there are: {', '.join(presets)}")
     default = presets[words.pop(0) if words and words[0] in presets else next(iter(presets))]
+    if (
+        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        and "--output-dir" in words[:-1]
+        and "--resume" not in words
+    ):
+        # torchrun --max-restarts has started the command again after a rank has died.
+        folder = words[words.index("--output-dir") + 1]
+        if any((Path(folder) / name).exists() for name in ("checkpoint", "checkpoint.old")):
+            words += ["--resume", folder]
     if "--resume" in words[:-1]:
         folder = Path(words[words.index("--resume") + 1])
-        if not (folder / "checkpoint" / "state.pt").is_file():
-            fail(f"--resume {folder}: there is no checkpoint in it; name the folder of a run that has saved one")
-        stored = json.loads((folder / "args.json").read_text())
+        try:
+            check_checkpoint(folder)
+            stored = json.loads((folder / "args.json").read_text())
+        except (CheckpointError, OSError, ValueError) as error:
+            fail(f"--resume {folder}: {error}")
+        if stored.keys() - vars(default).keys():
+            fail(f"--resume {folder} is a run of another script; go on with the one that has begun it")
         paths = [f.name for f in fields(default) if "Path" in str(f.type)]
         stored = {key: Path(value) if key in paths and value else value for key, value in stored.items()}
         stored = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
@@ -85,11 +87,24 @@ def parse_args(presets: dict, description: str, words: Sequence[str] | None = No
     if "--prompt" in flags:
         args = replace(args, prompts_file=None)
     if asdict(args).get("resume"):
-        for name in asdict(args).keys() - MAY_CHANGE_ON_RESUME:
-            if getattr(args, name) != getattr(default, name):
-                fail(f"--{name.replace('_', '-')} differs from the run to resume, where it is {getattr(default, name)}")
+        differ = {name: stored for name, stored in vars(default).items() if vars(args)[name] != stored}
+        differ = [f"--{k.replace('_', '-')} (there {v})" for k, v in differ.items() if k not in MAY_CHANGE_ON_RESUME]
+        if differ:
+            fail(f"--resume {args.resume}: the run has other {', '.join(differ)}; leave them out")
         args = replace(args, output_dir=args.resume)
     return args
+
+
+def split_values(words: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """The command line with `--flag=value`, or `--fl_ag value`, as `--fl-ag value` for each of `flags`."""
+    split = []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag.replace("_", "-") in flags:
+            split += [flag.replace("_", "-"), value] if equals else [flag.replace("_", "-")]
+        else:
+            split.append(word)
+    return split
 
 
 def join_repeated(words: Sequence[str], flags: Sequence[str]) -> list[str]:
@@ -175,8 +190,14 @@ def check_args(args, world_size: int) -> list[str] | list[Task]:
             check_spec(args.reward)
     except RewardError as error:
         fail(f"--reward: {error}")
-    if args.output_dir and (args.output_dir / "args.json").exists() and not args.resume:
-        fail(f"--output-dir {args.output_dir} holds another run; choose another, or use --resume {args.output_dir}")
+    if args.output_dir and not args.resume:
+        if any((args.output_dir / name).exists() for name in ("checkpoint", "checkpoint.old")):
+            fail(f"--output-dir {args.output_dir} holds another run; choose another, or use --resume {args.output_dir}")
+        existing = next(
+            path for path in (args.output_dir.absolute(), *args.output_dir.absolute().parents) if path.exists()
+        )
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            fail(f"--output-dir {args.output_dir} cannot be written; choose another")
     check_model(args.model)
     if has_tasks:
         return read_tasks(args, world_size)
@@ -195,15 +216,11 @@ def read_prompts(args) -> list[str]:
             fail("--prompt is empty; give a prompt")
         return [args.prompt]
     try:
-        lines = args.prompts_file.read_text(encoding="utf-8-sig").splitlines()
+        return list(Lines(args.prompts_file, str))
+    except SourceError as error:
+        fail(f"--prompts-file: {error}")
     except OSError as error:
         fail(f"--prompts-file {args.prompts_file}: {error.strerror}; give a text file, one prompt a line")
-    except UnicodeDecodeError:
-        fail(f"--prompts-file {args.prompts_file} is not UTF-8 text; save it as UTF-8")
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        fail(f"--prompts-file {args.prompts_file} has no prompts; write one a line")
-    return prompts
 
 
 def read_tasks(args, world_size: int) -> list[Task]:
@@ -268,10 +285,12 @@ def load_pipeline(model: str) -> StableDiffusionPipeline:
         )
 
 
-def load_reward_or_fail(spec: str, device: torch.device, prompts: list[str], flag: str = "--reward") -> Reward:
+def load_reward_or_fail(
+    spec: str, device: torch.device, prompts: list[str], flag: str = "--reward", timeout: float = 0
+) -> Reward:
     """The reward that `spec` names, which must be able to score `prompts`; one that is not to be had ends the run."""
     try:
-        return load_reward(spec, device, prompts)
+        return load_reward(spec, device, prompts, timeout)
     except PromptError as error:
         remedy = "change the prompts of the task" if flag == "--tasks" else "change --prompt or --prompts-file"
         fail(f"{flag} {spec} cannot score these prompts: {error}; {remedy}")
@@ -282,10 +301,19 @@ def load_reward_or_fail(spec: str, device: torch.device, prompts: list[str], fla
         fail(f"{flag} {spec} cannot be loaded ({what}); check the name, the folder and the network")
 
 
-def warn_of_unknown_words(pipeline: StableDiffusionPipeline, prompts: list[str]) -> None:
-    """One line that names the words that the text encoder has never seen: a token of theirs is embedded as zeros."""
+def warn_of_prompts(pipeline: StableDiffusionPipeline, prompts: list[str]) -> None:
+    """A line for what the text encoder never sees: words of which a token is embedded as zeros, ends that are cut."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
+    tokenizer, length = pipeline.tokenizer, pipeline.tokenizer.model_max_length
     unseen = (pipeline.text_encoder.get_input_embeddings().weight == 0).all(dim=1).cpu()
     words = dict.fromkeys(word for prompt in prompts for word in re.findall(r"\w+", prompt))
-    unknown = [word for word in words if unseen[pipeline.tokenizer(word, add_special_tokens=False).input_ids].any()]
-    if unknown and int(os.environ.get("RANK", 0)) == 0:
+    unknown = [word for word in words if unseen[tokenizer(word, add_special_tokens=False).input_ids].any()]
+    if unknown:
         print(f"warning: the model does not know these words: {', '.join(unknown)}", file=sys.stderr)
+    lost = [tokenizer.decode(tokenizer(prompt).input_ids[length - 1 : -1]) for prompt in prompts]
+    if any(lost):
+        example = next(filter(None, lost))
+        example = example if len(example) < 200 else f"{example[:200]}..."
+        count = f"{sum(map(bool, lost))} of the prompts end" if len(prompts) > 1 else "the prompt ends"
+        print(f"warning: {count} after {length} tokens for the model; this is lost: {example!r}", file=sys.stderr)

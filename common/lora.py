@@ -97,7 +97,9 @@ def lora_state_dict(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def save_lora(unet: torch.nn.Module, folder: str | Path) -> None:
     """Write `folder`/pytorch_lora_weights.safetensors, for `pipe.load_lora_weights(folder)`."""
-    save_file(lora_state_dict(unet), Path(folder) / FILE_NAME, metadata={"format": "pt"})
+    path = Path(folder) / FILE_NAME
+    save_file(lora_state_dict(unet), path.with_suffix(".partial"), metadata={"format": "pt"})
+    path.with_suffix(".partial").replace(path)  # whole, or not there
 
 
 def lora_file(path: str | Path) -> Path:

@@ -96,6 +96,8 @@ class Lines(Sequence):
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
                 try:
+                    if b"\0" in line:
+                        raise ValueError("there is a null byte in it; save the file as UTF-8 text")
                     if self.text(line):
                         self.parse(self.text(line))
                         offsets.append(offset)
@@ -127,6 +129,8 @@ def json_prompt(text: str, key: str) -> str:
     key = key or next((key for key in KEYS if key in record), KEYS[0])
     if not isinstance(record.get(key), str) or not record[key].strip():
         raise ValueError(f"there is no text under {key!r}; name its key as in prompts.jsonl#KEY")
+    if "\0" in record[key] or any("\ud800" <= letter <= "\udfff" for letter in record[key]):
+        raise ValueError(f"the text under {key!r} has a null byte or half a character; write it anew")
     if "objects" not in record:
         return record[key].strip()
     if not isinstance(record["objects"], list) or not all(isinstance(name, str) for name in record["objects"]):

@@ -22,8 +22,10 @@ docs/rewards.md says which there are, and what each reward needs.
 import importlib
 import importlib.util
 import math
+import queue
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,7 +34,8 @@ from urllib.parse import parse_qsl
 import torch
 import torch.distributed as dist
 
-from common.rewards.base import PromptError, Reward, RewardError
+from common.rewards.base import PromptError, Reward, RewardError, own_group
+from common.stop import HUNG
 
 __all__ = ["NAMES", "PromptError", "Reward", "RewardError", "check_spec", "load_reward"]
 
@@ -53,11 +56,14 @@ TERM = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*\s*(.+?)\
 SYNTAX = "a sum is written 0.7*aesthetic+-0.3*clip_score"
 
 
-def load_reward(spec: str, device: str | torch.device = "cpu", prompts: Sequence[str] = ()) -> Reward:
+def load_reward(
+    spec: str, device: str | torch.device = "cpu", prompts: Sequence[str] = (), timeout: float = 0
+) -> Reward:
     """The reward that `spec` names (see above), checked on every call: pictures, scores and their sum.
 
     Raises RewardError, with a message for the user, when there is no such reward, its weights are missing, or it can
-    never score one of `prompts`. Under torch.distributed a call is collective: a fault on one rank is raised on all.
+    never score one of `prompts`; its calls raise it too, also when a term takes more than `timeout` seconds (0: any
+    time is fine). Under torch.distributed a call is collective: a fault on one rank is raised on all.
     """
     check_spec(spec)
     terms = [(weight, term, _load_term(term, device)) for weight, term in parse_sum(spec)]
@@ -68,16 +74,47 @@ def load_reward(spec: str, device: str | torch.device = "cpu", prompts: Sequence
     @torch.no_grad()
     def checked(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         _raise_on_all_ranks(_faults_of_images(images, prompts))  # before a term waits for the others
+        own_group()
         total, faults = torch.zeros(len(prompts), device=images.device), []
         for weight, term, reward in terms:
             try:
-                total += weight * _checked_scores(term, reward(images, prompts), images, prompts)
+                scores = _in_time(reward, timeout, term, images, prompts) if timeout else reward(images, prompts)
+                total += weight * _checked_scores(term, scores, images, prompts)
             except RewardError as error:  # the other terms still run: they may be collective
                 faults.append(str(error))
+            except Exception as error:  # a model's own, out of memory for one: the run must save its state
+                faults.append(
+                    f"reward {term!r} failed with {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                )
         _raise_on_all_ranks(faults or _faults_of_scores(spec, total, prompts))
         return total
 
     return checked
+
+
+def _in_time(reward: Reward, timeout: float, term: str, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """`reward(images, prompts)`, or RewardError after `timeout` seconds; what hangs does so in a thread of its own."""
+    answer = queue.Queue()
+
+    @torch.no_grad()  # that of the caller does not hold in another thread, nor does its device
+    def ask():
+        try:
+            if images.is_cuda:
+                torch.cuda.set_device(images.device)
+            answer.put((reward(images, prompts), None))
+        except BaseException as error:
+            answer.put((None, error))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    try:
+        scores, error = answer.get(timeout=timeout)
+    except queue.Empty:
+        thread.name = HUNG
+        raise RewardError(f"reward {term!r} gave no answer in {timeout:g} s (--reward-timeout)") from None
+    if error:
+        raise error
+    return scores
 
 
 def _raise_on_all_ranks(faults: list[str]) -> None:

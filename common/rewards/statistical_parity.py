@@ -15,6 +15,7 @@ from common.rewards.base import (
     check_options,
     check_weights,
     load_model,
+    own_group,
     to_pil,
 )
 
@@ -68,7 +69,7 @@ def load(name: str, weights: str | None, options: dict[str, str], device: str | 
         shares = [(list(prompts), classes)]
         if dist.is_initialized():
             shares = [None] * dist.get_world_size()
-            dist.all_gather_object(shares, (list(prompts), classes))
+            dist.all_gather_object(shares, (list(prompts), classes), group=own_group())
         groups = {}
         for share in shares:
             for prompt, c in zip(*share):
