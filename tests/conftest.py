@@ -23,6 +23,8 @@ def pytest_collection_modifyitems(config, items):
         return
     for item in items:
         group = item.path.stem
+        if "undisturbed" in item.fixturenames:
+            group = f"undisturbed run of {item.callspec.params['undisturbed']}"
         if group == "test_scripts":
             if "default_run" not in item.fixturenames:
                 continue

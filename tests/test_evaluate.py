@@ -400,8 +400,10 @@ def test_wrong_input_is_one_line_and_exit_code_2(name, work, tiny_sd, tmp_path, 
     for flag, value in defaults.items():
         if flag not in words and not (flag == "--prompts-file" and "--prompt" in words):
             words += [flag, value]
+    began = time.process_time()
     with pytest.raises(SystemExit) as end:
         run_here(monkeypatch, *words)
+    assert time.process_time() - began < 3
     stderr = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     assert end.value.code == 2 and len(stderr) == 1 and mentioned in stderr[0], stderr
     assert not (tmp_path / "out").exists()

@@ -78,6 +78,10 @@ WRONG = {
     "no file": ("nowhere.txt", None, "nowhere.txt"),
     "empty": ("p.txt", "\n \n", "no prompts"),
     "bad bytes": ("p.txt", b"a cat\n\na \xff dog\n", "line 3"),
+    "null byte": ("p.txt", b"a cat\n\na \0 dog\n", "line 3"),
+    "UTF-16": ("p.txt", "a cat\n".encode("utf-16"), "line 1"),
+    "null byte in JSON": ("p.jsonl", '{"prompt": "a cat"}\n{"prompt": "a \\u0000 dog"}\n', "line 2"),
+    "half a character in JSON": ("p.jsonl", '{"prompt": "a \\ud83d"}\n', "line 1"),
     "not JSON": ("p.jsonl", '{"prompt": "a cat"}\nprompt\n', "line 2"),
     "no object": ("p.jsonl", '["a cat"]\n', "line 1"),
     "no key": ("p.jsonl", '{"prompt": "a cat"}\n{"words": "a dog"}\n', "line 2"),
@@ -102,6 +106,12 @@ def test_wrong_sources_are_named(name, tmp_path, own_cache):
         open_prompts(str(tmp_path / file), 0)
     assert mentioned in str(error.value) and "\n" not in str(error.value)
     assert not own_cache.exists() or not list(own_cache.iterdir()), "nothing half made may stay in the cache"
+
+
+def test_any_text_is_a_prompt(tmp_path):
+    """Right to left, with marks that change the direction, in other scripts, emoji, very long."""
+    texts = ["قطة زرقاء", "\u202eretni\u202c winter", "青い猫", "\U0001f408 on the \U0001f319", "a cat " * 2000 + "x"]
+    assert list(open_prompts(write(tmp_path / "p.txt", "\n".join(texts)), 0)) == texts
 
 
 def test_parquet_without_pyarrow_says_so(tmp_path, monkeypatch):

@@ -3,7 +3,9 @@
 import importlib
 import json
 import re
+import resource
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +13,9 @@ from conftest import ROOT, read_metrics, run_script
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
+
+import dpok
+from common.run_folder import run_name
 
 SCRIPTS = ("dpok.py", "ddpo.py", "rwr.py", "sft_kl.py", "large_scale_ppo.py")
 PROMPT = "A green colored rabbit"
@@ -152,6 +157,23 @@ def test_unknown_words_are_named(tmp_path):
     assert len(warning) == 1 and "purple, zebra" in warning[0]
 
 
+def test_what_a_long_prompt_loses_is_shown(tiny_sd, tmp_path, monkeypatch, capsys):
+    """A file with a byte order mark, an empty line, another script, 10 000 characters, and parts of a path."""
+    (tmp_path / "p.txt").write_text("\ufeffa cat\n\nقطة\n" + "a white dog " * 840 + "\n../../../tmp/a/b\n")
+    flags = [*tiny("dpok.py", tmp_path, "jpeg_compressibility"), "--model", tiny_sd, "--num-iterations", 1]
+    flags += ["--gradient-steps", 1, "--prompts-file", tmp_path / "p.txt", "--output-dir", tmp_path / "run"]
+    run_here(monkeypatch, "dpok.py", *flags)
+    lost = [line for line in capsys.readouterr().err.splitlines() if "this is lost" in line]
+    assert len(lost) == 1 and "1 of the prompts" in lost[0] and "white dog" in lost[0] and len(lost[0]) < 400
+
+
+@pytest.mark.parametrize("prompt", ["../../../tmp/a/b", "/etc/passwd", "قطة", "a\\b:c*?", "\n", "x" * 10_000, ".."])
+def test_no_prompt_reaches_a_path(prompt):
+    """A folder's name in runs/ is one name, of plain letters and digits, and not long."""
+    name = run_name("dpok.py", dpok.Args(prompt=prompt))
+    assert re.fullmatch(r"dpok__[a-z0-9-]{1,40}__0__[0-9-]+", name)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_reward_that_is_not_finite_stops_the_run(tiny_sd, tmp_path, script):
     (tmp_path / "mine.py").write_text(
@@ -241,26 +263,28 @@ def is_one_line(stderr: str, mentioned: str) -> bool:
 @pytest.mark.parametrize("script, name", [(s, n) for s in SCRIPTS for n in WRONG | WRONG_OF[s]])
 def test_wrong_input_is_one_line_and_exit_code_2(script, name, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty.txt").write_text("\n \n")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "args.json").write_text("{}")
+    (tmp_path / "other" / "checkpoint").mkdir(parents=True)
     words, mentioned = (WRONG | WRONG_OF[script])[name]
     replaced = {"EMPTY": tmp_path / "empty.txt", "OTHER": tmp_path / "other"}
     monkeypatch.chdir(ROOT)
     words = [" ".join(str(replaced.get(part, part)) for part in word.split(" ")) for word in words]
     monkeypatch.setattr(sys, "argv", [script, *words])
+    began = time.process_time()
     with pytest.raises(SystemExit) as end:
         importlib.import_module(script.removesuffix(".py")).main()
-    assert end.value.code == 2
+    assert end.value.code == 2 and time.process_time() - began < 3
     stderr = capsys.readouterr().err
     assert is_one_line(stderr, mentioned.replace("SCRIPT", script)), stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_wrong_input_as_a_user_sees_it(script):
-    """In a process of its own: nothing that a library prints comes beside the line."""
+    """In a process of its own, in 10 s of its core: nothing that a library prints comes beside the line."""
     wrong = WRONG | WRONG_OF[script]
     for words, mentioned in (wrong["default model, no hub"], wrong["reward folder empty"]):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         result = run_script(script, *words, timeout=60)
+        assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 10
         assert result.returncode == 2 and is_one_line(result.stderr, mentioned.replace("SCRIPT", script)), result.stderr
 
 
