@@ -140,23 +140,23 @@ def report(args: Args):
         cells = [np.array([numbers[task] for numbers in seeds]) * sign[task] for task in TASKS]
         cells = [f"{cell.mean():.3f} ± {cell.std():.3f}" if len(seeds) > 1 else f"{cell[0]:.3f}" for cell in cells]
         distance = np.mean([numbers["distance"] for numbers in seeds])
-        minutes = f"{np.mean(results['minutes'][name]):.1f}" if name in results["minutes"] else ""
-        print(f"| {name} | {' | '.join(cells)} | {distance:.2f} | {minutes} |")
+        took = f"{np.mean(results['minutes'][name]):.1f}" if name in results["minutes"] else ""
+        print(f"| {name} | {' | '.join(cells)} | {distance:.2f} | {took} |")
     print("\njoint, share of each single run's gain:", results["joint_share_of_gain"])
     print("distance to real renders at equal reward:", results["at_equal_reward"])
 
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name, color in zip(("joint", "preference", "composition", "portraits"), ("black", "C0", "C1", "C2")):
-        for i, seed in enumerate(args.seeds):
-            lines = (folder_of(args, name, seed) / "metrics.jsonl").read_text().splitlines()
-            for key in ("reward/object_detection/mean", "reward/statistical_parity/mean"):
-                lines_with = [line for line in map(json.loads, lines) if key in line]
-                style = "-" if "object" in key else ":"
-                label = f"{name}: {key.split('/')[1]}" if i == 0 and lines_with else None
-                left.plot([line[key] for line in lines_with], style, color=color, alpha=0.6, label=label)
-    left.set(xlabel="iterations", ylabel="training reward")
-    left.legend(fontsize=6)
+    figure = Figure(figsize=(13, 3.2), layout="constrained")
+    *axes, right = figure.subplots(1, 4)
+    for axis, (name, task) in zip(axes, TASKS.items()):
+        key = f"reward/{task.split(':')[0]}/mean"
+        for run_name, color in ((name, "C0"), ("joint", "black")):
+            for i, seed in enumerate(args.seeds):
+                lines = (folder_of(args, run_name, seed) / "metrics.jsonl").read_text().splitlines()
+                smooth = np.convolve([json.loads(line)[key] for line in lines], np.ones(5) / 5, "valid")
+                label = run_name if i == 0 else None
+                axis.plot(np.arange(len(smooth)) + 3, smooth, color=color, alpha=0.6, label=label)
+        axis.set(xlabel="iterations (mean of five)", ylabel="training reward", title=key.split("/")[1])
+        axis.legend(fontsize=7)
     for name, color in zip(AT_EQUAL_REWARD, ("C0", "C3")):
         for i, way in enumerate(results["on_the_way"][name]):
             points = [base, *way]
