@@ -56,9 +56,11 @@ def folder_of(args: Args, name: str, seed: int) -> Path:
 
 
 def stops_of(args: Args, name: str) -> list[int]:
-    """Iterations after which weights are kept."""
+    """Iterations after which weights are kept. A run without the pre-training loss ends after three fifths of them: it
+    is compared with the other at a reward that both reach, and has no row in Table 5."""
     parts = args.parts if name in AT_EQUAL_REWARD else 1
-    return [args.num_iterations * part // parts for part in range(1, parts + 1)]
+    stops = [args.num_iterations * part // parts for part in range(1, parts + 1)]
+    return [stop for stop in stops if name != PRETRAIN or stop <= 0.6 * args.num_iterations]
 
 
 def run(args: Args):
@@ -119,7 +121,8 @@ def report(args: Args):
     results |= {"base": base, "runs": {}, "on_the_way": {}, "minutes": {}}
     for name in EXPERIMENTS:
         folders = [folder_of(args, name, seed) for seed in args.seeds]
-        results["runs"][name] = [scores_of(folder) for folder in folders]
+        if name != PRETRAIN:
+            results["runs"][name] = [scores_of(folder) for folder in folders]
         results["minutes"][name] = [minutes(folder) for folder in folders]
         if name in AT_EQUAL_REWARD:
             results["on_the_way"][name] = [
@@ -140,7 +143,7 @@ def report(args: Args):
         cells = [np.array([numbers[task] for numbers in seeds]) * sign[task] for task in TASKS]
         cells = [f"{cell.mean():.3f} ± {cell.std():.3f}" if len(seeds) > 1 else f"{cell[0]:.3f}" for cell in cells]
         distance = np.mean([numbers["distance"] for numbers in seeds])
-        took = f"{np.mean(results['minutes'][name]):.1f}" if name in results["minutes"] else ""
+        took = f"{np.mean(results['minutes'][name]):.1f}" if name != "base" else ""
         print(f"| {name} | {' | '.join(cells)} | {distance:.2f} | {took} |")
     print("\njoint, share of each single run's gain:", results["joint_share_of_gain"])
     print("distance to real renders at equal reward:", results["at_equal_reward"])
