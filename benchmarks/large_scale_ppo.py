@@ -121,6 +121,9 @@ def report(args: Args):
     results |= {"base": base, "runs": {}, "on_the_way": {}, "minutes": {}}
     for name in EXPERIMENTS:
         folders = [folder_of(args, name, seed) for seed in args.seeds]
+        if not all((folder / f"after_{stops_of(args, name)[-1]}" / LORA).exists() for folder in folders):
+            print(f"left out, not all trained: {name}", file=sys.stderr)
+            continue
         if name != PRETRAIN:
             results["runs"][name] = [scores_of(folder) for folder in folders]
         results["minutes"][name] = [minutes(folder) for folder in folders]
@@ -132,7 +135,8 @@ def report(args: Args):
     # The paper's claim: the joint run has at least 80 % of the gain of the run for that task alone.
     gain = lambda run, task: np.mean([numbers[task] for numbers in results["runs"][run]]) - base[task]
     results["joint_share_of_gain"] = {name: float(gain("joint", name) / gain(name, name)) for name in TASKS}
-    results["at_equal_reward"] = at_equal_reward(base, results["on_the_way"])
+    if PRETRAIN in results["on_the_way"]:
+        results["at_equal_reward"] = at_equal_reward(base, results["on_the_way"])
     (ROOT / "benchmarks/results/large_scale_ppo.json").write_text(json.dumps(results, indent=2) + "\n")
 
     sign = {"preference": 1, "composition": 1, "portraits": -1}
@@ -146,7 +150,7 @@ def report(args: Args):
         took = f"{np.mean(results['minutes'][name]):.1f}" if name != "base" else ""
         print(f"| {name} | {' | '.join(cells)} | {distance:.2f} | {took} |")
     print("\njoint, share of each single run's gain:", results["joint_share_of_gain"])
-    print("distance to real renders at equal reward:", results["at_equal_reward"])
+    print("distance to real renders at equal reward:", results.get("at_equal_reward"))
 
     figure = Figure(figsize=(13, 3.2), layout="constrained")
     *axes, right = figure.subplots(1, 4)
@@ -161,7 +165,7 @@ def report(args: Args):
         axis.set(xlabel="iterations (mean of five)", ylabel="training reward", title=key.split("/")[1])
         axis.legend(fontsize=7)
     for name, color in zip(AT_EQUAL_REWARD, ("C0", "C3")):
-        for i, way in enumerate(results["on_the_way"][name]):
+        for i, way in enumerate(results["on_the_way"].get(name, [])):
             points = [base, *way]
             x, y = ([numbers[key] for numbers in points] for key in ("preference", "distance"))
             right.plot(x, y, "o-", color=color, alpha=0.6, markersize=3, label=name if i == 0 else None)
