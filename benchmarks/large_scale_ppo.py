@@ -109,14 +109,15 @@ def report(args: Args):
                 numbers["success"] = judging.success(judge, images, asked).mean().item()
         return numbers
 
-    def scores_of(folder: Path, names=tuple(TASKS)) -> dict[str, float]:
+    def scores_of(folder: Path, names=tuple(TASKS), lora: bool = True) -> dict[str, float]:
         """Those of a run's weights, which stay beside them."""
         path = folder / f"scores_{args.count}.json"
         if not path.exists():
-            path.write_text(json.dumps(scores(load_pipeline(folder), names)))
+            folder.mkdir(exist_ok=True)
+            path.write_text(json.dumps(scores(load_pipeline(folder if lora else None), names)))
         return json.loads(path.read_text())
 
-    base = scores(load_pipeline())
+    base = scores_of(args.runs / "base", lora=False)
     results = {"weights": weights_digest(), "pictures": args.count, "num_iterations": args.num_iterations}
     results |= {"base": base, "runs": {}, "on_the_way": {}, "minutes": {}}
     for name in EXPERIMENTS:
