@@ -176,8 +176,8 @@ def report(args: Args):
 
 
 def at_equal_reward(base: dict, on_the_way: dict) -> dict:
-    """Distance to real renders with and without the pre-training loss, each interpolated at the highest reward that
-    both reach, seed by seed."""
+    """Distance to real renders with and without the pre-training loss, each interpolated where it first has the
+    highest reward that both reach, seed by seed."""
     found = {"reward": [], **{name: [] for name in AT_EQUAL_REWARD}}
     for ways in zip(*(on_the_way[name] for name in AT_EQUAL_REWARD)):
         curves = []
@@ -185,7 +185,8 @@ def at_equal_reward(base: dict, on_the_way: dict) -> dict:
             reward, distance = (
                 np.array([numbers[key] for numbers in [base, *way]]) for key in ("preference", "distance")
             )
-            curves.append((np.maximum.accumulate(reward), distance))
+            reward, first = np.unique(np.maximum.accumulate(reward), return_index=True)
+            curves.append((reward, distance[first]))
         level = min(reward[-1] for reward, _ in curves)
         found["reward"].append(float(level))
         for name, (reward, distance) in zip(AT_EQUAL_REWARD, curves):
