@@ -560,6 +560,40 @@ def test_ranks_share_a_prompts_pictures_and_faults(clip_folder, tmp_path):
     assert faults == same_faults and "mine.py:f' returned nan" in faults[0] and "is not finite" in faults[1]
 
 
+GROUPS_SCRIPT = """
+import os, sys, torch, torch.distributed as dist
+sys.path[:0] = [os.getcwd(), os.getcwd() + "/tests"]
+from tiny_models import pictures
+from common.rewards import load_reward
+
+rank, world, folder = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), os.path.dirname(__file__)
+reward = load_reward("SPEC")
+if world > 1:
+    dist.init_process_group("gloo")
+# "a nurse" is there three times: groups of five of her pictures, not one of fifteen.
+prompts, groups = ["a nurse", "a chef", "a nurse", "a nurse"], [i // 5 for i in range(20)]
+own = range(20 * rank // world, 20 * (rank + 1) // world)
+scores = reward(pictures(20)[list(own)], [prompts[groups[i]] for i in own], [groups[i] for i in own])
+torch.save(scores, f"{folder}/{world}-{rank}.pt")
+if world > 1:
+    dist.destroy_process_group()
+"""
+
+
+def test_parity_of_known_groups_with_repeated_prompts(clip_folder, tmp_path):
+    """Each group's value is that of its own five pictures, on one, two and three processes."""
+    spec = f"statistical_parity:{clip_folder}?labels={LABELS}"
+    (tmp_path / "script.py").write_text(GROUPS_SCRIPT.replace("SPEC", spec))
+    alone = load_reward(spec)
+    expected = [alone(pictures(20)[k : k + 5], ["a nurse"] * 5) for k in range(0, 20, 5)]
+    assert len(torch.cat(expected).unique()) > 1
+    for ranks in (1, 2, 3):
+        result = run_script(tmp_path / "script.py", ranks=ranks)
+        assert result.returncode == 0, result.stderr
+        scores = torch.cat([torch.load(tmp_path / f"{ranks}-{rank}.pt") for rank in range(ranks)])
+        assert torch.equal(scores, torch.cat(expected))
+
+
 @pytest.fixture(scope="module")
 def specs(clip_folder, blip_folder, bert_folder, llava_folder, detector_folders):
     """A spec for each reward that scores pictures one by one."""

@@ -1,6 +1,7 @@
-"""Rewards: `reward = load_reward(spec, device)`, then `reward(images, prompts)`.
+"""Rewards: `reward = load_reward(spec, device)`, then `reward(images, prompts)` or `reward(images, prompts, groups)`.
 
-images: float (B, 3, H, W) in [0, 1]; prompts: B strings; the result: float32 (B,), higher is better. Specs:
+images: float (B, 3, H, W) in [0, 1]; prompts: B strings; the result: float32 (B,), higher is better. A reward of a set
+gives the pictures of a group one value; groups: B ints, over all ranks, by default a group for each prompt. Specs:
 
     image_reward[:WEIGHTS]            ImageReward (Xu et al. 2023)
     aesthetic[:WEIGHTS]               LAION's aesthetic predictor on CLIP (Black et al. 2023, 5.2)
@@ -28,6 +29,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from urllib.parse import parse_qsl
 
@@ -72,13 +74,16 @@ def load_reward(
             check_prompts(prompts)
 
     @torch.no_grad()
-    def checked(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    def checked(images: torch.Tensor, prompts: list[str], groups: Sequence[int] | None = None) -> torch.Tensor:
         _raise_on_all_ranks(_faults_of_images(images, prompts))  # before a term waits for the others
         own_group()
         total, faults = torch.zeros(len(prompts), device=images.device), []
         for weight, term, reward in terms:
+            call = partial(reward, images, prompts)
+            if getattr(reward, "of_a_set", False):
+                call = partial(call, prompts if groups is None else groups)
             try:
-                scores = _in_time(reward, timeout, term, images, prompts) if timeout else reward(images, prompts)
+                scores = _in_time(call, timeout, term, images.device) if timeout else call()
                 total += weight * _checked_scores(term, scores, images, prompts)
             except RewardError as error:  # the other terms still run: they may be collective
                 faults.append(str(error))
@@ -92,16 +97,16 @@ def load_reward(
     return checked
 
 
-def _in_time(reward: Reward, timeout: float, term: str, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    """`reward(images, prompts)`, or RewardError after `timeout` seconds; what hangs does so in a thread of its own."""
+def _in_time(call: Callable, timeout: float, term: str, device: torch.device) -> torch.Tensor:
+    """`call()`, or RewardError after `timeout` seconds; what hangs does so in a thread of its own."""
     answer = queue.Queue()
 
     @torch.no_grad()  # that of the caller does not hold in another thread, nor does its device
     def ask():
         try:
-            if images.is_cuda:
-                torch.cuda.set_device(images.device)
-            answer.put((reward(images, prompts), None))
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            answer.put((call(), None))
         except BaseException as error:
             answer.put((None, error))
 

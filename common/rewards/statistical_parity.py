@@ -1,7 +1,10 @@
-"""Minus the distance of the classes of a prompt's pictures from the uniform distribution (Zhang et al. 2024, Eq. 12).
+"""Minus the distance of the classes of a group's pictures from the uniform distribution (Zhang et al. 2024, Eq. 12).
 
-A reward of a set: all pictures of a prompt, on whatever rank they are, get the same value (3.2).
+A reward of a set: all pictures of a group, on whatever rank they are, get the same value (3.2). The value depends on
+the group's size as well: with n pictures drawn from K equal classes the mean of its square is (1 - 1/K) / n.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -64,21 +67,22 @@ def load(name: str, weights: str | None, options: dict[str, str], device: str | 
         out = model(**inputs)
         return (out.logits_per_image if is_clip else out.logits).argmax(-1).tolist()
 
-    def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    def reward(images: torch.Tensor, prompts: list[str], groups: Sequence) -> torch.Tensor:
         classes = [c for batch in images.split(BATCH) for c in classify(batch)]
-        shares = [(list(prompts), classes)]
+        shares = [list(zip(groups, prompts, classes))]
         if dist.is_initialized():
             shares = [None] * dist.get_world_size()
-            dist.all_gather_object(shares, (list(prompts), classes), group=own_group())
-        groups = {}
-        for share in shares:
-            for prompt, c in zip(*share):
-                groups.setdefault(prompt, []).append(c)
-        for prompt, members in groups.items():
+            dist.all_gather_object(shares, list(zip(groups, prompts, classes)), group=own_group())
+        classes_of, prompt_of = {}, {}
+        for group, prompt, c in (picture for share in shares for picture in share):
+            classes_of.setdefault(group, []).append(c)
+            prompt_of[group] = prompt
+        for group, members in classes_of.items():
             if len(members) == 1:
-                fault = f"statistical parity needs several pictures of a prompt, and {prompt!r} has one"
+                fault = f"statistical parity needs several pictures of a prompt, and {prompt_of[group]!r} has one"
                 raise RewardError(f"{fault}; raise --samples-per-iteration or take fewer prompts")
-        values = {prompt: -statistical_parity(members, num_classes) for prompt, members in groups.items()}
-        return torch.tensor([values[prompt] for prompt in prompts])
+        values = {group: -statistical_parity(members, num_classes) for group, members in classes_of.items()}
+        return torch.tensor([values[group] for group in groups])
 
+    reward.of_a_set = True
     return reward
