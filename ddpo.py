@@ -31,10 +31,11 @@ from diffusers import DDIMScheduler
 from tqdm import tqdm
 
 from common.cli import check_args, load_pipeline, load_reward_or_fail, parse_args, warn_of_prompts
-from common.lora import add_lora, load_lora, pretrained, save_lora
+from common.lora import load_weights, pretrained, save_weights
 from common.rewards import RewardError
 from common.run_folder import RunFolder, choose_run_dir, new_checkpoint, save_grid
 from common.scheduler import ddim_step_kl, ddim_step_with_logprob
+from common.stable_diffusion import PromptEncoder, make_trainable
 from common.stop import catch_signals, end_early, end_run, gradient_metrics, join_ranks, too_many_skipped
 
 
@@ -80,18 +81,23 @@ class Args:
     """With fewer rewards of a prompt than this, mean and std of the iteration stand in (released code)."""
     advantage_clip: float = 10.0
     """Advantages are clipped to plus and minus this (released code)."""
-    learning_rate: float = 3e-4
-    """AdamW's learning rate for a LoRA (released PyTorch code; the paper trains all weights, with 1e-5)."""
+    learning_rate: float | None = None
+    """AdamW's learning rate; by default 1e-5 for all weights (A.6), 3e-4 for a LoRA (released PyTorch code)."""
     weight_decay: float = 1e-4
     """AdamW's weight decay (A.6)."""
     max_grad_norm: float = 1.0
     """Gradient norm above which an update is scaled down (A.6)."""
-    lora_rank: int = 4
-    """Rank of the LoRA on the attention layers (released PyTorch code)."""
+    lora_rank: int = 0
+    """Rank of a LoRA on the attention layers (4 in the released PyTorch code); 0 trains all weights (A.6)."""
+    monitor_kl: bool = True
+    """Measure the KL to the pretrained model, which nothing here learns from; with --lora-rank 0 a frozen copy of the
+    UNet is kept for it."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, more time, the same result."""
     seed: int = 0
     """Seed of everything."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """What the UNet's forward pass runs in; all else is float32. On CPU fp32 alone."""
+    """What the UNet's forward pass runs in; all else is float32."""
     compile: bool = False
     """torch.compile the UNet."""
     reward_timeout: float = 0.0
@@ -112,7 +118,9 @@ COMPRESSIBILITY = Args()
 INCOMPRESSIBILITY = replace(Args(), reward="jpeg_incompressibility")
 AESTHETIC = replace(Args(), reward="aesthetic", prompts_file=Path("prompts/animals.txt"))  # 5.2, A.7
 ALIGNMENT = replace(Args(), reward="llava_bertscore", prompts_file=Path("prompts/animals_activities.txt"))  # 5.3
-ZOO = replace(Args(), model="zoo/sd", reward="image_reward:zoo/image_reward", prompts_file=Path("prompts/zoo.txt"))
+ZOO = replace(
+    Args(), lora_rank=4, model="zoo/sd", reward="image_reward:zoo/image_reward", prompts_file=Path("prompts/zoo.txt")
+)
 ZOO = replace(ZOO, num_inference_steps=12, guidance_scale=1.5, samples_per_iteration=32, micro_batch_size=64)
 ZOO = replace(ZOO, num_iterations=60, rewarded_share=0.5, min_count=8, gradient_steps=2, learning_rate=2e-3)
 # A latent of 1024 numbers instead of 16384: the mean over them leaves ratios about 16 times farther from 1.
@@ -125,15 +133,6 @@ PRESETS |= {"alignment": ALIGNMENT, "zoo": ZOO}
 def seeded(*key: int) -> torch.Generator:
     """A CPU generator that is a function of `key` alone, so that nothing depends on the number of ranks."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
-
-
-@torch.no_grad()
-def encode_prompts(pipeline, prompts: list[str], device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states (B, L, D) and pooled features (B, D) of the text encoder."""
-    length = pipeline.tokenizer.model_max_length
-    ids = pipeline.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    out = pipeline.text_encoder(ids.input_ids.to(device))
-    return out.last_hidden_state.float(), out.pooler_output.float()
 
 
 def guided_noise(args: Args, unet, latents, timesteps, text, no_text) -> torch.Tensor:
@@ -199,7 +198,6 @@ def main():
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
     # ---
 
     prompts = check_args(args, world_size)
@@ -209,14 +207,12 @@ def main():
     # --- same in every script: networks
     if world_size > 1:
         join_ranks(device)
-    unet = pipeline.unet.to(device, dtype, memory_format=torch.channels_last).eval()
-    vae = pipeline.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    pipeline.text_encoder.to(device).eval().requires_grad_(False)
-    no_text, _ = encode_prompts(pipeline, [""], device)
+    unet, vae = pipeline.unet, pipeline.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    encode = PromptEncoder(pipeline, device)
+    no_text, _ = encode([""])
     torch.manual_seed(args.seed)
-    if args.compile:
-        unet.compile()
     scaler, norms = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16"), []  # gradient norms of all updates
+    scaler.scale(torch.zeros(1, device=device))  # its first call makes the scale: a rank may have nothing to scale
     # DDIMScheduler would clip latents to [-1, 1] where a model's configuration does not speak of it.
     config = pipeline.scheduler.config
     scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
@@ -248,8 +244,14 @@ def main():
     # ---
 
     warn_of_prompts(pipeline, prompts)
-    text, pooled = encode_prompts(pipeline, prompts, device)
-    optimizer = torch.optim.AdamW(add_lora(unet, args.lora_rank), args.learning_rate, weight_decay=args.weight_decay)
+    options = {"compile": args.compile, "gradient_checkpointing": args.gradient_checkpointing}
+    weights, pretrained_unet = make_trainable(
+        unet, device, args.dtype, args.lora_rank, **options, keep_pretrained=args.monitor_kl
+    )
+    learning_rate = args.learning_rate
+    if learning_rate is None:
+        learning_rate = 3e-4 if args.lora_rank else 1e-5
+    optimizer = torch.optim.AdamW(weights, learning_rate, weight_decay=args.weight_decay)
     m = args.samples_per_iteration
     # Sample i of an iteration belongs to one rank; shares may be uneven.
     start, stop = np.linspace(0, m, world_size + 1).astype(int)[rank : rank + 2]
@@ -272,22 +274,27 @@ def main():
 
     def save_sample_grid(iteration: int):
         """Eight pictures of fixed prompts and seeds, so that the grids of a run compare."""
-        noise = torch.stack([torch.randn(T + 1, *latent_shape, generator=seeded(args.seed, 3, i)) for i in range(8)])
-        x0 = sample(args, unet, scheduler, text[torch.arange(8) % len(prompts)], no_text, noise.to(device))[0][:, -1]
-        save_grid(decode(vae, x0), run_dir / "samples" / f"{iteration:06d}.png")
+        images = []
+        for rows in torch.arange(8).split(args.micro_batch_size):
+            generators = [seeded(args.seed, 3, i) for i in rows.tolist()]
+            noise = torch.stack([torch.randn(T + 1, *latent_shape, generator=g) for g in generators])
+            text, _ = encode([prompts[i % len(prompts)] for i in rows])
+            x0 = sample(args, unet, scheduler, text, no_text, noise.to(device))[0][:, -1]
+            images.append(decode(vae, x0))
+        save_grid(torch.cat(images), run_dir / "samples" / f"{iteration:06d}.png")
 
     # ---
 
     if args.resume:
-        load_lora(unet, run_dir / "checkpoint")
+        load_weights(unet, run_dir / "checkpoint")
         history = state["history"].cpu()
 
     def save_checkpoint(iteration: int):
         """Rank 0 saves all there is; the old checkpoint stays until the new one is whole."""
         with new_checkpoint(run_dir) as folder:
             if rank == 0:
-                save_lora(unet, run_dir)
-                save_lora(unet, folder)
+                save_weights(unet, run_dir)
+                save_weights(unet, folder)
                 state = {"iteration": iteration, "optimizer": optimizer.state_dict()}
                 torch.save(state | {"scaler": scaler.state_dict(), "history": history}, folder / "state.pt")
 
@@ -305,7 +312,7 @@ def main():
         kl_steps = torch.cat([torch.randint(T, (1,), generator=g) for g in generators]).to(device)
         trajectory, log_prob, images, kl = [], [], [], []
         for rows in torch.arange(len(own)).split(args.micro_batch_size):
-            c = text[chosen[rows]]
+            c, _ = encode([prompts[i] for i in chosen[rows]])
             x, log_p, stds = sample(args, unet, scheduler, c, no_text, noise[rows].to(device))
             trajectory.append(x)
             log_prob.append(log_p)
@@ -313,13 +320,16 @@ def main():
             # KL to the pretrained model (DPOK Eq. 7), on one step of each sample.
             i, j = torch.arange(len(rows), device=device), kl_steps[rows]
             at = {"timestep": scheduler.timesteps.to(device)[j], "sample": x[i, j], "prev_sample": x[i, j + 1]}
+            if not args.monitor_kl:
+                continue
             with torch.no_grad():
                 output = guided_noise(args, unet, at["sample"], at["timestep"], c, no_text)
-                with pretrained(unet):
-                    pre_output = guided_noise(args, unet, at["sample"], at["timestep"], c, no_text)
+                with pretrained(pretrained_unet):
+                    pre_output = guided_noise(args, pretrained_unet, at["sample"], at["timestep"], c, no_text)
             step, pre = (ddim_step_with_logprob(scheduler, o, eta=args.eta, **at) for o in (output, pre_output))
             kl.append(ddim_step_kl(step.mean, pre.mean, step.std))
-        trajectory, log_prob, images, kl = (torch.cat(parts) for parts in (trajectory, log_prob, images, kl))
+        trajectory, log_prob, images = (torch.cat(parts) for parts in (trajectory, log_prob, images))
+        kl = torch.cat(kl) if kl else torch.zeros(0, device=device)
         time_sample, clock = time.perf_counter() - clock, time.perf_counter()
         try:
             rewards = reward_function(images, [prompts[i] for i in chosen])
@@ -354,7 +364,7 @@ def main():
             for i, j in transitions.split(args.micro_batch_size, dim=1) if transitions.numel() else ():
                 timesteps = scheduler.timesteps.to(device)[j]
                 x_t, x_prev = trajectory[i - start, j], trajectory[i - start, j + 1]
-                c = text[chosen[i - start]]
+                c, _ = encode([prompts[k] for k in chosen[i - start]])
                 noise = guided_noise(train_args, unet, x_t, timesteps, c, no_text)
                 step = ddim_step_with_logprob(scheduler, noise, timesteps, x_t, args.eta, prev_sample=x_prev)
                 ratio = torch.exp(step.log_prob - log_prob[i - start, j])  # Eq. 4
@@ -381,7 +391,7 @@ def main():
             "samples": (iteration + 1) * m,
             "reward/mean": all_rewards.mean().item(),
             "reward/std": all_rewards.std(correction=0).item(),
-            "kl/pretrained": kl * int(np.prod(latent_shape)) * T,
+            **({"kl/pretrained": kl * int(np.prod(latent_shape)) * T} if args.monitor_kl else {}),
             "ratio/first_max_deviation": first_deviation.item(),
             "ratio/clip_fraction": sums[0],
             "loss/policy": sums[1],
@@ -407,7 +417,7 @@ def main():
         # ---
 
     if rank == 0:
-        print(f"the LoRA, its metrics and pictures are in {run_dir}")
+        print(f"the {'LoRA' if args.lora_rank else 'UNet'}, its metrics and pictures are in {run_dir}")
     if world_size > 1:
         dist.destroy_process_group()
 

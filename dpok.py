@@ -31,10 +31,11 @@ from diffusers import DDIMScheduler
 from tqdm import tqdm
 
 from common.cli import check_args, load_pipeline, load_reward_or_fail, parse_args, warn_of_prompts
-from common.lora import add_lora, load_lora, pretrained, save_lora
+from common.lora import load_weights, pretrained, save_weights
 from common.rewards import RewardError
 from common.run_folder import RunFolder, choose_run_dir, new_checkpoint, save_grid
 from common.scheduler import ddim_step_kl, ddim_step_with_logprob
+from common.stable_diffusion import PromptEncoder, make_trainable
 from common.stop import catch_signals, end_early, end_run, gradient_metrics, join_ranks, too_many_skipped
 
 
@@ -93,11 +94,13 @@ class Args:
     max_grad_norm: float = 0.1
     """Gradient norm above which a policy update is scaled down (App. B)."""
     lora_rank: int = 4
-    """Rank of the LoRA on the attention layers (released code)."""
+    """Rank of the LoRA on the attention layers (released code); 0 trains all weights of the UNet."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, more time, the same result."""
     seed: int = 0
     """Seed of everything."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """What the UNet's forward pass runs in; all else is float32. On CPU fp32 alone."""
+    """What the UNet's forward pass runs in; all else is float32."""
     compile: bool = False
     """torch.compile the UNet."""
     reward_timeout: float = 0.0
@@ -127,15 +130,6 @@ PRESETS = {"single-prompt": Args(), "multi-prompt": MULTI_PROMPT, "zoo": ZOO}
 def seeded(*key: int) -> torch.Generator:
     """A CPU generator that is a function of `key` alone, so that nothing depends on the number of ranks."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
-
-
-@torch.no_grad()
-def encode_prompts(pipeline, prompts: list[str], device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states (B, L, D) and pooled features (B, D) of the text encoder."""
-    length = pipeline.tokenizer.model_max_length
-    ids = pipeline.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    out = pipeline.text_encoder(ids.input_ids.to(device))
-    return out.last_hidden_state.float(), out.pooler_output.float()
 
 
 def guided_noise(args: Args, unet, latents, timesteps, text, no_text) -> torch.Tensor:
@@ -206,7 +200,6 @@ def main():
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
     # ---
 
     prompts = check_args(args, world_size)
@@ -216,14 +209,12 @@ def main():
     # --- same in every script: networks
     if world_size > 1:
         join_ranks(device)
-    unet = pipeline.unet.to(device, dtype, memory_format=torch.channels_last).eval()
-    vae = pipeline.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    pipeline.text_encoder.to(device).eval().requires_grad_(False)
-    no_text, _ = encode_prompts(pipeline, [""], device)
+    unet, vae = pipeline.unet, pipeline.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    encode = PromptEncoder(pipeline, device)
+    no_text, _ = encode([""])
     torch.manual_seed(args.seed)
-    if args.compile:
-        unet.compile()
     scaler, norms = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16"), []  # gradient norms of all updates
+    scaler.scale(torch.zeros(1, device=device))  # its first call makes the scale: a rank may have nothing to scale
     # DDIMScheduler would clip latents to [-1, 1] where a model's configuration does not speak of it.
     config = pipeline.scheduler.config
     scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
@@ -255,13 +246,15 @@ def main():
     # ---
 
     warn_of_prompts(pipeline, prompts)
-    text, pooled = encode_prompts(pipeline, prompts, device)
-    optimizer = torch.optim.AdamW(add_lora(unet, args.lora_rank), args.learning_rate, weight_decay=args.weight_decay)
+    options = {"compile": args.compile, "gradient_checkpointing": args.gradient_checkpointing}
+    weights, pretrained_unet = make_trainable(unet, device, args.dtype, args.lora_rank, **options)
+    optimizer = torch.optim.AdamW(weights, args.learning_rate, weight_decay=args.weight_decay)
     m = args.samples_per_iteration
+    _, pooled_empty = encode([""])
     # Sample i of an iteration belongs to one rank; shares may be uneven.
     start, stop = np.linspace(0, m, world_size + 1).astype(int)[rank : rank + 2]
     own = range(start, stop)
-    value_function = ValueFunction(int(np.prod(latent_shape)) + pooled.shape[1], T).to(device)
+    value_function = ValueFunction(int(np.prod(latent_shape)) + pooled_empty.shape[1], T).to(device)
     value_optimizer = torch.optim.AdamW(value_function.parameters(), lr=args.value_learning_rate)
     # The last rollouts of this rank's samples: slot, sample, step. pre_noise is computed when it is first needed.
     slots = (args.replay_rollouts, len(own))
@@ -287,14 +280,19 @@ def main():
 
     def save_sample_grid(iteration: int):
         """Eight pictures of fixed prompts and seeds, so that the grids of a run compare."""
-        noise = torch.stack([torch.randn(T + 1, *latent_shape, generator=seeded(args.seed, 3, i)) for i in range(8)])
-        x0 = sample(args, unet, scheduler, text[torch.arange(8) % len(prompts)], no_text, noise.to(device))[0][:, -1]
-        save_grid(decode(vae, x0), run_dir / "samples" / f"{iteration:06d}.png")
+        images = []
+        for rows in torch.arange(8).split(args.micro_batch_size):
+            generators = [seeded(args.seed, 3, i) for i in rows.tolist()]
+            noise = torch.stack([torch.randn(T + 1, *latent_shape, generator=g) for g in generators])
+            text, _ = encode([prompts[i % len(prompts)] for i in rows])
+            x0 = sample(args, unet, scheduler, text, no_text, noise.to(device))[0][:, -1]
+            images.append(decode(vae, x0))
+        save_grid(torch.cat(images), run_dir / "samples" / f"{iteration:06d}.png")
 
     # ---
 
     if args.resume:
-        load_lora(unet, run_dir / "checkpoint")
+        load_weights(unet, run_dir / "checkpoint")
         value_function.load_state_dict(state["value_function"])
         value_optimizer.load_state_dict(state["value_optimizer"])
         shares = sorted((run_dir / "checkpoint").glob("replay-*.pt"))
@@ -306,8 +304,8 @@ def main():
         with new_checkpoint(run_dir) as folder:
             torch.save(replay, folder / f"replay-{rank:05d}.pt")
             if rank == 0:
-                save_lora(unet, run_dir)
-                save_lora(unet, folder)
+                save_weights(unet, run_dir)
+                save_weights(unet, folder)
                 state = {"iteration": iteration, "optimizer": optimizer.state_dict()}
                 state |= {"scaler": scaler.state_dict(), "value_function": value_function.state_dict()}
                 torch.save(state | {"value_optimizer": value_optimizer.state_dict()}, folder / "state.pt")
@@ -325,7 +323,8 @@ def main():
         chosen = torch.cat([torch.randint(len(prompts), (1,), generator=g) for g in generators]).to(device)
         noise = torch.stack([torch.randn(T + 1, *latent_shape, generator=g) for g in generators]).to(device)
         for rows in torch.arange(len(own)).split(args.micro_batch_size):
-            trajectory, log_prob, stds = sample(args, unet, scheduler, text[chosen[rows]], no_text, noise[rows])
+            text, _ = encode([prompts[i] for i in chosen[rows]])
+            trajectory, log_prob, stds = sample(args, unet, scheduler, text, no_text, noise[rows])
             replay["trajectory"][slot, rows], replay["log_prob"][slot, rows] = trajectory, log_prob
         replay["prompt"][slot], replay["has_pre_noise"][slot] = chosen, False
         images = torch.cat([decode(vae, x0) for x0 in replay["trajectory"][slot, :, -1].split(args.micro_batch_size)])
@@ -358,7 +357,10 @@ def main():
         if args.value_function:
             for batch in range(5):
                 count, (s, i, j) = draw_transitions(args.value_batch_size, 2, iteration, batch)
-                value = value_function(replay["trajectory"][s, i, j], j, pooled[replay["prompt"][s, i]])
+                if s.numel() == 0:  # all are other ranks'
+                    continue
+                _, pooled = encode([prompts[k] for k in replay["prompt"][s, i]])
+                value = value_function(replay["trajectory"][s, i, j], j, pooled)
                 loss = ((replay["reward"][s, i] - value) ** 2).sum() / count / 5  # Eq. 24
                 scaler.scale(loss).backward()
                 sums[6] += loss.detach()
@@ -372,11 +374,11 @@ def main():
             for s, i, j in transitions.split(args.micro_batch_size, dim=1) if transitions.numel() else ():
                 timesteps = scheduler.timesteps.to(device)[j]
                 x_t, x_prev = replay["trajectory"][s, i, j], replay["trajectory"][s, i, j + 1]
-                z = text[replay["prompt"][s, i]]
+                z, pooled = encode([prompts[k] for k in replay["prompt"][s, i]])
                 new = ~replay["has_pre_noise"][s, i, j]
                 if new.any():
-                    with torch.no_grad(), pretrained(unet):
-                        pre_noise = guided_noise(args, unet, x_t[new], timesteps[new], z[new], no_text)
+                    with torch.no_grad(), pretrained(pretrained_unet):
+                        pre_noise = guided_noise(args, pretrained_unet, x_t[new], timesteps[new], z[new], no_text)
                     replay["pre_noise"][s[new], i[new], j[new]] = pre_noise
                     replay["has_pre_noise"][s[new], i[new], j[new]] = True
                 pre_noise = replay["pre_noise"][s, i, j]
@@ -386,8 +388,7 @@ def main():
 
                 advantages = replay["reward"][s, i]
                 if args.value_function:
-                    value = value_function(x_t, j, pooled[replay["prompt"][s, i]])
-                    advantages = advantages - value.detach()  # Eq. 22
+                    advantages = advantages - value_function(x_t, j, pooled).detach()  # Eq. 22
                 ratio = torch.exp(step.log_prob - replay["log_prob"][s, i, j])  # Eq. 25
                 clipped = ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
                 policy_loss = -args.alpha * advantages * clipped * (j < args.rewarded_share * T)  # Eq. 26
@@ -439,7 +440,7 @@ def main():
         # ---
 
     if rank == 0:
-        print(f"the LoRA, its metrics and pictures are in {run_dir}")
+        print(f"the {'LoRA' if args.lora_rank else 'UNet'}, its metrics and pictures are in {run_dir}")
     if world_size > 1:
         dist.destroy_process_group()
 

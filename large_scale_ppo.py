@@ -41,12 +41,13 @@ from common.cli import (
     parse_args,
     warn_of_prompts,
 )
-from common.lora import add_lora, load_lora, pretrained, save_lora
+from common.lora import load_weights, pretrained, save_weights
 from common.pairs import take_pairs
 from common.prompts import take
 from common.rewards import RewardError
 from common.run_folder import RunFolder, choose_run_dir, new_checkpoint, save_grid
 from common.scheduler import ddim_step_kl, ddim_step_with_logprob
+from common.stable_diffusion import PromptEncoder, make_trainable
 from common.stop import catch_signals, end_early, end_run, gradient_metrics, join_ranks, too_many_skipped
 
 
@@ -83,20 +84,23 @@ class Args:
     """Pairs of an iteration, all ranks together: 16 on each of 128 GPUs (Table 6)."""
     caption_dropout: float = 0.1
     """Share of pairs whose caption is left out, so that guidance stays trained (as Stable Diffusion was)."""
-    learning_rate: float = 2e-6
-    """AdamW's learning rate, the paper's for all weights (App. A); a LoRA wants more, e.g. 3e-4 (docs)."""
+    learning_rate: float | None = None
+    """AdamW's learning rate; by default 2e-6 for all weights (App. A), 3e-4 for a LoRA (as in ddpo.py)."""
     weight_decay: float = 1e-2
     """AdamW's weight decay (App. A)."""
     max_grad_norm: float = 1.0
     """Gradient norm above which an update is scaled down (not in the paper; DDPO's)."""
-    lora_rank: int = 4
-    """Rank of the LoRA on the attention layers; 0 trains all weights of the UNet, as the paper does."""
+    lora_rank: int = 0
+    """Rank of a LoRA on the attention layers; 0 trains all weights, as the paper does (App. A)."""
+    monitor_kl: bool = True
+    """Measure the KL to the pretrained model, which nothing here learns from; with --lora-rank 0 a frozen copy of the
+    UNet is kept for it."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time, the same result."""
     seed: int = 0
     """Seed of everything."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """What the UNet's forward pass runs in; all else is float32. On CPU fp32 alone."""
+    """What the UNet's forward pass runs in; all else is float32."""
     compile: bool = False
     """torch.compile the UNet."""
     reward_timeout: float = 0.0
@@ -120,7 +124,9 @@ JOINT = replace(Args(), tasks=PREFERENCE.tasks + COMPOSITION.tasks + SKIN_TONE.t
 ZOO_TASKS = ("image_reward:zoo/image_reward prompts/zoo_preference.txt 12x3",)
 ZOO_TASKS += ("object_detection:zoo/detector prompts/zoo_composition.txt 16x2",)
 ZOO_TASKS += ("statistical_parity:zoo/skin_tone prompts/zoo_portraits.txt 24x2",)
-ZOO = replace(Args(), model="zoo/sd", tasks=ZOO_TASKS, pretrain_data="zoo/pairs.py:biased", pretrain_batch_size=32)
+ZOO = replace(
+    Args(), lora_rank=4, model="zoo/sd", tasks=ZOO_TASKS, pretrain_data="zoo/pairs.py:biased", pretrain_batch_size=32
+)
 ZOO = replace(ZOO, num_inference_steps=12, guidance_scale=1.5, micro_batch_size=64, num_iterations=100)
 # A latent of 1024 numbers instead of 16384: the mean over them leaves ratios about 16 times farther from 1. With beta 1
 # the pre-training gradient has some ten times the policy's norm, and they share one AdamW.
@@ -132,15 +138,6 @@ PRESETS = {"preference": PREFERENCE, "composition": COMPOSITION, "skin-tone": SK
 def seeded(*key: int) -> torch.Generator:
     """A CPU generator that is a function of `key` alone, so that nothing depends on the number of ranks."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
-
-
-@torch.no_grad()
-def encode_prompts(pipeline, prompts: list[str], device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states (B, L, D) and pooled features (B, D) of the text encoder."""
-    length = pipeline.tokenizer.model_max_length
-    ids = pipeline.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    out = pipeline.text_encoder(ids.input_ids.to(device))
-    return out.last_hidden_state.float(), out.pooler_output.float()
 
 
 def guided_noise(args: Args, unet, latents, timesteps, text, no_text) -> torch.Tensor:
@@ -196,7 +193,6 @@ def main():
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
     # ---
 
     tasks = check_args(args, world_size)
@@ -204,20 +200,16 @@ def main():
     pipeline = load_pipeline(args.model)
     some = [take(task.prompts, args.seed, 0, min(len(task.prompts), 1000)) for task in tasks]
     rewards_of = [load_reward_or_fail(t.reward, device, p, "--tasks", args.reward_timeout) for t, p in zip(tasks, some)]
-    # Weights that are trained stay float32; then the forward pass alone, under autocast, is in --dtype.
-    forward_dtype, dtype = dtype, dtype if args.lora_rank else torch.float32
 
     # --- same in every script: networks
     if world_size > 1:
         join_ranks(device)
-    unet = pipeline.unet.to(device, dtype, memory_format=torch.channels_last).eval()
-    vae = pipeline.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    pipeline.text_encoder.to(device).eval().requires_grad_(False)
-    no_text, _ = encode_prompts(pipeline, [""], device)
+    unet, vae = pipeline.unet, pipeline.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    encode = PromptEncoder(pipeline, device)
+    no_text, _ = encode([""])
     torch.manual_seed(args.seed)
-    if args.compile:
-        unet.compile()
     scaler, norms = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16"), []  # gradient norms of all updates
+    scaler.scale(torch.zeros(1, device=device))  # its first call makes the scale: a rank may have nothing to scale
     # DDIMScheduler would clip latents to [-1, 1] where a model's configuration does not speak of it.
     config = pipeline.scheduler.config
     scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
@@ -248,17 +240,18 @@ def main():
 
     # ---
 
-    weights = add_lora(unet, args.lora_rank) if args.lora_rank else list(unet.parameters())
-    if forward_dtype != dtype:
-        unet.forward = torch.autocast(device.type, forward_dtype)(unet.forward)
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(weights, args.learning_rate, weight_decay=args.weight_decay)
+    options = {"compile": args.compile, "gradient_checkpointing": args.gradient_checkpointing}
+    weights, pretrained_unet = make_trainable(
+        unet, device, args.dtype, args.lora_rank, **options, keep_pretrained=args.monitor_kl
+    )
+    learning_rate = args.learning_rate
+    if learning_rate is None:
+        learning_rate = 3e-4 if args.lora_rank else 2e-6
+    optimizer = torch.optim.AdamW(weights, learning_rate, weight_decay=args.weight_decay)
     for prompts in some:
         warn_of_prompts(pipeline, prompts)
     # The prompts of the grids of samples: the first of each task in turn.
     prompts = [p[i % len(p)] for i in range(8) for p in some][:8]
-    text, _ = encode_prompts(pipeline, prompts, device)
     # Where each task's stream of prompts is, and last that of the pairs: how many were learned from; and the numbers of
     # an iteration some of whose tasks are done.
     done, positions, lengths = (), [0] * (len(tasks) + 1), [*(len(task.prompts) for task in tasks), len(pairs)]
@@ -276,9 +269,14 @@ def main():
 
     def save_sample_grid(iteration: int):
         """Eight pictures of fixed prompts and seeds, so that the grids of a run compare."""
-        noise = torch.stack([torch.randn(T + 1, *latent_shape, generator=seeded(args.seed, 3, i)) for i in range(8)])
-        x0 = sample(args, unet, scheduler, text[torch.arange(8) % len(prompts)], no_text, noise.to(device))[0][:, -1]
-        save_grid(decode(vae, x0), run_dir / "samples" / f"{iteration:06d}.png")
+        images = []
+        for rows in torch.arange(8).split(args.micro_batch_size):
+            generators = [seeded(args.seed, 3, i) for i in rows.tolist()]
+            noise = torch.stack([torch.randn(T + 1, *latent_shape, generator=g) for g in generators])
+            text, _ = encode([prompts[i % len(prompts)] for i in rows])
+            x0 = sample(args, unet, scheduler, text, no_text, noise.to(device))[0][:, -1]
+            images.append(decode(vae, x0))
+        save_grid(torch.cat(images), run_dir / "samples" / f"{iteration:06d}.png")
 
     # ---
 
@@ -286,20 +284,14 @@ def main():
         positions, done = state["positions"], state.get("done", ())
         if state["lengths"] != lengths:
             fail(f"--resume: the sources had {state['lengths']} prompts and pairs and have {lengths}; put them back")
-        if args.lora_rank:
-            load_lora(unet, run_dir / "checkpoint")
-        else:
-            unet.load_state_dict(type(unet).from_pretrained(run_dir / "checkpoint" / "unet").state_dict())
+        load_weights(unet, run_dir / "checkpoint")
 
     def save_checkpoint(iteration: int):
         """Rank 0 saves all there is; the old checkpoint stays until the new one is whole."""
         with new_checkpoint(run_dir) as folder:
-            for place in (run_dir, folder) if rank == 0 else ():
-                if args.lora_rank:
-                    save_lora(unet, place)
-                else:
-                    unet.save_pretrained(place / "unet")
             if rank == 0:
+                save_weights(unet, run_dir)
+                save_weights(unet, folder)
                 state = {"iteration": iteration, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
                 torch.save(state | {"positions": positions, "lengths": lengths, "done": done}, folder / "state.pt")
 
@@ -322,8 +314,9 @@ def main():
             P, G, m = task.num_prompts, task.num_images, task.num_prompts * task.num_images
             start, stop = np.linspace(0, m, world_size + 1).astype(int)[rank : rank + 2]
             batch = take(task.prompts, args.seed, positions[k], P)
-            embeddings, _ = encode_prompts(pipeline, batch[start // G : (stop - 1) // G + 1], device)
-            c = embeddings[torch.arange(start, stop) // G - start // G]
+            groups = torch.arange(start, stop) // G  # the place of its prompt in the batch; a prompt may be there twice
+            embeddings, _ = encode(batch[start // G : (stop - 1) // G + 1])
+            c = embeddings[groups - start // G]
             generators = [seeded(args.seed, 0, iteration, k, i) for i in range(start, stop)]
             noise = torch.stack([torch.randn(T + 1, *latent_shape, generator=g) for g in generators])
             trajectory, log_prob, images = [], [], []
@@ -335,7 +328,7 @@ def main():
             trajectory, log_prob, images = torch.cat(trajectory), torch.cat(log_prob), torch.cat(images)
             times["sample"], clock = times["sample"] + time.perf_counter() - clock, time.perf_counter()
             try:
-                rewards = reward_function(images, [batch[i // G] for i in range(start, stop)])  # Eq. 11, 12, 13
+                rewards = reward_function(images, [batch[g] for g in groups], groups.tolist())  # Eq. 11, 12, 13
             except RewardError as error:
                 done = (all_sum(sums), deviations, rewards_by_task, grad_norms)
                 save_checkpoint(iteration)
@@ -364,9 +357,10 @@ def main():
                         deviations[at] = torch.maximum(deviations[at], (ratio - 1).abs().max())
                         # KL to the pretrained model (DPOK Eq. 7), on one step of each sample.
                         first = (rows + int(start)) % len(steps) == update
-                        if args.lora_rank and first.any():
-                            with pretrained(unet):
-                                noise = guided_noise(args, unet, x["sample"][first], t[first], c[rows][first], no_text)
+                        if args.monitor_kl and first.any():
+                            with pretrained(pretrained_unet):
+                                at = (x["sample"][first], t[first], c[rows][first])
+                                noise = guided_noise(args, pretrained_unet, *at, no_text)
                             x = {key: value if key == "eta" else value[first] for key, value in x.items()}
                             pre = ddim_step_with_logprob(scheduler, noise, t[first], **x)
                             kl = ddim_step_kl(step.mean[first], pre.mean, pre.std)
@@ -395,7 +389,7 @@ def main():
                 with torch.no_grad():
                     posterior = vae.encode(pictures[rows].to(device) * 2 - 1).latent_dist
                     z = (posterior.mean + posterior.std * noise[rows, 0]) * vae.config.scaling_factor
-                    embeddings, _ = encode_prompts(pipeline, [captions[i] for i in rows], device)
+                    embeddings, _ = encode([captions[i] for i in rows])
                 eps, t = noise[rows, 1], steps[rows].to(device)
                 target = {"epsilon": eps, "v_prediction": scheduler.get_velocity(z, eps, t), "sample": z}
                 target = target[scheduler.config.prediction_type]
@@ -424,7 +418,7 @@ def main():
             **{f"time/{name}_s": seconds for name, seconds in times.items()},
             **pretrain,
         }
-        if args.lora_rank:  # otherwise no pretrained model is kept
+        if args.monitor_kl:
             metrics["kl/pretrained"] = sums[0] * int(np.prod(latent_shape)) * len(steps_with_noise)
 
         # --- same in every script: log

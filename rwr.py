@@ -31,10 +31,11 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from common.cli import check_args, load_pipeline, load_reward_or_fail, parse_args, warn_of_prompts
-from common.lora import add_lora, load_lora, pretrained, save_lora
+from common.lora import load_weights, pretrained, save_weights
 from common.rewards import RewardError
 from common.run_folder import RunFolder, choose_run_dir, new_checkpoint, save_grid, save_shard, saving
 from common.scheduler import ddim_step_kl, ddim_step_with_logprob
+from common.stable_diffusion import PromptEncoder, make_trainable
 from common.stop import catch_signals, end_early, end_run, gradient_metrics, join_ranks, too_many_skipped
 
 
@@ -78,18 +79,23 @@ class Args:
     """n: samples of an update, all ranks together (A.6)."""
     fresh_optimizer: bool = True
     """Forget AdamW's moments at the start of a round's training (released code)."""
-    learning_rate: float = 3e-4
-    """AdamW's learning rate for a LoRA (as in ddpo.py; the paper trains all weights, with 1e-5)."""
+    learning_rate: float | None = None
+    """AdamW's learning rate; by default 1e-5 for all weights (A.6), 3e-4 for a LoRA (as in ddpo.py)."""
     weight_decay: float = 1e-4
     """AdamW's weight decay (A.6)."""
     max_grad_norm: float = 1.0
     """Gradient norm above which an update is scaled down (A.6)."""
-    lora_rank: int = 4
-    """Rank of the LoRA on the attention layers (as in ddpo.py)."""
+    lora_rank: int = 0
+    """Rank of a LoRA on the attention layers; 0 trains all weights (A.6)."""
+    monitor_kl: bool = True
+    """Measure the KL to the pretrained model, which nothing here learns from; with --lora-rank 0 a frozen copy of the
+    UNet is kept for it."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, more time, the same result."""
     seed: int = 0
     """Seed of everything."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """What the UNet's forward pass runs in; all else is float32. On CPU fp32 alone."""
+    """What the UNet's forward pass runs in; all else is float32."""
     compile: bool = False
     """torch.compile the UNet."""
     reward_timeout: float = 0.0
@@ -108,7 +114,9 @@ class Args:
 
 RWR = Args()
 SPARSE = replace(Args(), weights="sparse")
-ZOO = replace(Args(), model="zoo/sd", reward="image_reward:zoo/image_reward", prompts_file=Path("prompts/zoo.txt"))
+ZOO = replace(
+    Args(), lora_rank=4, model="zoo/sd", reward="image_reward:zoo/image_reward", prompts_file=Path("prompts/zoo.txt")
+)
 ZOO = replace(ZOO, num_inference_steps=12, guidance_scale=1.5, samples_per_iteration=192, shard_size=64)
 ZOO = replace(ZOO, micro_batch_size=64, num_iterations=5, gradient_steps=40, batch_size=32, learning_rate=2e-3)
 ZOO = replace(ZOO, inverse_temperature=2.0)  # rewards of unit variance, where JPEGs of 512 px vary by tens of kB
@@ -119,15 +127,6 @@ PRESETS = {"rwr": RWR, "sparse": SPARSE, "zoo": ZOO}
 def seeded(*key: int) -> torch.Generator:
     """A CPU generator that is a function of `key` alone, so that nothing depends on the number of ranks."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
-
-
-@torch.no_grad()
-def encode_prompts(pipeline, prompts: list[str], device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states (B, L, D) and pooled features (B, D) of the text encoder."""
-    length = pipeline.tokenizer.model_max_length
-    ids = pipeline.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    out = pipeline.text_encoder(ids.input_ids.to(device))
-    return out.last_hidden_state.float(), out.pooler_output.float()
 
 
 def guided_noise(args: Args, unet, latents, timesteps, text, no_text) -> torch.Tensor:
@@ -202,7 +201,6 @@ def main():
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
     # ---
 
     prompts = check_args(args, world_size)
@@ -212,14 +210,12 @@ def main():
     # --- same in every script: networks
     if world_size > 1:
         join_ranks(device)
-    unet = pipeline.unet.to(device, dtype, memory_format=torch.channels_last).eval()
-    vae = pipeline.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    pipeline.text_encoder.to(device).eval().requires_grad_(False)
-    no_text, _ = encode_prompts(pipeline, [""], device)
+    unet, vae = pipeline.unet, pipeline.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    encode = PromptEncoder(pipeline, device)
+    no_text, _ = encode([""])
     torch.manual_seed(args.seed)
-    if args.compile:
-        unet.compile()
     scaler, norms = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16"), []  # gradient norms of all updates
+    scaler.scale(torch.zeros(1, device=device))  # its first call makes the scale: a rank may have nothing to scale
     # DDIMScheduler would clip latents to [-1, 1] where a model's configuration does not speak of it.
     config = pipeline.scheduler.config
     scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
@@ -251,8 +247,14 @@ def main():
     # ---
 
     warn_of_prompts(pipeline, prompts)
-    text, pooled = encode_prompts(pipeline, prompts, device)
-    optimizer = torch.optim.AdamW(add_lora(unet, args.lora_rank), args.learning_rate, weight_decay=args.weight_decay)
+    options = {"compile": args.compile, "gradient_checkpointing": args.gradient_checkpointing}
+    weights, pretrained_unet = make_trainable(
+        unet, device, args.dtype, args.lora_rank, **options, keep_pretrained=args.monitor_kl
+    )
+    learning_rate = args.learning_rate
+    if learning_rate is None:
+        learning_rate = 3e-4 if args.lora_rank else 1e-5
+    optimizer = torch.optim.AdamW(weights, learning_rate, weight_decay=args.weight_decay)
     m = args.samples_per_iteration
     # The model as training evaluates it; without CFG training that is not the one that samples (B.1, Fig. 8).
     train_args = args if args.cfg_training else replace(args, guidance_scale=1.0)
@@ -276,21 +278,26 @@ def main():
 
     def save_sample_grid(iteration: int):
         """Eight pictures of fixed prompts and seeds, so that the grids of a run compare."""
-        noise = torch.stack([torch.randn(T + 1, *latent_shape, generator=seeded(args.seed, 3, i)) for i in range(8)])
-        x0 = sample(args, unet, scheduler, text[torch.arange(8) % len(prompts)], no_text, noise.to(device))[0][:, -1]
-        save_grid(decode(vae, x0), run_dir / "samples" / f"{iteration:06d}.png")
+        images = []
+        for rows in torch.arange(8).split(args.micro_batch_size):
+            generators = [seeded(args.seed, 3, i) for i in rows.tolist()]
+            noise = torch.stack([torch.randn(T + 1, *latent_shape, generator=g) for g in generators])
+            text, _ = encode([prompts[i % len(prompts)] for i in rows])
+            x0 = sample(args, unet, scheduler, text, no_text, noise.to(device))[0][:, -1]
+            images.append(decode(vae, x0))
+        save_grid(torch.cat(images), run_dir / "samples" / f"{iteration:06d}.png")
 
     # ---
 
     if args.resume:
-        load_lora(unet, run_dir / "checkpoint")
+        load_weights(unet, run_dir / "checkpoint")
 
     def save_checkpoint(iteration: int):
         """Rank 0 saves all there is; the old checkpoint stays until the new one is whole."""
         with new_checkpoint(run_dir) as folder:
             if rank == 0:
-                save_lora(unet, run_dir)
-                save_lora(unet, folder)
+                save_weights(unet, run_dir)
+                save_weights(unet, folder)
                 state = {"iteration": iteration, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
                 torch.save(state, folder / "state.pt")
 
@@ -317,7 +324,7 @@ def main():
             steps = torch.cat([torch.randint(T, (1,), generator=g) for g in generators]).to(device)
             x0, images, kl = [], [], []
             for rows in torch.arange(stop - start).split(args.micro_batch_size):
-                c = text[chosen[rows]]
+                c, _ = encode([prompts[i] for i in chosen[rows]])
                 trajectory, _, _ = sample(args, unet, scheduler, c, no_text, noise[rows].to(device))
                 x0.append(trajectory[:, -1])
                 images.append(decode(vae, x0[-1]))
@@ -325,10 +332,13 @@ def main():
                 i, j = torch.arange(len(rows), device=device), steps[rows]
                 t = scheduler.timesteps.to(device)[j]
                 x = {"timestep": t, "sample": trajectory[i, j], "eta": args.eta, "prev_sample": trajectory[i, j + 1]}
+                if not args.monitor_kl:
+                    kl.append(torch.zeros(len(rows), device=device))
+                    continue
                 with torch.no_grad():
                     output = guided_noise(args, unet, x["sample"], t, c, no_text)
-                    with pretrained(unet):
-                        pre_output = guided_noise(args, unet, x["sample"], t, c, no_text)
+                    with pretrained(pretrained_unet):
+                        pre_output = guided_noise(args, pretrained_unet, x["sample"], t, c, no_text)
                 step, pre = (ddim_step_with_logprob(scheduler, o, **x) for o in (output, pre_output))
                 kl.append(ddim_step_kl(step.mean, pre.mean, step.std))
             x0, images, kl = torch.cat(x0), torch.cat(images), torch.cat(kl)
@@ -364,7 +374,7 @@ def main():
             x_t, target = noised(scheduler, x0[batch], noise, t)
             first, last = np.linspace(0, args.batch_size, world_size + 1).astype(int)[rank : rank + 2]
             for rows in torch.arange(first, last).split(args.micro_batch_size):
-                c = text[chosen[batch[rows]].to(device)]
+                c, _ = encode([prompts[i] for i in chosen[batch[rows]]])
                 output = guided_noise(train_args, unet, x_t[rows].to(device), t[rows].to(device), c, no_text)
                 error = ((output - target[rows].to(device)) ** 2).flatten(1).mean(1)  # Eq. 1, 5
                 loss = (w[batch[rows]].to(device, torch.float32) * error).sum() / args.batch_size
@@ -377,7 +387,7 @@ def main():
             "samples": (iteration + 1) * m,
             "reward/mean": rewards.mean().item(),
             "reward/std": rewards.std(correction=0).item(),
-            "kl/pretrained": pool["kl"].mean().item() * int(np.prod(latent_shape)) * T,
+            **({"kl/pretrained": pool["kl"].mean().item() * int(np.prod(latent_shape)) * T} if args.monitor_kl else {}),
             "weights/kept": len(kept) / m,
             "weights/effective": (w.sum() ** 2 / (w**2).sum() / m).item(),
             "loss/rwr": all_sum(loss_sum).item(),
@@ -401,7 +411,7 @@ def main():
         # ---
 
     if rank == 0:
-        print(f"the LoRA, its metrics and pictures are in {run_dir}")
+        print(f"the {'LoRA' if args.lora_rank else 'UNet'}, its metrics and pictures are in {run_dir}")
     if world_size > 1:
         dist.destroy_process_group()
 

@@ -2,7 +2,7 @@
 
 The model learns from M samples that the pretrained one has drawn once, weighted by their reward (Algorithm 2):
 
-    D = {x_0 ~ p_pre(x_0 | z), z ~ p(z)}, M samples; r <- max(r, -gamma), so that r + gamma >= 0        (Lemma 4.3, B)
+    D = {x_0 ~ p_pre(x_0 | z), z ~ p(z)}, M samples, without those of r + gamma <= 0                    (Lemma 4.3, B)
     KL-D: theta <- theta - lr grad E (r + gamma) |x_0 - f_theta(x_t, t, z)|^2 / (2 sigma_t^2)           (Eq. 11, 13)
     KL-O: theta <- theta - lr grad E (r |x_0 - f_theta|^2 + gamma |f_pre - f_theta|^2) / (2 sigma_t^2)  (Eq. 12)
     x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) eps, t uniform over the training's steps but the first
@@ -32,10 +32,11 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from common.cli import check_args, dataset_description, load_pipeline, load_reward_or_fail, parse_args, warn_of_prompts
-from common.lora import add_lora, load_lora, pretrained, save_lora
+from common.lora import load_weights, pretrained, save_weights
 from common.rewards import RewardError
 from common.run_folder import RunFolder, choose_run_dir, new_checkpoint, save_grid, save_shard, saving, write_text
 from common.scheduler import ddim_step_kl, ddim_step_with_logprob
+from common.stable_diffusion import PromptEncoder, make_trainable
 from common.stop import catch_signals, end_early, end_run, gradient_metrics, join_ranks, too_many_skipped
 
 
@@ -77,6 +78,9 @@ class Args:
     weighting: Literal["paper", "bound", "simple"] = "paper"
     """Of |x_0 - f|^2. "paper": 1 / (2 sigma_t^2), Eq. 13. "bound": the means' factor as well, as Eq. 11 and 12 have it.
     "simple": that of the usual loss, the squared error of what the UNet predicts (docs/sft_kl.md)."""
+    filter: Literal["drop", "floor"] = "drop"
+    """Of samples with r + gamma <= 0 (App. B). "drop": no part in the loss. "floor": r is set to -gamma, which is the
+    same but for KL-O, whose loss is then linear in f and has no minimum (docs/sft_kl.md)."""
     gradient_steps: int = 100
     """Updates of an iteration."""
     batch_size: int = 128
@@ -88,11 +92,13 @@ class Args:
     max_grad_norm: float = 1.0
     """Gradient norm above which an update is scaled down (the paper does not say)."""
     lora_rank: int = 4
-    """Rank of the LoRA on the attention layers (as in dpok.py)."""
+    """Rank of the LoRA on the attention layers (as in dpok.py); 0 trains all weights of the UNet."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, more time, the same result."""
     seed: int = 0
     """Seed of everything."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """What the UNet's forward pass runs in; all else is float32. On CPU fp32 alone."""
+    """What the UNet's forward pass runs in; all else is float32."""
     compile: bool = False
     """torch.compile the UNet."""
     reward_timeout: float = 0.0
@@ -123,15 +129,6 @@ PRESETS = {"kl-o": KL_O, "kl-d": KL_D, "no-kl": NO_KL, "zoo": ZOO}
 def seeded(*key: int) -> torch.Generator:
     """A CPU generator that is a function of `key` alone, so that nothing depends on the number of ranks."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
-
-
-@torch.no_grad()
-def encode_prompts(pipeline, prompts: list[str], device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states (B, L, D) and pooled features (B, D) of the text encoder."""
-    length = pipeline.tokenizer.model_max_length
-    ids = pipeline.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    out = pipeline.text_encoder(ids.input_ids.to(device))
-    return out.last_hidden_state.float(), out.pooler_output.float()
 
 
 def guided_noise(args: Args, unet, latents, timesteps, text, no_text) -> torch.Tensor:
@@ -208,11 +205,13 @@ def sft_loss(args: Args, reward, x0, f, f_pre) -> torch.Tensor:
     reward (B,); x0, f and f_pre (B, C, H, W). Like the log-probability it is the mean over the latent's dimensions.
     """
     gamma = 0.0 if args.regularization == "none" else args.gamma
-    reward = reward.clamp(min=-gamma)  # r + gamma >= 0, as Lemma 4.3 needs (App. B)
+    kept = reward + gamma > 0  # as Lemma 4.3 needs (App. B)
+    reward = reward.clamp(min=-gamma)
     error = ((x0 - f) ** 2).flatten(1).mean(1)
-    if args.regularization == "kl-o":
-        return reward * error + gamma * ((f_pre - f) ** 2).flatten(1).mean(1)
-    return (reward + gamma) * error
+    if args.regularization != "kl-o":
+        return (reward + gamma) * error
+    loss = reward * error + gamma * ((f_pre - f) ** 2).flatten(1).mean(1)
+    return loss * kept if args.filter == "drop" else loss
 
 
 def main():
@@ -222,7 +221,6 @@ def main():
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
     # ---
 
     prompts = check_args(args, world_size)
@@ -232,14 +230,12 @@ def main():
     # --- same in every script: networks
     if world_size > 1:
         join_ranks(device)
-    unet = pipeline.unet.to(device, dtype, memory_format=torch.channels_last).eval()
-    vae = pipeline.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    pipeline.text_encoder.to(device).eval().requires_grad_(False)
-    no_text, _ = encode_prompts(pipeline, [""], device)
+    unet, vae = pipeline.unet, pipeline.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    encode = PromptEncoder(pipeline, device)
+    no_text, _ = encode([""])
     torch.manual_seed(args.seed)
-    if args.compile:
-        unet.compile()
     scaler, norms = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16"), []  # gradient norms of all updates
+    scaler.scale(torch.zeros(1, device=device))  # its first call makes the scale: a rank may have nothing to scale
     # DDIMScheduler would clip latents to [-1, 1] where a model's configuration does not speak of it.
     config = pipeline.scheduler.config
     scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
@@ -271,8 +267,9 @@ def main():
     # ---
 
     warn_of_prompts(pipeline, prompts)
-    text, pooled = encode_prompts(pipeline, prompts, device)
-    optimizer = torch.optim.AdamW(add_lora(unet, args.lora_rank), args.learning_rate, weight_decay=args.weight_decay)
+    options = {"compile": args.compile, "gradient_checkpointing": args.gradient_checkpointing}
+    weights, pretrained_unet = make_trainable(unet, device, args.dtype, args.lora_rank, **options)
+    optimizer = torch.optim.AdamW(weights, args.learning_rate, weight_decay=args.weight_decay)
     m = args.samples_per_iteration
     # What training evaluates; without CFG training that is not what samples are drawn with.
     train_args = args if args.cfg_training else replace(args, guidance_scale=1.0)
@@ -284,14 +281,19 @@ def main():
         start, stop = shares[n]
         return all_sum(F.pad(values, [0, 0] * (values.dim() - 1) + [start, n - stop])).cpu()
 
-    def draw(n: int, *key: int):
-        """This rank's share of n samples: prompts (n,), trajectories (n, T+1, C, H, W); of the current LoRA."""
+    def embed(numbers: torch.Tensor) -> torch.Tensor:
+        """Hidden states (B, L, D) of the prompts with these numbers."""
+        return encode([prompts[i] for i in numbers])[0]
+
+    def draw(network: torch.nn.Module, n: int, *key: int):
+        """This rank's share of n samples of a UNet: prompts (n,), trajectories (n, T+1, C, H, W), steps (n,) of T."""
         generators = [seeded(args.seed, *key, i) for i in range(*shares[n])]
         chosen = torch.cat([torch.randint(len(prompts), (1,), generator=g) for g in generators]).to(device)
         noise = torch.stack([torch.randn(T + 1, *latent_shape, generator=g) for g in generators])
         batches = torch.arange(len(generators)).split(args.micro_batch_size)
-        drawn = [sample(args, unet, scheduler, text[chosen[b]], no_text, noise[b].to(device))[0] for b in batches]
-        return chosen, torch.cat(drawn)
+        drawn = [sample(args, network, scheduler, embed(chosen[b]), no_text, noise[b].to(device))[0] for b in batches]
+        steps = torch.cat([torch.randint(T, (1,), generator=g) for g in generators])
+        return chosen, torch.cat(drawn), steps.to(device)
 
     def score(chosen: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
         """Rewards (n,) of this rank's samples."""
@@ -314,24 +316,29 @@ def main():
 
     def save_sample_grid(iteration: int):
         """Eight pictures of fixed prompts and seeds, so that the grids of a run compare."""
-        noise = torch.stack([torch.randn(T + 1, *latent_shape, generator=seeded(args.seed, 3, i)) for i in range(8)])
-        x0 = sample(args, unet, scheduler, text[torch.arange(8) % len(prompts)], no_text, noise.to(device))[0][:, -1]
-        save_grid(decode(vae, x0), run_dir / "samples" / f"{iteration:06d}.png")
+        images = []
+        for rows in torch.arange(8).split(args.micro_batch_size):
+            generators = [seeded(args.seed, 3, i) for i in rows.tolist()]
+            noise = torch.stack([torch.randn(T + 1, *latent_shape, generator=g) for g in generators])
+            text, _ = encode([prompts[i % len(prompts)] for i in rows])
+            x0 = sample(args, unet, scheduler, text, no_text, noise.to(device))[0][:, -1]
+            images.append(decode(vae, x0))
+        save_grid(torch.cat(images), run_dir / "samples" / f"{iteration:06d}.png")
 
     # ---
 
     # The updates of an iteration whose samples have no reward yet: when that fails they are not made again.
     iteration, updates = first_iteration, {"loss": 0.0, "grad_norms": []}
     if args.resume:
-        load_lora(unet, run_dir / "checkpoint")
+        load_weights(unet, run_dir / "checkpoint")
         updates = state.get("updates", updates)
 
     def save_checkpoint(iteration: int):
         """Rank 0 saves all there is; the old checkpoint stays until the new one is whole."""
         with new_checkpoint(run_dir) as folder:
             if rank == 0:
-                save_lora(unet, run_dir)
-                save_lora(unet, folder)
+                save_weights(unet, run_dir)
+                save_weights(unet, folder)
                 state = {"iteration": iteration, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
                 torch.save(state | {"updates": updates}, folder / "state.pt")
 
@@ -349,8 +356,8 @@ def main():
             continue
         if all_sum(torch.tensor(float(len(signals)), device=device)) > 0:  # the shards so far are on disk
             end_early(run_dir, signals)
-        with pretrained(unet):
-            chosen, trajectory = draw(args.shard_size, 0, first)
+        with pretrained(pretrained_unet):
+            chosen, trajectory, _ = draw(pretrained_unet, args.shard_size, 0, first)
         shard = {"x0": trajectory[:, -1], "prompt": chosen, "reward": score(chosen, trajectory[:, -1])}
         shards.append({key: gathered(value, args.shard_size) for key, value in shard.items()})
         with saving(run_dir):
@@ -358,6 +365,9 @@ def main():
                 write_text(dataset / "dataset.json", json.dumps(dataset_description(args, prompts)))
                 save_shard(path, shards[-1])
     data = {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
+    gamma = 0.0 if args.regularization == "none" else args.gamma
+    if (data["reward"] + gamma <= 0).all():
+        end_run(f"no sample has r + gamma above 0 (the best r is {data['reward'].max():.3f}); raise --gamma")
 
     progress = tqdm(range(first_iteration, args.num_iterations), disable=rank > 0, desc=Path(__file__).stem)
     for iteration in progress:
@@ -373,14 +383,15 @@ def main():
             noise = torch.randn(args.batch_size, *latent_shape, generator=generator)
             weight = step_weights(scheduler, t, args.weighting)
             for rows in torch.arange(start, stop).split(args.micro_batch_size):
-                x0, z = data["x0"][batch[rows]].to(device), text[data["prompt"][batch[rows]].to(device)]
+                x0, z = data["x0"][batch[rows]].to(device), embed(data["prompt"][batch[rows]])
                 steps = t[rows].to(device)
                 x_t = scheduler.add_noise(x0, noise[rows].to(device), steps)
                 f = to_x0(scheduler, guided_noise(train_args, unet, x_t, steps, z, no_text), x_t, steps)
                 f_pre = None
                 if args.regularization == "kl-o":
-                    with torch.no_grad(), pretrained(unet):
-                        f_pre = to_x0(scheduler, guided_noise(train_args, unet, x_t, steps, z, no_text), x_t, steps)
+                    with torch.no_grad(), pretrained(pretrained_unet):
+                        output = guided_noise(train_args, pretrained_unet, x_t, steps, z, no_text)
+                        f_pre = to_x0(scheduler, output, x_t, steps)
                 loss = sft_loss(args, data["reward"][batch[rows]].to(device), x0, f, f_pre)
                 loss = (weight[rows].to(device) * loss).sum() / args.batch_size  # Eq. 12, 13
                 scaler.scale(loss).backward()
@@ -390,16 +401,16 @@ def main():
         time_train, clock = time.perf_counter() - clock, time.perf_counter()
 
         # What the model draws now. Its KL to the pretrained one (Eq. 7) is taken on one step of each sample.
-        chosen, trajectory = draw(m, 2, iteration)
-        i, j = torch.arange(len(chosen), device=device), torch.tensor([k % T for k in range(*shares[m])], device=device)
-        x_t, steps, z = trajectory[i, j], scheduler.timesteps.to(device)[j], text[chosen]
+        chosen, trajectory, j = draw(unet, m, 2, iteration)
+        x_t = trajectory[torch.arange(len(chosen), device=device), j]
+        steps, z = scheduler.timesteps.to(device)[j], embed(chosen)
         kl = torch.zeros(len(chosen), device=device)
         for rows in torch.arange(len(chosen)).split(args.micro_batch_size):
             x = {"timestep": steps[rows], "sample": x_t[rows], "eta": args.eta, "prev_sample": x_t[rows]}
             with torch.no_grad():
                 noise = guided_noise(args, unet, x_t[rows], steps[rows], z[rows], no_text)
-                with pretrained(unet):
-                    pre_noise = guided_noise(args, unet, x_t[rows], steps[rows], z[rows], no_text)
+                with pretrained(pretrained_unet):
+                    pre_noise = guided_noise(args, pretrained_unet, x_t[rows], steps[rows], z[rows], no_text)
             step, pre = (ddim_step_with_logprob(scheduler, output, **x) for output in (noise, pre_noise))
             kl[rows] = ddim_step_kl(step.mean, pre.mean, step.std)
         kl = gathered(kl, m)
@@ -413,6 +424,7 @@ def main():
             "reward/mean": rewards.mean().item(),
             "reward/std": rewards.std(correction=0).item(),
             "reward/dataset": data["reward"].mean().item(),
+            "reward/below_floor": (data["reward"] + gamma <= 0).float().mean().item(),
             "kl/pretrained": kl.mean().item() * int(np.prod(latent_shape)) * T,
             "loss/sft": loss_sum.item(),
             **gradient_metrics(grad_norms),
@@ -435,7 +447,7 @@ def main():
         # ---
 
     if rank == 0:
-        print(f"the LoRA, its metrics and pictures are in {run_dir}")
+        print(f"the {'LoRA' if args.lora_rank else 'UNet'}, its metrics and pictures are in {run_dir}")
     if world_size > 1:
         dist.destroy_process_group()
 

@@ -44,8 +44,10 @@ class Args:
 def experiments(script: str) -> dict[tuple[str, str], tuple[str, list[str], list[str]]]:
     """(curve, panel) of the figure: reward, prompts to judge on, and flags of the run."""
     if script == "sft_kl":
-        keys = itertools.product(("kl-d", "kl-o", "none"), PROMPTS)
-        return {(k, p): (REWARDS[2], [p], ["--regularization", k, "--prompt", p]) for k, p in keys}
+        forms = {name: ["--regularization", name] for name in ("kl-o", "kl-d", "none")}
+        forms["kl-o, floor"] = ["--regularization", "kl-o", "--filter", "floor"]
+        keys = itertools.product(forms, PROMPTS)
+        return {(name, prompt): (REWARDS[2], [prompt], [*forms[name], "--prompt", prompt]) for name, prompt in keys}
     flag, values = ("--estimator", ("is", "sf")) if script == "ddpo" else ("--weights", ("softmax", "sparse"))
     prompts = (ROOT / "prompts/zoo.txt").read_text().splitlines()
 
@@ -106,7 +108,7 @@ def report(args: Args):
     panels = list(dict.fromkeys(panel for _, panel in table))
     figure = Figure(figsize=(4 * len(panels), 3.4), layout="constrained")
     axes = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0]))
-    colors = dict(zip(dict.fromkeys(curve for curve, _ in table), ("tab:blue", "tab:orange", "tab:green")))
+    colors = dict(zip(dict.fromkeys(curve for curve, _ in table), ("tab:blue", "tab:orange", "tab:green", "tab:red")))
     base, base_rewards = load_pipeline(), {}
     results = {"weights": weights_digest(), "pictures": args.count, "runs": {}}
     print("| | reward | base | fine-tuned, each seed | gain | p | minutes |\n|---|---|---|---|---|---|---|")

@@ -135,10 +135,16 @@ def check_numbers(args, may_be_0: set[str]) -> None:
 
 
 def check_dtype(dtype: str) -> None:
-    if dtype != "fp32" and not torch.cuda.is_available():
-        fail(f"--dtype {dtype} needs a GPU and none is there; use --dtype fp32")
-    if dtype == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    """Refuse what this GPU cannot do; a CPU can do all."""
+    if dtype == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         fail("--dtype bf16 is not supported by this GPU; use --dtype fp32 or fp16")
+
+
+def check_folder(flag: str, folder: Path) -> None:
+    """Refuse a folder that cannot be made, or written into."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        fail(f"{flag} {folder} cannot be written; choose another")
 
 
 def check_model(model: str) -> None:
@@ -150,16 +156,30 @@ def check_model(model: str) -> None:
         fail(f"--model: {model!r} has no model_index.json; give a folder in diffusers format")
 
 
+def check_steps(num_inference_steps: int, model: str) -> None:
+    """Refuse more steps than the model was trained with, where the model is a local folder."""
+    try:
+        config = json.loads((Path(model) / "scheduler" / "scheduler_config.json").read_text())
+    except (OSError, ValueError):  # a hub id; or a fault that loading it will name
+        return
+    trained = config.get("num_train_timesteps", 1000)
+    if num_inference_steps > trained:
+        fail(f"--num-inference-steps is {num_inference_steps}; {model} was trained with {trained}: take fewer")
+
+
 def check_args(args, world_size: int) -> list[str] | list[Task]:
     """Refuse what cannot work before anything slow is loaded; returns the prompts, or the tasks of a script that has
     them."""
     has_tasks = "tasks" in asdict(args)
-    check_numbers(args, {"seed", "lora_rank"} if has_tasks else {"seed"})
+    check_numbers(args, {"seed", "lora_rank"})
+    if args.seed >= 1 << 63:
+        fail(f"--seed is {args.seed}; it must be less than 2**63")
     for name in {"rewarded_share", "timestep_fraction"} & asdict(args).keys():
         if not 0 < getattr(args, name) <= 1:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be more than 0 and at most 1")
-    if asdict(args).get("cooldown_share", 0) > 1:
-        fail(f"--cooldown-share is {args.cooldown_share}; it can be at most 1")
+    for name in {"cooldown_share", "caption_dropout", "percentile", "eta"} & asdict(args).keys():
+        if getattr(args, name) > 1:
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it can be at most 1")
     if "timestep_fraction" in asdict(args) and args.gradient_steps > args.samples_per_iteration:
         fail(f"--gradient-steps is {args.gradient_steps}; it can be at most --samples-per-iteration")
     if "shard_size" in asdict(args):
@@ -174,8 +194,6 @@ def check_args(args, world_size: int) -> list[str] | list[Task]:
         fail(f"--min-count is {args.min_count}; it can be at most --buffer-size, {args.buffer_size}")
     if has_tasks and args.training_timesteps > args.num_inference_steps:
         fail(f"--training-timesteps is {args.training_timesteps}; it can be at most --num-inference-steps")
-    if has_tasks and args.caption_dropout > 1:
-        fail(f"--caption-dropout is {args.caption_dropout}; it can be at most 1")
     if has_tasks and args.pretrain_batch_size < world_size:
         fail(f"--pretrain-batch-size {args.pretrain_batch_size} is less than the {world_size} processes; raise it")
     if not has_tasks and args.samples_per_iteration < world_size:
@@ -193,12 +211,11 @@ def check_args(args, world_size: int) -> list[str] | list[Task]:
     if args.output_dir and not args.resume:
         if any((args.output_dir / name).exists() for name in ("checkpoint", "checkpoint.old")):
             fail(f"--output-dir {args.output_dir} holds another run; choose another, or use --resume {args.output_dir}")
-        existing = next(
-            path for path in (args.output_dir.absolute(), *args.output_dir.absolute().parents) if path.exists()
-        )
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            fail(f"--output-dir {args.output_dir} cannot be written; choose another")
+        check_folder("--output-dir", args.output_dir)
     check_model(args.model)
+    check_steps(args.num_inference_steps, args.model)
+    if asdict(args).get("dataset"):
+        check_folder("--dataset", args.dataset)
     if has_tasks:
         return read_tasks(args, world_size)
     prompts = read_prompts(args)
@@ -305,6 +322,7 @@ def warn_of_prompts(pipeline: StableDiffusionPipeline, prompts: list[str]) -> No
     """A line for what the text encoder never sees: words of which a token is embedded as zeros, ends that are cut."""
     if int(os.environ.get("RANK", 0)) > 0:
         return
+    prompts = prompts[:1000]  # of a long list its beginning: a minute for a warning is too much
     tokenizer, length = pipeline.tokenizer, pipeline.tokenizer.model_max_length
     unseen = (pipeline.text_encoder.get_input_embeddings().weight == 0).all(dim=1).cpu()
     words = dict.fromkeys(word for prompt in prompts for word in re.findall(r"\w+", prompt))

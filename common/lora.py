@@ -72,7 +72,7 @@ def add_lora(unet: torch.nn.Module, rank: int) -> list[torch.nn.Parameter]:
 
 @contextmanager
 def pretrained(unet: torch.nn.Module):
-    """Within it the UNet is exactly the pretrained one: the LoRA's scale is 0."""
+    """Within it a UNet with a LoRA is exactly the pretrained one: the LoRA's scale is 0. Others stay as they are."""
     processors = [p for p in unet.attn_processors.values() if isinstance(p, LoRAAttnProcessor)]
     for processor in processors:
         processor.scale = 0.0
@@ -117,6 +117,29 @@ def lora_rank(path: str | Path) -> int:
     if len(ranks) != 1:
         raise ValueError(f"{lora_file(path)} holds no LoRA of one rank under the names that diffusers gives it")
     return ranks.pop()
+
+
+def save_weights(unet: torch.nn.Module, folder: str | Path) -> None:
+    """What is trained, into `folder`: the LoRA's file, or without a LoRA the UNet in diffusers' format as unet/."""
+    if has_lora(unet):
+        save_lora(unet, folder)
+    else:
+        unet.save_pretrained(Path(folder) / "unet")
+
+
+def load_weights(unet: torch.nn.Module, folder: str | Path) -> None:
+    """Read what `save_weights` wrote, into a UNet of the same kind. Raises ValueError when it is of another model."""
+    if has_lora(unet):
+        load_lora(unet, folder)
+        return
+    saved, own = type(unet).from_pretrained(Path(folder) / "unet").state_dict(), unet.state_dict()
+    if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in own.items()}:
+        raise ValueError(f"the UNet in {folder} is of another model")
+    unet.load_state_dict(saved)
+
+
+def has_lora(unet: torch.nn.Module) -> bool:
+    return any(isinstance(processor, LoRAAttnProcessor) for processor in unet.attn_processors.values())
 
 
 def load_lora(unet: torch.nn.Module, path: str | Path) -> None:

@@ -27,7 +27,7 @@ def run_recorded(tiny_sd, tmp_path, monkeypatch, *flags):
     recorded = record_updates(monkeypatch)
     words = ["--model", tiny_sd, "--prompt", PROMPT, "--reward", "jpeg_incompressibility", "--num-inference-steps", 4]
     words += ["--samples-per-iteration", 10, "--num-iterations", 1, "--micro-batch-size", 10, "--guidance-scale", 3]
-    words += ["--max-grad-norm", 1e9, "--output-dir", tmp_path / "run", *flags]
+    words += ["--max-grad-norm", 1e9, "--lora-rank", 4, "--output-dir", tmp_path / "run", *flags]
     monkeypatch.setattr(sys, "argv", ["ddpo.py", *map(str, words)])
     ddpo.main()
     monkeypatch.undo()

@@ -11,6 +11,7 @@ from written_out import policies, record_updates
 
 import dpok
 from common.scheduler import ddim_step_with_logprob
+from common.stable_diffusion import PromptEncoder
 
 TINY = ("--num-inference-steps", "4", "--samples-per-iteration", "10", "--reward", "jpeg_incompressibility")
 
@@ -35,7 +36,7 @@ def test_gradient_is_that_of_eq_9_written_out(tiny_sd, tmp_path, monkeypatch, kl
     x_t, x_prev = replay["trajectory"][0, i, j], replay["trajectory"][0, i, j + 1].double()
     weights = [weight for weight, _ in weights_and_gradients]
     leaves, policy, pre, eps, eps_pre = policies(tiny_sd, weights, T, w, dpok.Args().prompt, x_t, j)
-    _, pooled = dpok.encode_prompts(StableDiffusionPipeline.from_pretrained(tiny_sd), [dpok.Args().prompt], "cpu")
+    _, pooled = PromptEncoder(StableDiffusionPipeline.from_pretrained(tiny_sd), "cpu")([dpok.Args().prompt])
     value_function = dpok.ValueFunction(4 * 8 * 8 + 32, T)
     value_function.load_state_dict(state["value_function"])
     # It began at the mean of the first rewards, and has since made one step of AdamW with a learning rate of 1e-4.

@@ -16,6 +16,7 @@ import rwr
 PROMPT = "A cat and a dog"
 FLAGS = ("--num-inference-steps", 4, "--samples-per-iteration", 12, "--shard-size", 6, "--prompt", PROMPT)
 FLAGS += ("--reward", "jpeg_incompressibility", "--batch-size", 5, "--gradient-steps", 2, "--micro-batch-size", 3)
+FLAGS += ("--lora-rank", 4)
 
 
 @pytest.mark.parametrize("normalise", ["per-prompt", "pool"])

@@ -123,13 +123,73 @@ def test_kl_d_is_the_shifted_reward():
     assert torch.allclose(*gradients, rtol=1e-5, atol=1e-9) and gradients[0].abs().max() > 0
 
 
-def test_rewards_below_the_floor_are_not_unlearned():
-    """With r + gamma < 0 floored at 0 the objective is bounded below in f (App. B)."""
-    x0, f_pre = torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 8)
-    for regularization in ("kl-o", "kl-d", "none"):
-        args = sft_kl.Args(regularization=regularization, gamma=0.5)
-        far = sft_kl.sft_loss(args, torch.tensor([-9.0]), x0, torch.full_like(x0, 100.0), f_pre)
-        assert far.item() == 0.0
+@pytest.mark.parametrize("regularization", ["kl-o", "kl-d", "none"])
+def test_rewards_below_the_floor_are_not_unlearned(regularization):
+    """A sample with r + gamma <= 0 has no part in the loss, wherever x_0, f_pre and f are (App. B)."""
+    torch.manual_seed(0)
+    x0, f_pre = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    args = sft_kl.Args(regularization=regularization, gamma=0.5)
+    for scale in (1.0, 100.0, -100.0):
+        f = (f_pre + scale * (x0 - f_pre)).requires_grad_()
+        loss = sft_kl.sft_loss(args, torch.tensor([-9.0, -0.5]), x0, f, f_pre)
+        assert (loss == 0).all() and (torch.autograd.grad(loss.sum(), f)[0] == 0).all()
+
+
+def test_minimum_of_kl_o():
+    """Above the floor it is (r x_0 + gamma f_pre) / (r + gamma); on it the loss is a line that has none."""
+    torch.manual_seed(0)
+    x0, f_pre, other = (torch.randn(3, 4, 8, 8, dtype=torch.float64) for _ in range(3))
+    args = sft_kl.Args(regularization="kl-o", gamma=0.5, filter="floor")
+    reward = torch.tensor([1.3, -0.2, -0.45], dtype=torch.float64)
+    r = reward.view(-1, 1, 1, 1)
+    best = ((r * x0 + 0.5 * f_pre) / (r + 0.5)).requires_grad_()
+    loss = sft_kl.sft_loss(args, reward, x0, best, f_pre)
+    assert torch.autograd.grad(loss.sum(), best)[0].abs().max() < 1e-12
+    assert (sft_kl.sft_loss(args, reward, x0, best.detach() + 0.1 * other, f_pre) > loss.detach()).all()
+    kept = sft_kl.sft_loss(sft_kl.Args(regularization="kl-o", gamma=0.5), reward, x0, best, f_pre)
+    assert torch.equal(kept, loss), "the filter leaves them alone"
+
+    def on_the_floor(step: float) -> float:
+        f = f_pre[:1] + step * (f_pre[:1] - x0[:1])
+        return sft_kl.sft_loss(args, torch.tensor([-2.0], dtype=torch.float64), x0[:1], f, f_pre[:1]).item()
+
+    slope = on_the_floor(1.0) - on_the_floor(0.0)
+    assert slope < -0.1, "away from x_0 it falls"
+    assert on_the_floor(1000.0) == pytest.approx(on_the_floor(0.0) + 1000 * slope, rel=1e-9)
+
+
+def test_kl_to_the_pretrained_model_is_taken_at_random_steps(tiny_sd, tmp_path, monkeypatch):
+    """The steps of two iterations are those that the samples' own generators give after prompt and noise."""
+    seen, kl_step = [], sft_kl.ddim_step_with_logprob
+
+    def record(scheduler, output, timestep, *args, **kwargs):
+        if kwargs.get("noise") is None:
+            seen.append(timestep.tolist())
+        return kl_step(scheduler, output, timestep, *args, **kwargs)
+
+    monkeypatch.setattr(sft_kl, "ddim_step_with_logprob", record)
+    flags = [*FLAGS, "--model", tiny_sd, "--output-dir", tmp_path / "run", "--num-iterations", 2]
+    flags += ["--samples-per-iteration", 8, "--micro-batch-size", 8]
+    monkeypatch.setattr(sys, "argv", ["sft_kl.py", *map(str, flags)])
+    sft_kl.main()
+    timesteps = [[751, 501, 251, 1][j] for j in range(4)]
+    expected = []
+    for iteration in range(2):
+        drawn = []
+        for i in range(8):
+            generator = sft_kl.seeded(0, 2, iteration, i)
+            torch.randint(1, (1,), generator=generator)
+            torch.randn(5, 4, 8, 8, generator=generator)
+            drawn.append(timesteps[torch.randint(4, (1,), generator=generator)])
+        expected += [drawn, drawn]  # of the model and of the pretrained one
+    assert seen == expected and expected[0] != expected[2]
+
+
+def test_no_sample_above_the_floor_is_said_before_training(tiny_sd, tmp_path):
+    (tmp_path / "mine.py").write_text("def f(images, prompts):\n    return images.mean((1, 2, 3)) - 5\n")
+    flags = [*FLAGS, "--model", tiny_sd, "--reward", f"{tmp_path}/mine.py:f", "--output-dir", tmp_path / "run"]
+    result = run_script("sft_kl.py", *flags)
+    assert result.returncode == 1 and "--gamma" in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])

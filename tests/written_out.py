@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch.distributions import Normal
 
-import dpok
+from common.stable_diffusion import PromptEncoder
 
 
 def record_updates(monkeypatch) -> list:
@@ -26,7 +26,8 @@ def record_updates(monkeypatch) -> list:
 def merged_unet(model, weights: list[torch.Tensor], w: float, prompt: str):
     """With LoRA `weights` (A and B in turn): the weights as leaves, the guided output f(x_t, t) with and without."""
     pipeline = StableDiffusionPipeline.from_pretrained(model)
-    text, no_text = (dpok.encode_prompts(pipeline, [p], "cpu")[0] for p in (prompt, ""))
+    encode = PromptEncoder(pipeline, "cpu")
+    text, no_text = (encode([p])[0] for p in (prompt, ""))
     unet = pipeline.unet.double()
     frozen = dict(unet.named_parameters())
     leaves = [weight.double().requires_grad_() for weight in weights]
