@@ -41,13 +41,13 @@ from common.cli import (
     read_prompts,
     warn_of_prompts,
 )
-from common.comparison import compare, comparison, diversity, mean_and_error
-from common.models import BASE, Model, finetuned, read_models, was_trained_on
 from common.rewards import RewardError, check_spec
 from common.run_folder import run_name
 from common.scheduler import ddim_step_kl, ddim_step_with_logprob
 from common.stop import end_run, join_ranks
 from dpok import decode, encode_prompts, guided_noise, sample, seeded
+from evaluation.models import BASE, Model, finetuned, read_models, was_trained_on
+from evaluation.statistics import compare, comparison, diversity, mean_and_error
 
 
 @dataclass
