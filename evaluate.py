@@ -47,7 +47,8 @@ from common.scheduler import ddim_step_kl, ddim_step_with_logprob
 from common.stop import end_run, join_ranks
 from dpok import decode, encode_prompts, guided_noise, sample, seeded
 from evaluation.models import BASE, Model, finetuned, read_models, was_trained_on
-from evaluation.statistics import compare, comparison, diversity, mean_and_error
+from evaluation.sheet import comparison
+from evaluation.statistics import compare, diversity, mean_and_error
 
 
 @dataclass

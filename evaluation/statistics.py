@@ -1,10 +1,7 @@
-"""Statistics of scores that come in pairs of the same prompt and noise, and the sheet that shows such pictures."""
-
-import re
+"""Statistics of scores that come in pairs of the same prompt and noise."""
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 TIE = 1e-6
 """Scores that differ by no more are a tie: rounding, when two models draw the same picture."""
@@ -13,8 +10,8 @@ TIE = 1e-6
 def mean_and_error(values: np.ndarray) -> tuple[float, float | None]:
     """Mean of (P, N) values, N of each of P prompts, and its standard error, None where N is 1.
 
-    The prompts are taken as they are: the error is that of the prompts' means, added up. So it says how far the figure
-    would move with other noise and the same prompts.
+    The prompts are taken as they are: the error is that of the prompts' means, added up. So it
+    says how far the figure would move with other noise and the same prompts.
     """
     P, N = values.shape
     values = values.astype(np.float64)
@@ -22,8 +19,10 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float | None]:
     return float(values.mean()), error
 
 
-def compare(scores: np.ndarray, base: np.ndarray | None, of_a_set: bool = False) -> dict[str, float | None]:
-    """The figures of (P, N) scores, and of their pairs with those of the base, whose noise is the same.
+def compare(
+    scores: np.ndarray, base: np.ndarray | None, of_a_set: bool = False
+) -> dict[str, float | None]:
+    """The figures of (P, N) scores, and of their pairs with those of the base, of the same noise.
 
     `of_a_set`: a prompt's pictures have one score together, which has no standard error.
     """
@@ -39,30 +38,10 @@ def compare(scores: np.ndarray, base: np.ndarray | None, of_a_set: bool = False)
 
 
 def diversity(vectors: torch.Tensor) -> float | None:
-    """Mean over all pairs of N vectors (N, D) of the root mean square of their difference; None for N = 1."""
+    """Mean over all pairs of N vectors (N, D) of the root mean square of their difference.
+
+    None for N = 1.
+    """
     if len(vectors) < 2:
         return None
     return torch.pdist(vectors).mean().item() / vectors.shape[1] ** 0.5
-
-
-LEFT, TOP, GAP = 176, 26, 2
-
-
-def comparison(shown: dict[tuple[str, int], np.ndarray], prompts: list[str], names: list[str]) -> Image.Image:
-    """Under each prompt a row for each model and a column for each seed; `shown` has (columns, H, W, 3) uint8."""
-    shape = next(iter(shown.values())).shape
-    side = 256 if shape[1] > 256 else shape[1] * max(1, 128 // shape[1])
-    how = Image.Resampling.LANCZOS if side < shape[1] else Image.Resampling.NEAREST
-    indices = sorted({j for _, j in shown})
-    block = TOP + len(names) * (side + GAP)
-    sheet = Image.new("RGB", (LEFT + shape[0] * (side + GAP), len(indices) * block), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for n, j in enumerate(indices):
-        draw.text((LEFT, n * block + 5), prompts[j], "black", font)
-        for row, name in enumerate(names):
-            y = n * block + TOP + row * (side + GAP)
-            draw.text((4, y + 4), "\n".join(re.findall(".{1,20}", name)), "black", font)
-            for column, picture in enumerate(shown[name, j]):
-                cell = Image.fromarray(picture).resize((side, side), how)
-                sheet.paste(cell, (LEFT + column * (side + GAP), y))
-    return sheet

@@ -21,7 +21,8 @@ import evaluate
 from common.lora import FILE_NAME, add_lora, save_lora
 from common.scheduler import ddim_step_with_logprob
 from evaluation.models import finetuned, read_models
-from evaluation.statistics import GAP, LEFT, TOP, compare, diversity, mean_and_error
+from evaluation.sheet import GAP, LEFT, TOP
+from evaluation.statistics import compare, diversity, mean_and_error
 
 PROMPTS = ["A green colored rabbit", "A cat and a dog", "a dog on the moon"]
 SETTINGS = ("--images-per-prompt", 4, "--shard-size", 4, "--num-inference-steps", 3, "--guidance-scale", 2)
