@@ -21,6 +21,7 @@ import evaluate
 from common.lora import FILE_NAME, add_lora, save_lora
 from common.scheduler import ddim_step_with_logprob
 from evaluation.models import finetuned, read_models
+from evaluation.sampler import encode_prompts, guided_noise, kl_to_pretrained, sample
 from evaluation.sheet import GAP, LEFT, TOP
 from evaluation.statistics import compare, diversity, mean_and_error
 
@@ -141,21 +142,21 @@ def test_kl_is_that_of_torch_distributions(work, tiny_sd):
     args = evaluate.Args(guidance_scale=3.0, num_inference_steps=5)
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     scheduler.set_timesteps(5)
-    text, _ = evaluate.encode_prompts(pipeline, PROMPTS[:2], "cpu")
-    no_text, _ = evaluate.encode_prompts(pipeline, [""], "cpu")
+    text = encode_prompts(pipeline, PROMPTS[:2], "cpu")
+    no_text = encode_prompts(pipeline, [""], "cpu")
     noise = torch.randn(2, 6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     for run in ("red", "nothing"):
         unet = finetuned(pipeline.unet, work / "runs" / run)
-        trajectory, _, stds = evaluate.sample(args, unet, scheduler, text, no_text, noise)
+        trajectory, stds = sample(args, unet, scheduler, text, no_text, noise)
         expected = torch.zeros(2, dtype=torch.float64)
         for j, t in enumerate(scheduler.timesteps):
             steps = []
             for network in (unet, pipeline.unet):
-                guided = evaluate.guided_noise(args, network, trajectory[:, j], t.expand(2), text, no_text)
+                guided = guided_noise(args, network, trajectory[:, j], t.expand(2), text, no_text)
                 step = ddim_step_with_logprob(scheduler, guided, t, trajectory[:, j], prev_sample=trajectory[:, j + 1])
                 steps.append(Normal(step.mean.double(), step.std.double().view(2, 1, 1, 1)))
             expected += kl_divergence(*steps).sum((1, 2, 3))
-        found = evaluate.kl_to_pretrained(args, pipeline.unet, scheduler, text, no_text, noise, trajectory, stds)
+        found = kl_to_pretrained(args, pipeline.unet, scheduler, text, no_text, noise, trajectory, stds)
         if run == "red":
             assert expected.min() > 1e-3
             torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-6)
