@@ -24,10 +24,15 @@ class Settings:
     shard_size: int
     """About how many pictures are in a file; whole prompts."""
     num_inference_steps: int
+    """T."""
     guidance_scale: float
+    """w of classifier-free guidance; 1 or less switches it off."""
     eta: float
+    """Noise of the DDIM step; 0 is deterministic and has no KL."""
     seed: int
+    """Of the noise."""
     dtype: str
+    """Of the UNet's forward pass: "fp32", "fp16" or "bf16"."""
 
 
 def read_settings(args, **others) -> Settings:
