@@ -1,53 +1,54 @@
 """Which pictures do people prefer? A page of blind pairs, and the tally of its answers.
 
-`build` writes one HTML file with everything in it: pairs of pictures of the same prompt and the same noise, from two
-models, in hidden and shuffled order, with the three questions of Zhang et al. 2024 (arXiv:2401.12244, App. C.2).
-Send the page, and keep key.json, which alone knows whose picture is where. `tally` takes it and the answers that the
-page saves, and gives for each question how often the second model is preferred, with Wilson's interval:
+`build` writes one HTML file with everything in it: pairs of pictures of the same prompt and the
+same noise, from two models, in hidden and shuffled order, with the three questions of Zhang et
+al. 2024 (arXiv:2401.12244, App. C.2). Send the page, and keep key.json, which alone knows whose
+picture is where. `tally` takes it and the answers that the page saves, and gives for each question
+how often the second model is preferred, with Wilson's interval:
 
-    k of n decided answers, p = k / n:  (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
+    k of n decided answers, p = k / n
+    (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
 
-Base and a run:          python human_eval.py build zoo --lora runs/A --output-dir study
-Two runs:                python human_eval.py build zoo --lora runs/A --lora runs/B --output-dir study
-What is drawn already:   python human_eval.py build --evaluation runs/evaluate__… --models base A --output-dir study
-Answers:                 python human_eval.py tally study/answers/*.json --key study/key.json
+Base and a run:  python human_eval.py build zoo --lora runs/A --output-dir study
+Two runs:        python human_eval.py build zoo --lora runs/A --lora runs/B --output-dir study
+Drawn already:   python human_eval.py build --evaluation runs/evaluate__… --models base A
+Answers:         python human_eval.py tally study/answers/*.json --key study/key.json
 
-docs/evaluate.md says how to ask, and how answers count.
+docs/evaluate.md says how to ask, and how answers count. The work is in evaluation/.
 """
 
-import base64
-import hashlib
-import io
 import json
 import os
-import secrets
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 from typing import Literal
 
-import numpy as np
 import torch.distributed as dist
 import tyro
-from PIL import Image
 
-import evaluate
-from common.cli import check_numbers, fail, parse_args
+from common.cli import check_dtype, check_numbers, fail, parse_args
+from evaluation.draw import draw_and_score
+from evaluation.folder import check_folder, write_whole
+from evaluation.models import read_models
+from evaluation.page import KEY_NAME, PAGE_NAME, write_page
+from evaluation.pairs import choose_models, shuffled_pairs
+from evaluation.settings import SHARD_SIZE, check_world_size, read_settings
+from evaluation.tally import tables, tally
 
 
 @dataclass
 class BuildArgs:
     evaluation: Path | None = None
-    """Output folder of evaluate.py whose pictures to take; without it they are drawn, as --model, --lora ... say."""
+    """Output folder of evaluate.py whose pictures to take; without it --lora ... are drawn."""
     models: tuple[str, ...] = ()
-    """The two to compare, of those in --evaluation, as its tables name them; the tally says how the second fares."""
+    """The two of --evaluation to compare, as its tables name them; the tally is of the second."""
     images_per_prompt: int = 4
     """Pairs of each prompt; of an evaluation the first ones."""
     shuffle_seed: int | None = None
-    """Of the order of pairs and sides; by default drawn at random, so that no rater can guess it. key.json has it."""
-    model: str = evaluate.Args.model
+    """Of the order of pairs and sides; by default random, so that no rater can guess it."""
+    model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     """Hub id or local folder in diffusers format: the base."""
     lora: tuple[Path, ...] = ()
     """One run (or safetensors file) to compare with the base, or two to compare with each other."""
@@ -55,13 +56,13 @@ class BuildArgs:
     """The prompt, unless --prompts-file is given."""
     prompts_file: Path | None = None
     """Text file, one prompt a line."""
-    micro_batch_size: int = evaluate.Args.micro_batch_size
-    """Pictures in one forward pass of a rank. For memory and speed only: never changes the result."""
-    num_inference_steps: int = evaluate.Args.num_inference_steps
+    micro_batch_size: int = 8
+    """Pictures in one forward pass of a rank: for memory and speed, never changes the result."""
+    num_inference_steps: int = 50
     """T: DDIM steps of a picture."""
-    guidance_scale: float = evaluate.Args.guidance_scale
+    guidance_scale: float = 7.5
     """w of classifier-free guidance; 1 or less switches it off."""
-    eta: float = evaluate.Args.eta
+    eta: float = 1.0
     """Noise of the DDIM step, as in training."""
     seed: int = 0
     """Seed of the noise; picture i of prompt j is a function of (seed, j, i)."""
@@ -81,415 +82,70 @@ class TallyArgs:
     """JSON file for the figures, besides the tables on the screen."""
 
 
-ZOO = replace(BuildArgs(), **{key: getattr(evaluate.ZOO, key) for key in ("model", "prompts_file", "micro_batch_size")})
-ZOO = replace(ZOO, **{key: getattr(evaluate.ZOO, key) for key in ("num_inference_steps", "guidance_scale")})
-PRESETS = {"stable-diffusion": BuildArgs(), "zoo": ZOO}
-QUESTIONS = {
-    "fidelity": "Which picture is drawn better: true to the shape of things, without flaws?",
-    "relevance": "Which picture shows better what the text says?",
-    "overall": "All in all, which picture would you rather be given for this text?",
+PRESETS = {
+    "stable-diffusion": BuildArgs(),
+    "zoo": BuildArgs(
+        model="zoo/sd",
+        prompts_file=Path("prompts/dpok_and_unseen.txt"),
+        micro_batch_size=16,
+        num_inference_steps=12,
+        guidance_scale=1.5,
+    ),
 }
-ANSWERS = {"left": "Left", "right": "Right", "similar": "Similar, or not sure", "not_loaded": "Did not load"}
+
+
+def check(args: BuildArgs, output_dir: Path) -> None:
+    """Refuse what build cannot do, but for what `draw` and `choose_models` refuse."""
+    check_numbers(args, {"seed", "shuffle_seed"})
+    if (output_dir / KEY_NAME).exists():
+        fail(
+            f"--output-dir {output_dir} holds a page and its key; "
+            "choose another folder, or answers lose their key"
+        )
+    if args.evaluation and args.lora:
+        fail(
+            "--lora and --evaluation are both given; choose models of the evaluation with --models"
+        )
+    if not args.evaluation and args.models:
+        fail("--models chooses from --evaluation, which is missing; name runs with --lora")
+    if not args.evaluation and not 1 <= len(args.lora) <= 2:
+        fail(
+            f"--lora names {len(args.lora)} runs; "
+            "name one to compare with the base, or two, or give --evaluation"
+        )
+
+
+def draw(args: BuildArgs, folder: Path) -> list[str]:
+    """Pictures of two models as evaluate.py draws them, into `folder`; returns their names."""
+    check_dtype(args.dtype)
+    settings = read_settings(args, shard_size=SHARD_SIZE)
+    models = read_models(args)
+    check_world_size(settings, int(os.environ.get("WORLD_SIZE", 1)))
+    check_folder(folder, settings, models)
+    models = models[-2:]
+    draw_and_score(settings, models, (), folder, args.micro_batch_size)
+    return [model.name for model in models]
 
 
 def build(args: BuildArgs) -> None:
-    """Write human_eval.html, the page, and key.json, whose sides are which."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    check_numbers(args, {"seed", "shuffle_seed"})
-    output_dir = args.output_dir or Path("runs") / f"human_eval__{time.strftime('%Y%m%d-%H%M%S')}"
-    if (output_dir / "key.json").exists():
-        fail(f"--output-dir {output_dir} holds a page and its key; choose another folder, or answers lose their key")
-    if args.evaluation is None:
-        folder, names = draw(args, output_dir, world_size)
+    """Write the page, and the key, whose sides are which."""
+    name = f"human_eval__{time.strftime('%Y%m%d-%H%M%S')}"
+    output_dir = args.output_dir or Path("runs") / name
+    check(args, output_dir)
+    if args.evaluation:
+        folder = args.evaluation
+        names = choose_models(folder, args.models, args.images_per_prompt)
     else:
-        folder, names = args.evaluation, chosen_models(args)
-    if rank == 0:
+        folder = output_dir / "pictures"
+        names = draw(args, folder)
+    if int(os.environ.get("RANK", 0)) == 0:
         pairs, pictures = shuffled_pairs(args, folder, names)
-        study = hashlib.sha256(json.dumps(pairs).encode())
-        for picture in pictures:
-            study.update(picture.tobytes())
-        key = {"study": study.hexdigest()[:16], "models": names, **pairs}
-        output_dir.mkdir(parents=True, exist_ok=True)
-        # In the order in which they are shown, and nothing beside the pixels.
-        sides = [[as_data_uri(picture) for picture in pictures[2 * i : 2 * i + 2]] for i in range(len(pairs["pairs"]))]
-        shown = [{"prompt": pair["prompt"], "left": a, "right": b} for pair, (a, b) in zip(pairs["pairs"], sides)]
-        page = {"study": key["study"], "questions": QUESTIONS, "answers": ANSWERS, "pairs": shown}
-        # "<" would end the script's element, or begin a comment, where a prompt has it.
-        text = PAGE.replace("STUDY", json.dumps(page).replace("<", "\\u003c"))
-        evaluate.write_whole(output_dir / "human_eval.html", text)
-        evaluate.write_whole(output_dir / "key.json", json.dumps(key, indent=2) + "\n")
-        print(f"send {output_dir / 'human_eval.html'}: {len(shown)} pairs of {names[0]} and {names[1]}")
-        print(f"keep {output_dir / 'key.json'}: without it nobody knows whose picture is where")
+        write_page(output_dir, names, pairs, pictures)
+        count = len(pairs["pairs"])
+        print(f"send {output_dir / PAGE_NAME}: {count} pairs of {names[0]} and {names[1]}")
+        print(f"keep {output_dir / KEY_NAME}: without it nobody knows whose picture is where")
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def draw(args: BuildArgs, output_dir: Path, world_size: int) -> tuple[Path, list[str]]:
-    """Pictures as evaluate.py draws them, into `output_dir`/pictures: that folder, and the two models' names."""
-    if args.models:
-        fail("--models chooses from --evaluation, which is missing; name runs with --lora")
-    if not 1 <= len(args.lora) <= 2:
-        fail(f"--lora names {len(args.lora)} runs; name one to compare with the base, or two, or give --evaluation")
-    same = {key: value for key, value in vars(args).items() if key in evaluate.Args.__dataclass_fields__}
-    same |= {"rewards": (), "output_dir": output_dir / "pictures"}
-    prompts, models, folder = evaluate.prepare(evaluate.Args(**same), world_size)
-    models = models[-2:]
-    evaluate.draw_and_score(evaluate.Args(**same), prompts, models, folder)
-    return folder, [model.name for model in models]
-
-
-def chosen_models(args: BuildArgs) -> list[str]:
-    """Two models of --evaluation that have all their pictures."""
-    if args.lora:
-        fail("--lora and --evaluation are both given; choose models of the evaluation with --models")
-    there = evaluate.read_description(args.evaluation)
-    if there is None:
-        fail(f"--evaluation {args.evaluation} is no output folder of evaluate.py (it has no evaluation.json)")
-    names = list(args.models or there["models"])
-    if len(set(names)) != 2 or len(names) != 2 or not {*names} <= there["models"].keys():
-        fail(f"--models: name two of {', '.join(there['models'])}")
-    most = there["settings"]["images_per_prompt"]
-    if args.images_per_prompt > most:
-        fail(f"--images-per-prompt is {args.images_per_prompt}, and --evaluation {args.evaluation} has {most}")
-    for name in names:
-        for number in range(len(shards_of(there))):
-            if not evaluate.shard_file(args.evaluation, name, number).exists():
-                fail(f"--evaluation {args.evaluation} lacks pictures of {name}; run the command of evaluate.py again")
-    return names
-
-
-def shards_of(there: dict) -> list[np.ndarray]:
-    """Of an evaluation's description: indices of prompts, shard after shard."""
-    settings = there["settings"]
-    return evaluate.shards_of(len(settings["prompts"]), settings["images_per_prompt"], settings["shard_size"])
-
-
-def shuffled_pairs(args: BuildArgs, folder: Path, names: list[str]) -> tuple[dict, list[np.ndarray]]:
-    """The pairs in the order of the page, {"shuffle_seed", "pairs": [{"prompt", "image", "left", "right"}]} with the
-    models' names, and their pictures, the left before the right one, uint8 (H, W, 3)."""
-    there, found = evaluate.read_description(folder), []
-    settings = there["settings"]
-    for number, shard in enumerate(shards_of(there)):
-        both = [evaluate.read_shard(folder, name, number)["images"] for name in names]
-        both = [images.reshape(len(shard), settings["images_per_prompt"], *images.shape[1:]) for images in both]
-        for row, j in enumerate(shard):
-            for i in range(args.images_per_prompt):
-                found.append((settings["prompts"][j], i, [images[row, i] for images in both]))
-    seed = secrets.randbits(64) if args.shuffle_seed is None else args.shuffle_seed
-    rng = np.random.default_rng(seed)
-    pairs, pictures = [], []
-    # Each model is on the left in half of the pairs.
-    for n, swapped in zip(rng.permutation(len(found)), rng.permutation(np.arange(len(found)) % 2)):
-        prompt, image, both = found[n]
-        left, right = (1, 0) if swapped else (0, 1)
-        pairs.append({"prompt": prompt, "image": image, "left": names[left], "right": names[right]})
-        pictures += [both[left], both[right]]
-    return {"shuffle_seed": seed, "pairs": pairs}, pictures
-
-
-def as_data_uri(picture: np.ndarray) -> str:
-    """A PNG of the pixels alone, uint8 (H, W, 3)."""
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-PAGE = r"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>Which picture?</title>
-<style>
-body { font: 16px/1.4 system-ui, sans-serif; max-width: 1100px; margin: 1em auto; padding: 0 1em; color: #222 }
-header, footer, #pictures { display: flex; gap: 1em; align-items: center }
-progress { flex: 1 }
-#prompt { font-size: 1.4em; text-align: center; margin: .6em }
-figure { flex: 1; margin: 0; text-align: center }
-img { width: min(100%, 512px, 46vh) }
-img.small { image-rendering: pixelated }
-fieldset { margin: .6em 0; border: 2px solid #ccc; border-radius: 6px }
-fieldset.active { border-color: #06c }
-fieldset div { display: flex; gap: .5em; flex-wrap: wrap }
-button { font: inherit; padding: .4em .8em; border: 1px solid #888; border-radius: 4px; background: #fff }
-fieldset button { flex: 1 }
-button[aria-pressed=true] { background: #06c; color: #fff }
-button:disabled { opacity: .4; cursor: default }
-#message { color: #06c }
-kbd { border: 1px solid #aaa; border-radius: 3px; padding: 0 .3em }
-</style>
-</head>
-<body>
-<header>
-<label>Your name <input id="rater" size="12"></label>
-<progress id="progress" value="0"></progress>
-<span id="count"></span>
-<button id="save">Save answers</button>
-</header>
-<p id="prompt"></p>
-<div id="pictures">
-<figure><img id="left" alt="left picture"><figcaption>Left</figcaption></figure>
-<figure><img id="right" alt="right picture"><figcaption>Right</figcaption></figure>
-</div>
-<div id="questions"></div>
-<footer>
-<button id="back">Back</button>
-<button id="next">Next</button>
-<span id="message"></span>
-</footer>
-<p><kbd>1</kbd> to <kbd>4</kbd> answer the framed question, <kbd>↑</kbd> <kbd>↓</kbd> choose another,
-<kbd>Enter</kbd> or <kbd>→</kbd> goes on, <kbd>←</kbd> back, <kbd>S</kbd> saves the answers as a file.
-What you have answered is still there when you close the page and open it again in the same browser.</p>
-<script type="application/json" id="study">STUDY</script>
-<script>
-"use strict";
-const study = JSON.parse(document.getElementById("study").textContent);
-const questions = Object.keys(study.questions), answers = Object.keys(study.answers);
-const element = id => document.getElementById(id);
-const stored = "human_eval " + study.study;
-let state = {rater: "", session: "", at: 0, answers: {}};
-let active = 0;  // the question that keys answer
-
-try {
-  state = JSON.parse(localStorage.getItem(stored)) || state;
-} catch (error) {
-  element("message").textContent = "This browser keeps nothing: save your answers before you close the page.";
-}
-if (!state.session) {
-  state.session = Array.from(crypto.getRandomValues(new Uint8Array(8)), n => n.toString(16).padStart(2, "0")).join("");
-}
-
-function keep() {
-  try {
-    localStorage.setItem(stored, JSON.stringify(state));
-  } catch (error) {
-    element("message").textContent = "This browser keeps nothing: save your answers before you close the page.";
-  }
-}
-
-const given = pair => state.answers[pair] || {};
-const isComplete = pair => questions.every(question => given(pair)[question]);
-const firstOpen = pair => Math.max(0, questions.findIndex(question => !given(pair)[question]));
-
-function answer(question, value) {
-  state.answers[state.at] = {...given(state.at), [questions[question]]: value};
-  active = isComplete(state.at) ? question : firstOpen(state.at);
-  keep();
-  show();
-}
-
-function go(step) {
-  const to = state.at + step;
-  if (step > 0 && !isComplete(state.at)) {
-    return;
-  }
-  if (to < 0 || to >= study.pairs.length) {
-    return;
-  }
-  state.at = to;
-  active = firstOpen(to);
-  keep();
-  show();
-}
-
-function save() {
-  const text = JSON.stringify({study: study.study, rater: state.rater, session: state.session, answers: state.answers});
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
-  link.download = "answers-" + (state.rater.replace(/[^\w-]+/g, "-") || state.session) + ".json";
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
-}
-
-function show() {
-  const pair = study.pairs[state.at], done = study.pairs.filter((_, index) => isComplete(index)).length;
-  element("prompt").textContent = pair.prompt;
-  for (const side of ["left", "right"]) {
-    if (element(side).src !== pair[side]) {
-      element(side).src = pair[side];
-    }
-  }
-  element("progress").max = study.pairs.length;
-  element("progress").value = done;
-  element("count").textContent = `pair ${state.at + 1} of ${study.pairs.length}, ${done} answered`;
-  element("rater").value = state.rater;
-  element("back").disabled = state.at === 0;
-  element("next").disabled = !isComplete(state.at) || state.at + 1 === study.pairs.length;
-  if (done === study.pairs.length) {
-    element("message").textContent = "That was all. Save your answers, and send the file.";
-  }
-  questions.forEach((question, index) => {
-    element(question).className = index === active ? "active" : "";
-    for (const button of element(question).querySelectorAll("button")) {
-      button.setAttribute("aria-pressed", given(state.at)[question] === button.value);
-    }
-  });
-}
-
-questions.forEach((question, index) => {
-  const field = document.createElement("fieldset"), row = document.createElement("div");
-  field.id = question;
-  field.append(Object.assign(document.createElement("legend"), {textContent: study.questions[question]}), row);
-  for (const value of answers) {
-    const button = Object.assign(document.createElement("button"), {value, textContent: study.answers[value]});
-    button.addEventListener("click", () => { button.blur(); answer(index, value); });
-    row.append(button);
-  }
-  element("questions").append(field);
-});
-for (const side of ["left", "right"]) {
-  const picture = element(side);
-  picture.addEventListener("load", () => picture.classList.toggle("small", picture.naturalWidth < 256));
-}
-element("rater").addEventListener("input", () => { state.rater = element("rater").value; keep(); });
-element("back").addEventListener("click", () => { element("back").blur(); go(-1); });
-element("next").addEventListener("click", () => { element("next").blur(); go(1); });
-element("save").addEventListener("click", () => { element("save").blur(); save(); });
-document.addEventListener("keydown", event => {
-  if (event.target.tagName === "INPUT" || event.repeat || event.ctrlKey || event.metaKey || event.altKey) {
-    return;
-  }
-  if (event.target.tagName === "BUTTON" && (event.key === "Enter" || event.key === " ")) {
-    return;  // of somebody who goes from button to button with the tabulator
-  }
-  const number = Number(event.key);
-  if (number >= 1 && number <= answers.length) {
-    answer(active, answers[number - 1]);
-  } else if (event.key === "ArrowUp" || event.key === "ArrowDown") {
-    active = Math.min(questions.length - 1, Math.max(0, active + (event.key === "ArrowUp" ? -1 : 1)));
-    event.preventDefault();
-    show();
-  } else if (event.key === "Enter" || event.key === "ArrowRight") {
-    go(1);
-  } else if (event.key === "ArrowLeft") {
-    go(-1);
-  } else if (event.key === "s" || event.key === "S") {
-    save();
-  }
-});
-active = firstOpen(state.at);
-keep();
-show();
-</script>
-</body>
-</html>
-"""
-
-
-def wilson_interval(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval for a share of which k of n were seen (Wilson 1927); (0, 1) where n is 0."""
-    if n == 0:
-        return 0.0, 1.0
-    z, p = NormalDist().inv_cdf((1 + confidence) / 2), k / n
-    middle, half = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
-    low, high = ((middle + sign * half) / (1 + z**2 / n) for sign in (-1, 1))
-    return (0.0 if k == 0 else low), (1.0 if k == n else high)  # exactly, where rounding would leave 1e-17
-
-
-def read_json(path: Path, flag: str) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        fail(f"{flag} {path}: {error.strerror}; give a file that there is")
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        fail(f"{flag} {path} is not a JSON object; give the file as it was saved")
-    return content
-
-
-def read_key(args: TallyArgs) -> dict:
-    """The key of the page."""
-    folder = args.answers[0].parent
-    places = [args.key] if args.key else [folder / "key.json", folder.parent / "key.json"]
-    path = next((place for place in places if place.exists()), None) or args.key
-    if path is None:
-        fail("--key is missing, and there is no key.json beside the answers; name the one that build has written")
-    key = read_json(path, "--key")
-    if not {"study", "models", "pairs"} <= key.keys():
-        fail(f"--key {path} is no key; name the key.json that build has written")
-    return key
-
-
-def read_answers(path: Path, key: dict) -> dict:
-    """A rater's file, checked against the key."""
-    content = read_json(path, "answers")
-    if not {"study", "session", "answers"} <= content.keys() or not isinstance(content["answers"], dict):
-        fail(f"answers {path} is no file of answers; name only files that the page has saved")
-    if content["study"] != key["study"]:
-        fail(f"answers {path} are of another page than the key's; give the key.json that was written with that page")
-    for pair, given in content["answers"].items():
-        known = pair.isdigit() and int(pair) < len(key["pairs"]) and isinstance(given, dict)
-        if not known or not given.keys() <= QUESTIONS.keys() or not {*map(str, given.values())} <= ANSWERS.keys():
-            fail(f"answers {path}: pair {pair} is not as the page saves it; give the file as it was saved")
-    return content
-
-
-def verdicts(key: dict, given: dict, question: str) -> list[int | str | None]:
-    """A rater's answers to one question, pair after pair: which of the two models is preferred (0 or 1), "similar",
-    "not_loaded", or None where there is no answer."""
-    out = []
-    for n, pair in enumerate(key["pairs"]):
-        value = given.get(str(n), {}).get(question)
-        out.append(key["models"].index(pair[value]) if value in ("left", "right") else value)
-    return out
-
-
-def rates(found: list[int | str | None], models: list[str]) -> dict:
-    """Counts, and the share of the second model among the answers that prefer one, with its 95 % interval."""
-    k, n = found.count(1), found.count(0) + found.count(1)
-    return {
-        "preferred": {name: found.count(which) for which, name in enumerate(models)},
-        "similar": found.count("similar"),
-        "not_loaded": found.count("not_loaded"),
-        "not_answered": found.count(None),
-        "preference": k / n if n else None,
-        "interval": list(wilson_interval(k, n)),
-    }
-
-
-def majority(votes: list[int | str | None]) -> int | str | None:
-    """What several raters say of one pair: the model that more of them prefer; else similar, if any has seen both."""
-    if votes.count(0) != votes.count(1):
-        return int(votes.count(1) > votes.count(0))
-    return next((answer for answer in ("similar", "not_loaded") if answer in votes), "similar" if 0 in votes else None)
-
-
-def tally(args: TallyArgs) -> None:
-    """Print a table of the answers, and one of the raters' majorities if there are several."""
-    if not args.answers:
-        fail("there are no answers; name the files that the page has saved, e.g. answers/*.json")
-    key = read_key(args)
-    files = {}
-    for path in args.answers:
-        content = read_answers(path, key)
-        if content["session"] in files:
-            fail(f"answers {path} and {files[content['session']][0]} are one rater's; give the later one alone")
-        files[content["session"]] = path, content["answers"]
-    models, results = key["models"], {"raters": len(files), "pairs": len(key["pairs"]), "answers": {}, "majority": {}}
-    for question in QUESTIONS:
-        by_rater = [verdicts(key, given, question) for _, given in files.values()]
-        results["answers"][question] = rates([verdict for found in by_rater for verdict in found], models)
-        results["majority"][question] = rates([majority(list(votes)) for votes in zip(*by_rater)], models)
-    print(f"{len(files)} raters, {len(key['pairs'])} pairs of {models[0]} and {models[1]}\n")
-    print(table("answer", results["answers"], models))
-    if len(files) > 1:
-        print(table("pair, by majority", results["majority"], models))
-    if args.output:
-        evaluate.write_whole(args.output, json.dumps(results | {"models": models}, indent=2) + "\n")
-
-
-def table(of: str, results: dict[str, dict], models: list[str]) -> str:
-    """Markdown, a line a question."""
-    names = [name.replace("|", "\\|") for name in models]
-    lines = [f"| each {of} | {names[0]} | {names[1]} | similar | did not load | not answered | {names[1]} preferred |"]
-    lines += ["|---|---|---|---|---|---|---|"]
-    for question, found in results.items():
-        counts = [*found["preferred"].values(), *(found[k] for k in ("similar", "not_loaded", "not_answered"))]
-        low, high = found["interval"]
-        rate = "–" if found["preference"] is None else f"{found['preference']:.0%} ({low:.0%} to {high:.0%})"
-        lines.append(f"| {question} | {' | '.join(map(str, counts))} | {rate} |")
-    return "\n".join(lines) + "\n"
 
 
 def main():
@@ -497,7 +153,12 @@ def main():
     if what == "build":
         build(parse_args(PRESETS, __doc__, words))
     elif what == "tally":
-        tally(tyro.cli(TallyArgs, args=words, description=__doc__, prog="human_eval.py tally"))
+        prog = "human_eval.py tally"
+        args = tyro.cli(TallyArgs, args=words, description=__doc__, prog=prog)
+        results = tally(args.answers, args.key)
+        print(tables(results))
+        if args.output:
+            write_whole(args.output, json.dumps(results, indent=2) + "\n")
     elif what in ("-h", "--help"):
         print(f"{__doc__}\nbuild --help and tally --help explain every flag.")
     else:

@@ -1,4 +1,4 @@
-"""Sampling and judging on the zoo for the benchmarks, as dpok.py's zoo preset samples, by plain diffusers."""
+"""Sampling and judging on the zoo for the benchmarks, by plain diffusers."""
 
 import hashlib
 from pathlib import Path
@@ -7,16 +7,18 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging
 
-from dpok import ZOO
 from zoo import judge as judging
 
 ROOT = Path(__file__).resolve().parent.parent
+NUM_INFERENCE_STEPS, GUIDANCE_SCALE, ETA = 12, 1.5, 1.0
+"""How the zoo presets of all scripts sample."""
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
 
 def weights_digest() -> str:
-    """SHA-256 over the zoo's weights: results carry it, and a test compares, so that figures are those of the files."""
+    """SHA-256 over the zoo's weights: results carry it, and a test compares, so that figures are
+    those of the files."""
     digest = hashlib.sha256()
     for path in sorted((ROOT / "zoo").glob("*/**/*.safetensors")):
         digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
@@ -40,9 +42,9 @@ def pictures(pipeline, prompts: list[str], seed: int) -> torch.Tensor:
         out.append(
             pipeline(
                 prompts[i : i + 32],
-                num_inference_steps=ZOO.num_inference_steps,
-                guidance_scale=ZOO.guidance_scale,
-                eta=ZOO.eta,
+                num_inference_steps=NUM_INFERENCE_STEPS,
+                guidance_scale=GUIDANCE_SCALE,
+                eta=ETA,
                 generator=generators[i : i + 32],
                 output_type="pt",
             ).images
@@ -50,8 +52,11 @@ def pictures(pipeline, prompts: list[str], seed: int) -> torch.Tensor:
     return torch.cat(out)
 
 
-def measure(pipeline, judge, reward, prompt: str, count: int, seed: int) -> tuple[dict[str, float], torch.Tensor]:
-    """Judge's success, distance to real renders and reward over `count` pictures of a prompt, and the pictures."""
+def measure(
+    pipeline, judge, reward, prompt: str, count: int, seed: int
+) -> tuple[dict[str, float], torch.Tensor]:
+    """Judge's success, distance to real renders and reward over `count` pictures of a prompt, and
+    the pictures."""
     images = pictures(pipeline, [prompt] * count, seed)
     numbers = {
         "success": judging.success(judge, images, [prompt] * count).mean().item(),

@@ -18,9 +18,12 @@ from scipy import stats
 from torch.distributions import Normal, kl_divergence
 
 import evaluate
-from common import comparison
 from common.lora import FILE_NAME, add_lora, save_lora
 from common.scheduler import ddim_step_with_logprob
+from evaluation.models import finetuned, read_models
+from evaluation.sampler import encode_prompts, guided_noise, kl_to_pretrained, sample
+from evaluation.sheet import GAP, LEFT, TOP
+from evaluation.statistics import compare, diversity, mean_and_error
 
 PROMPTS = ["A green colored rabbit", "A cat and a dog", "a dog on the moon"]
 SETTINGS = ("--images-per-prompt", 4, "--shard-size", 4, "--num-inference-steps", 3, "--guidance-scale", 2)
@@ -99,7 +102,7 @@ def test_statistics_equal_those_of_scipy():
     ours = base + rng.normal(0.3, 1, size=(5, 12))
     ours[:, :3] = base[:, :3]  # ties
     for j in range(5):
-        found = evaluate.compare(ours[j : j + 1], base[j : j + 1])
+        found = compare(ours[j : j + 1], base[j : j + 1])
         paired = stats.ttest_rel(ours[j], base[j])
         assert found["mean"] == pytest.approx(np.mean(ours[j]))
         assert found["standard_error"] == pytest.approx(stats.sem(ours[j]), rel=1e-12)
@@ -109,7 +112,7 @@ def test_statistics_equal_those_of_scipy():
         ranks = stats.rankdata(np.stack([base[j], ours[j]]), axis=0)[1]
         assert found["win_rate"] == pytest.approx(np.mean(ranks - 1))
         assert found["win_rate_standard_error"] == pytest.approx(stats.sem(ranks - 1))
-    found = evaluate.compare(ours, base)
+    found = compare(ours, base)
     assert found["mean"] == pytest.approx(ours.mean()) and found["gain"] == pytest.approx((ours - base).mean())
     assert found["standard_error"] == pytest.approx(np.sqrt(np.mean(stats.sem(ours, axis=1) ** 2) / 5), rel=1e-12)
     assert found["win_rate"] == pytest.approx(np.mean(stats.rankdata(np.stack([base, ours]), axis=0)[1] - 1))
@@ -119,17 +122,17 @@ def test_standard_error_in_all_is_that_of_other_noise_and_the_same_prompts():
     """The estimate against the spread of the mean over 4000 evaluations, whose prompts differ a lot and stay."""
     rng = np.random.default_rng(1)
     means, spreads = np.array([[-3.0], [0.0], [5.0]]), np.array([[1.0], [0.2], [2.0]])
-    found = [evaluate.mean_and_error(rng.normal(means, spreads, size=(3, 10))) for _ in range(4000)]
+    found = [mean_and_error(rng.normal(means, spreads, size=(3, 10))) for _ in range(4000)]
     spread = np.std([mean for mean, _ in found], ddof=1)
     assert np.sqrt(np.mean([error**2 for _, error in found])) == pytest.approx(spread, rel=0.05)
-    assert evaluate.mean_and_error(np.array([[1.0], [2.0]])) == (1.5, None)
+    assert mean_and_error(np.array([[1.0], [2.0]])) == (1.5, None)
 
 
 def test_diversity_is_the_mean_over_pairs():
     a = torch.rand(4, 30, generator=torch.Generator().manual_seed(0))
     pairs = [((a[i] - a[j]) ** 2).mean().sqrt().item() for i in range(4) for j in range(i)]
-    assert evaluate.diversity(a) == pytest.approx(np.mean(pairs))
-    assert evaluate.diversity(a[:1]) is None
+    assert diversity(a) == pytest.approx(np.mean(pairs))
+    assert diversity(a[:1]) is None
 
 
 @torch.no_grad()
@@ -139,21 +142,21 @@ def test_kl_is_that_of_torch_distributions(work, tiny_sd):
     args = evaluate.Args(guidance_scale=3.0, num_inference_steps=5)
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     scheduler.set_timesteps(5)
-    text, _ = evaluate.encode_prompts(pipeline, PROMPTS[:2], "cpu")
-    no_text, _ = evaluate.encode_prompts(pipeline, [""], "cpu")
+    text = encode_prompts(pipeline, PROMPTS[:2], "cpu")
+    no_text = encode_prompts(pipeline, [""], "cpu")
     noise = torch.randn(2, 6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     for run in ("red", "nothing"):
-        unet = evaluate.finetuned(pipeline.unet, work / "runs" / run)
-        trajectory, _, stds = evaluate.sample(args, unet, scheduler, text, no_text, noise)
+        unet = finetuned(pipeline.unet, work / "runs" / run)
+        trajectory, stds = sample(args, unet, scheduler, text, no_text, noise)
         expected = torch.zeros(2, dtype=torch.float64)
         for j, t in enumerate(scheduler.timesteps):
             steps = []
             for network in (unet, pipeline.unet):
-                guided = evaluate.guided_noise(args, network, trajectory[:, j], t.expand(2), text, no_text)
+                guided = guided_noise(args, network, trajectory[:, j], t.expand(2), text, no_text)
                 step = ddim_step_with_logprob(scheduler, guided, t, trajectory[:, j], prev_sample=trajectory[:, j + 1])
                 steps.append(Normal(step.mean.double(), step.std.double().view(2, 1, 1, 1)))
             expected += kl_divergence(*steps).sum((1, 2, 3))
-        found = evaluate.kl_to_pretrained(args, pipeline.unet, scheduler, text, no_text, noise, trajectory, stds)
+        found = kl_to_pretrained(args, pipeline.unet, scheduler, text, no_text, noise, trajectory, stds)
         if run == "red":
             assert expected.min() > 1e-3
             torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-6)
@@ -199,12 +202,12 @@ def test_what_a_run_leaves(evaluation, work):
     assert all(table.count(f"| {prompt} |") == 4 for prompt in PROMPTS)
 
     sheet, names = np.asarray(Image.open(evaluation / "comparison.png")), list(results)
-    side = 128 + comparison.GAP  # 64 px, twice as large
+    side = 128 + GAP  # 64 px, twice as large
     for j in range(3):
         for row, name in enumerate(names):
             for i in range(4):
-                y = j * (comparison.TOP + 4 * side) + comparison.TOP + row * side
-                x = comparison.LEFT + i * side
+                y = j * (TOP + 4 * side) + TOP + row * side
+                x = LEFT + i * side
                 cell = sheet[y : y + 128 : 2, x : x + 128 : 2]
                 assert np.array_equal(cell, samples(evaluation, name)["images"][j, i]), (j, name, i)
 
@@ -349,9 +352,9 @@ def test_names_tell_models_apart(tmp_path):
         (tmp_path / place).mkdir(parents=True)
         save_file({"x": torch.zeros(1)}, tmp_path / place / FILE_NAME)
     paths = [tmp_path / "a/run", tmp_path / "b/run" / FILE_NAME, tmp_path / "c/d|e"]
-    models = evaluate.read_models(evaluate.Args(lora=tuple(paths)))
+    models = read_models(evaluate.Args(lora=tuple(paths)))
     assert [model.name for model in models] == ["base", "a__run", "b__run", "c__d-e"]
-    names = [model.name for model in evaluate.read_models(evaluate.Args(lora=(tmp_path / "base",)))]
+    names = [model.name for model in read_models(evaluate.Args(lora=(tmp_path / "base",)))]
     assert names == ["base", f"{tmp_path.name}__base"]
 
 

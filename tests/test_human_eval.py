@@ -17,6 +17,9 @@ from scipy.stats import binomtest
 from test_evaluate import make_lora
 
 import human_eval
+from evaluation.page import ANSWERS
+from evaluation.pairs import shuffled_pairs
+from evaluation.tally import wilson_interval
 
 PROMPTS = ["A cat and a dog", "a </script><!-- dog --> & a \u201ccat\u201d", "A green colored rabbit"]
 QUESTIONS = ("fidelity", "relevance", "overall")
@@ -92,7 +95,7 @@ def test_nothing_in_the_page_tells_whose_picture_is_where(study, tmp_path, monke
     sides = []
     for seed in range(200):
         args = human_eval.BuildArgs(images_per_prompt=2, shuffle_seed=seed)
-        pairs, _ = human_eval.shuffled_pairs(args, study / "pictures", ["base", "my-secret-run"])
+        pairs, _ = shuffled_pairs(args, study / "pictures", ["base", "my-secret-run"])
         sides.append([pair["left"] == "base" for pair in pairs["pairs"]])
     assert (np.sum(sides, axis=1) == 3).all()
     assert all(binomtest(int(k), 200).pvalue > 1e-4 for k in np.sum(sides, axis=0))
@@ -175,7 +178,7 @@ def test_page_in_a_browser(browser, study, tmp_path, monkeypatch, capsys):
         assert pressed() == {question: to_click(question, n) for question in QUESTIONS}
         element("next").click()
     assert element("count").text == "pair 4 of 6, 3 answered"
-    values = list(human_eval.ANSWERS)
+    values = list(ANSWERS)
     type_keys(str(values.index(to_click("fidelity", 3)) + 1))  # half a pair
 
     browser.get("about:blank")
@@ -225,9 +228,9 @@ def test_wilson_interval_equals_scipy():
         for k in {0, 1, n // 3, n // 2, n - 1, n}:
             for confidence in (0.8, 0.95):
                 expected = binomtest(k, n).proportion_ci(confidence, method="wilson")
-                found = human_eval.wilson_interval(k, n, confidence)
+                found = wilson_interval(k, n, confidence)
                 assert found == pytest.approx((expected.low, expected.high), abs=1e-12), (k, n)
-    assert human_eval.wilson_interval(0, 0) == (0, 1)
+    assert wilson_interval(0, 0) == (0, 1)
 
 
 def write_answers(key: dict, path, session: str, wanted: dict[int, dict[str, str]]) -> None:

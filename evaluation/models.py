@@ -1,4 +1,4 @@
-"""What evaluate.py and human_eval.py compare: the pretrained model and those that were made of it."""
+"""The models that are compared: the pretrained one and those that were made of it."""
 
 import copy
 import hashlib
@@ -29,11 +29,11 @@ class Model(NamedTuple):
     digest: str
     """Of its weights; empty for a base from the hub."""
     trained_on: list[str] | None
-    """The rewards that it was trained on, as its run's args.json has them; None where that is not known."""
+    """The rewards that it was trained on, by its run's args.json; None where that is not known."""
 
 
 def weights_of(path: Path) -> Path:
-    """The LoRA's safetensors file, or the folder of the UNet that a run with --lora-rank 0 has left."""
+    """The LoRA's safetensors file, or the folder of the UNet that --lora-rank 0 has left."""
     if path.is_file():
         return path
     if not path.is_dir():
@@ -41,33 +41,49 @@ def weights_of(path: Path) -> Path:
     for place in (path / FILE_NAME, path / "unet"):
         if place.is_file() or (place / "config.json").is_file():
             return place
-    fail(f"--lora {path} has neither {FILE_NAME} nor unet/ in it; give the folder of a run that has saved its weights")
+    fail(
+        f"--lora {path} has neither {FILE_NAME} nor unet/ in it; "
+        "give the folder of a run that has saved its weights"
+    )
 
 
 def read_models(args) -> list[Model]:
-    """The base and what --lora of `args` (evaluate.py) names, each with a name for files and tables."""
+    """The base and what `args.lora` has, each with a name for files and tables.
+
+    `args` also has the flags model, num_inference_steps, guidance_scale and eta; a run that was
+    trained with others is warned of.
+    """
     places = [weights_of(path) for path in args.lora]
     for i, place in enumerate(places):
         if place.resolve() in [other.resolve() for other in places[:i]]:
             fail(f"--lora {args.lora[i]} is given twice; name each model once")
-    parts = [Path(os.path.abspath(place)).parts for place in places]  # a link keeps its own name
-    parts = [whole[:-1] if whole[-1] in (FILE_NAME, "unet") else whole for whole in parts]
-    # As much of the path's end as it takes to tell them apart.
-    for length in range(1, 100):
-        names = [re.sub(r"[^\w.=+-]+", "-", "__".join(p[-length:]).removesuffix(".safetensors")) for p in parts]
-        if len({BASE, *names}) == len(names) + 1:
-            break
     local = Path(args.model) / "unet"
     models = [Model(BASE, None, digest_of(local) if local.is_dir() else "", [])]
-    for name, path, place in zip(names, args.lora, places):
+    for name, path, place in zip(names_of(places), args.lora, places):
         run = read_run_args(place.parent) if place.name in (FILE_NAME, "unet") else {}
-        specs = [shlex.split(task)[0] for task in run.get("tasks", [])] + [run[k] for k in ("reward",) if k in run]
+        specs = [shlex.split(task)[0] for task in run.get("tasks", [])]
+        specs += [run["reward"]] if "reward" in run else []
         models.append(Model(name, path, digest_of(place), specs or None))
         keys = ("model", "num_inference_steps", "guidance_scale", "eta")
-        differ = [f"--{k.replace('_', '-')} {run[k]}" for k in keys if k in run and run[k] != getattr(args, k)]
+        keys = [key for key in keys if key in run]
+        differ = [f"--{k.replace('_', '-')} {run[k]}" for k in keys if run[k] != getattr(args, k)]
         if differ and int(os.environ.get("RANK", 0)) == 0:
-            print(f"warning: {name} was trained with {', '.join(differ)}, and is evaluated otherwise", file=sys.stderr)
+            flags = ", ".join(differ)
+            warning = f"warning: {name} was trained with {flags}, and is evaluated otherwise"
+            print(warning, file=sys.stderr)
     return models
+
+
+def names_of(places: list[Path]) -> list[str]:
+    """As much of each path's end as it takes to tell them apart, and from the base."""
+    parts = [Path(os.path.abspath(place)).parts for place in places]  # a link keeps its own name
+    parts = [whole[:-1] if whole[-1] in (FILE_NAME, "unet") else whole for whole in parts]
+    for length in range(1, 100):
+        ends = ["__".join(whole[-length:]).removesuffix(".safetensors") for whole in parts]
+        names = [re.sub(r"[^\w.=+-]+", "-", end) for end in ends]
+        if len({BASE, *names}) == len(names) + 1:
+            break
+    return names
 
 
 def digest_of(place: Path) -> str:
@@ -82,8 +98,9 @@ def digest_of(place: Path) -> str:
 
 def read_run_args(folder: Path) -> dict:
     """args.json of a run, {} where there is none; a checkpoint's is in the folder above."""
-    for file in (folder / "args.json", folder.parent / "args.json" if folder.name == "checkpoint" else None):
-        if file and file.is_file():
+    folders = [folder, folder.parent] if folder.name == "checkpoint" else [folder]
+    for file in [place / "args.json" for place in folders]:
+        if file.is_file():
             try:
                 run = json.loads(file.read_text())
             except ValueError:
@@ -93,34 +110,43 @@ def read_run_args(folder: Path) -> dict:
 
 
 def reward_terms(spec: str) -> set[str]:
-    """The rewards that a sum is made of, local paths absolute, so that two ways to write one compare."""
+    """The rewards that a sum is made of, local paths absolute, so that two spellings compare."""
 
     def absolute(part: str) -> str:
         return str(Path(part).resolve()) if "/" in part and Path(part).exists() else part
 
     terms = [term.partition("?") for _, term in parse_sum(spec)]
-    return {":".join(map(absolute, source.split(":"))) + mark + options for source, mark, options in terms}
+    return {
+        ":".join(map(absolute, source.split(":"))) + mark + options
+        for source, mark, options in terms
+    }
 
 
 def was_trained_on(model: Model, spec: str) -> bool | None:
-    """Whether the reward, or a term that it shares with it, was trained on; None where that is not known."""
+    """Whether the reward, or a term of it, was trained on; None where that is not known."""
     if model.trained_on is None:
         return None
     return any(reward_terms(spec) & reward_terms(trained) for trained in model.trained_on)
 
 
 def finetuned(base: torch.nn.Module, path: Path) -> torch.nn.Module:
-    """The UNet that a run has made of `base`: with its LoRA, on weights that both share, or the one saved whole.
+    """The UNet that a run has made of `base`: with its LoRA, on shared weights, or saved whole.
 
     Raises ValueError when it is of another model.
     """
     place = weights_of(path)
     if place.is_dir():
-        unet = type(base).from_pretrained(place).to(base.device, base.dtype, memory_format=torch.channels_last)
-        if {k: v.shape for k, v in unet.state_dict().items()} != {k: v.shape for k, v in base.state_dict().items()}:
+        unet = type(base).from_pretrained(place)
+        unet = unet.to(base.device, base.dtype, memory_format=torch.channels_last)
+        own, needed = (
+            {key: value.shape for key, value in network.state_dict().items()}
+            for network in (unet, base)
+        )
+        if own != needed:
             raise ValueError("the UNet in it is of another model")
         return unet.eval().requires_grad_(False)
-    unet = copy.deepcopy(base, {id(weight): weight for weight in base.parameters()})  # the modules, not their weights
+    # The modules are copied, not their weights.
+    unet = copy.deepcopy(base, {id(weight): weight for weight in base.parameters()})
     add_lora(unet, lora_rank(place))
     load_lora(unet, place)
     return unet.eval().requires_grad_(False)

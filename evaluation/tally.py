@@ -1,0 +1,170 @@
+"""The tally of a human evaluation: how often raters prefer which of its two models."""
+
+import json
+from pathlib import Path
+from statistics import NormalDist
+
+from common.cli import fail
+from evaluation.page import ANSWERS, KEY_NAME, QUESTIONS
+
+Verdict = int | str | None
+"""Of a pair: the model that is preferred (0 or 1), "similar", "not_loaded", None without answer."""
+
+
+def wilson_interval(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval for a share of which k of n were seen (1927); (0, 1) where n is 0."""
+    if n == 0:
+        return 0.0, 1.0
+    z, p = NormalDist().inv_cdf((1 + confidence) / 2), k / n
+    middle = p + z**2 / (2 * n)
+    half = z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
+    low, high = ((middle + sign * half) / (1 + z**2 / n) for sign in (-1, 1))
+    # Exactly, where rounding would leave 1e-17.
+    return (0.0 if k == 0 else low), (1.0 if k == n else high)
+
+
+def tally(answers: tuple[Path, ...], key: Path | None) -> dict:
+    """The figures of the raters' files `answers`, by `key` or the one that lies near them.
+
+    {"raters", "pairs", "answers", "majority", "models"}: `rates` of all answers, and of the
+    majorities of each pair. Files that do not belong together end the command.
+    """
+    if not answers:
+        fail("there are no answers; name the files that the page has saved, e.g. answers/*.json")
+    key = read_key(answers, key)
+    models = key["models"]
+    of_all, of_majority = {}, {}
+    raters = read_raters(answers, key)
+    for question in QUESTIONS:
+        by_rater = [verdicts(key, given, question) for given in raters]
+        of_all[question] = rates([verdict for found in by_rater for verdict in found], models)
+        by_pair = [majority(list(votes)) for votes in zip(*by_rater)]
+        of_majority[question] = rates(by_pair, models)
+    counts = {"raters": len(raters), "pairs": len(key["pairs"])}
+    return counts | {"answers": of_all, "majority": of_majority, "models": models}
+
+
+def read_key(answers: tuple[Path, ...], path: Path | None) -> dict:
+    """The key of the page, from `path` or else from beside the answers or one folder up."""
+    if path is None:
+        folder = answers[0].parent
+        places = [folder / KEY_NAME, folder.parent / KEY_NAME]
+        path = next((place for place in places if place.exists()), None)
+    if path is None:
+        fail(
+            f"--key is missing, and there is no {KEY_NAME} beside the answers; "
+            "name the one that build has written"
+        )
+    key = read_json(path, "--key")
+    if not {"study", "models", "pairs"} <= key.keys():
+        fail(f"--key {path} is no key; name the {KEY_NAME} that build has written")
+    return key
+
+
+def read_raters(paths: tuple[Path, ...], key: dict) -> list[dict]:
+    """What each rater has answered, {pair: {question: answer}}; a rater counts once."""
+    given, files = [], {}
+    for path in paths:
+        content = read_answers(path, key)
+        session = content["session"]
+        if session in files:
+            fail(f"answers {path} and {files[session]} are one rater's; give the later one alone")
+        files[session] = path
+        given.append(content["answers"])
+    return given
+
+
+def read_answers(path: Path, key: dict) -> dict:
+    """A rater's file, checked against the key."""
+    content = read_json(path, "answers")
+    complete = {"study", "session", "answers"} <= content.keys()
+    if not complete or not isinstance(content["answers"], dict):
+        fail(f"answers {path} is no file of answers; name only files that the page has saved")
+    if content["study"] != key["study"]:
+        fail(
+            f"answers {path} are of another page than the key's; "
+            f"give the {KEY_NAME} that was written with that page"
+        )
+    for pair, given in content["answers"].items():
+        known = pair.isdigit() and int(pair) < len(key["pairs"]) and isinstance(given, dict)
+        known = known and given.keys() <= QUESTIONS.keys()
+        if not known or not {*map(str, given.values())} <= ANSWERS.keys():
+            fail(
+                f"answers {path}: pair {pair} is not as the page saves it; "
+                "give the file as it was saved"
+            )
+    return content
+
+
+def read_json(path: Path, flag: str) -> dict:
+    """The object in a file; what is none ends the command."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        fail(f"{flag} {path}: {error.strerror}; give a file that there is")
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        fail(f"{flag} {path} is not a JSON object; give the file as it was saved")
+    return content
+
+
+def verdicts(key: dict, given: dict, question: str) -> list[Verdict]:
+    """A rater's answers to one question, pair after pair."""
+    out = []
+    for n, pair in enumerate(key["pairs"]):
+        value = given.get(str(n), {}).get(question)
+        preferred = value in ("left", "right")
+        out.append(key["models"].index(pair[value]) if preferred else value)
+    return out
+
+
+def majority(votes: list[Verdict]) -> Verdict:
+    """What several raters say of one pair: the model that more of them prefer.
+
+    Where they are even it is "similar", if any of them has seen both.
+    """
+    if votes.count(0) != votes.count(1):
+        return int(votes.count(1) > votes.count(0))
+    for answer in ("similar", "not_loaded"):
+        if answer in votes:
+            return answer
+    return "similar" if 0 in votes else None
+
+
+def rates(found: list[Verdict], models: list[str]) -> dict:
+    """Counts, and the share of the second model among those that prefer one, with its interval."""
+    k, n = found.count(1), found.count(0) + found.count(1)
+    return {
+        "preferred": {name: found.count(which) for which, name in enumerate(models)},
+        "similar": found.count("similar"),
+        "not_loaded": found.count("not_loaded"),
+        "not_answered": found.count(None),
+        "preference": k / n if n else None,
+        "interval": list(wilson_interval(k, n)),
+    }
+
+
+def tables(results: dict) -> str:
+    """A table of the answers, and one of the raters' majorities if there are several."""
+    models = results["models"]
+    head = f"{results['raters']} raters, {results['pairs']} pairs of {models[0]} and {models[1]}"
+    parts = [f"{head}\n", table("answer", results["answers"], models)]
+    if results["raters"] > 1:
+        parts.append(table("pair, by majority", results["majority"], models))
+    return "\n".join(parts)
+
+
+def table(of: str, results: dict[str, dict], models: list[str]) -> str:
+    """Markdown, a line a question."""
+    first, second = (name.replace("|", "\\|") for name in models)
+    header = [f"each {of}", first, second, "similar", "did not load", "not answered"]
+    lines = [f"| {' | '.join(header)} | {second} preferred |", "|---|---|---|---|---|---|---|"]
+    for question, found in results.items():
+        counts = [*found["preferred"].values()]
+        counts += [found["similar"], found["not_loaded"], found["not_answered"]]
+        low, high = found["interval"]
+        share = found["preference"]
+        rate = "–" if share is None else f"{share:.0%} ({low:.0%} to {high:.0%})"
+        lines.append(f"| {question} | {' | '.join(map(str, counts))} | {rate} |")
+    return "\n".join(lines) + "\n"
