@@ -379,7 +379,6 @@ WRONG = {
     "no model": (["--model", "./nowhere"], "--model"),
     "no pictures": (["--images-per-prompt", 0], "--images-per-prompt"),
     "negative seed": (["--seed", -1], "--seed"),
-    "dtype": (["--dtype", "bf16"], "--dtype"),
     "folder of something else": (["--output-dir", "docs"], "--output-dir"),
     "unknown preset": (["zooo"], "zooo"),
 }
