@@ -36,7 +36,14 @@ from common.rewards import RewardError
 from common.run_folder import RunFolder, choose_run_dir, new_checkpoint, save_grid
 from common.scheduler import ddim_step_kl, ddim_step_with_logprob
 from common.stable_diffusion import PromptEncoder, make_trainable
-from common.stop import catch_signals, end_early, end_run, gradient_metrics, join_ranks, too_many_skipped
+from common.stop import (
+    catch_signals,
+    end_early,
+    end_run,
+    gradient_metrics,
+    join_ranks,
+    too_many_skipped,
+)
 
 
 @dataclass
@@ -116,23 +123,41 @@ class Args:
 
 COMPRESSIBILITY = Args()
 INCOMPRESSIBILITY = replace(Args(), reward="jpeg_incompressibility")
-AESTHETIC = replace(Args(), reward="aesthetic", prompts_file=Path("prompts/animals.txt"))  # 5.2, A.7
-ALIGNMENT = replace(Args(), reward="llava_bertscore", prompts_file=Path("prompts/animals_activities.txt"))  # 5.3
+AESTHETIC = replace(
+    Args(), reward="aesthetic", prompts_file=Path("prompts/animals.txt")
+)  # 5.2, A.7
+ALIGNMENT = replace(
+    Args(), reward="llava_bertscore", prompts_file=Path("prompts/animals_activities.txt")
+)  # 5.3
 ZOO = replace(
-    Args(), lora_rank=4, model="zoo/sd", reward="image_reward:zoo/image_reward", prompts_file=Path("prompts/zoo.txt")
+    Args(),
+    lora_rank=4,
+    model="zoo/sd",
+    reward="image_reward:zoo/image_reward",
+    prompts_file=Path("prompts/zoo.txt"),
 )
-ZOO = replace(ZOO, num_inference_steps=12, guidance_scale=1.5, samples_per_iteration=32, micro_batch_size=64)
-ZOO = replace(ZOO, num_iterations=60, rewarded_share=0.5, min_count=8, gradient_steps=2, learning_rate=2e-3)
+ZOO = replace(
+    ZOO, num_inference_steps=12, guidance_scale=1.5, samples_per_iteration=32, micro_batch_size=64
+)
+ZOO = replace(
+    ZOO, num_iterations=60, rewarded_share=0.5, min_count=8, gradient_steps=2, learning_rate=2e-3
+)
 # A latent of 1024 numbers instead of 16384: the mean over them leaves ratios about 16 times farther from 1.
 ZOO = replace(ZOO, clip_range=1e-3)
-PRESETS = {"compressibility": COMPRESSIBILITY, "incompressibility": INCOMPRESSIBILITY, "aesthetic": AESTHETIC}
+PRESETS = {
+    "compressibility": COMPRESSIBILITY,
+    "incompressibility": INCOMPRESSIBILITY,
+    "aesthetic": AESTHETIC,
+}
 PRESETS |= {"alignment": ALIGNMENT, "zoo": ZOO}
 
 
 # --- same in every script: model
 def seeded(*key: int) -> torch.Generator:
     """A CPU generator that is a function of `key` alone, so that nothing depends on the number of ranks."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    return torch.Generator().manual_seed(
+        int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    )
 
 
 def guided_noise(args: Args, unet, latents, timesteps, text, no_text) -> torch.Tensor:
@@ -144,7 +169,9 @@ def guided_noise(args: Args, unet, latents, timesteps, text, no_text) -> torch.T
     if w <= 1:
         return unet(latents.to(dtype), timesteps, text.to(dtype), return_dict=False)[0].float()
     text = torch.cat([no_text.expand_as(text), text]).to(dtype)
-    noise = unet(torch.cat([latents, latents]).to(dtype), timesteps.repeat(2), text, return_dict=False)[0]
+    noise = unet(
+        torch.cat([latents, latents]).to(dtype), timesteps.repeat(2), text, return_dict=False
+    )[0]
     noise_without_text, noise_with_text = noise.float().chunk(2)
     return noise_without_text + w * (noise_with_text - noise_without_text)
 
@@ -159,7 +186,9 @@ def sample(args: Args, unet, scheduler, text, no_text, noise):
     for j, t in enumerate(scheduler.timesteps.to(noise.device)):
         x_t, timesteps = trajectory[-1], t.expand(len(noise))
         model_output = guided_noise(args, unet, x_t, timesteps, text, no_text)
-        step = ddim_step_with_logprob(scheduler, model_output, timesteps, x_t, args.eta, noise=noise[:, j + 1])
+        step = ddim_step_with_logprob(
+            scheduler, model_output, timesteps, x_t, args.eta, noise=noise[:, j + 1]
+        )
         trajectory.append(step.prev_sample)
         log_probs.append(step.log_prob)
         stds.append(step.std[0])
@@ -175,7 +204,9 @@ def decode(vae, latents: torch.Tensor) -> torch.Tensor:
 # ---
 
 
-def per_prompt_advantages(history: torch.Tensor, prompts: torch.Tensor, rewards: torch.Tensor, min_count: int):
+def per_prompt_advantages(
+    history: torch.Tensor, prompts: torch.Tensor, rewards: torch.Tensor, min_count: int
+):
     """(r - mean) / std over the last rewards of each prompt (A.3), float64 (m,); these rewards are among them.
 
     history (number of prompts, buffer size) float64, nan where there is no reward yet, is updated in place. prompts
@@ -187,7 +218,10 @@ def per_prompt_advantages(history: torch.Tensor, prompts: torch.Tensor, rewards:
     past = history[prompts]
     mean, enough = past.nanmean(1), (~past.isnan()).sum(1) >= min_count
     std = ((past - mean[:, None]) ** 2).nanmean(1).sqrt()
-    mean, std = torch.where(enough, mean, rewards.mean()), torch.where(enough, std, rewards.std(correction=0))
+    mean, std = (
+        torch.where(enough, mean, rewards.mean()),
+        torch.where(enough, std, rewards.std(correction=0)),
+    )
     return (rewards - mean) / (std + 1e-6)
 
 
@@ -207,12 +241,20 @@ def main():
     # --- same in every script: networks
     if world_size > 1:
         join_ranks(device)
-    unet, vae = pipeline.unet, pipeline.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    unet, vae = (
+        pipeline.unet,
+        pipeline.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False),
+    )
     encode = PromptEncoder(pipeline, device)
     no_text, _ = encode([""])
     torch.manual_seed(args.seed)
-    scaler, norms = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16"), []  # gradient norms of all updates
-    scaler.scale(torch.zeros(1, device=device))  # its first call makes the scale: a rank may have nothing to scale
+    scaler, norms = (
+        torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16"),
+        [],
+    )  # gradient norms of all updates
+    scaler.scale(
+        torch.zeros(1, device=device)
+    )  # its first call makes the scale: a rank may have nothing to scale
     # DDIMScheduler would clip latents to [-1, 1] where a model's configuration does not speak of it.
     config = pipeline.scheduler.config
     scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
@@ -266,7 +308,9 @@ def main():
     run_dir = choose_run_dir(__file__, args)
     first_iteration = 0
     if args.resume:
-        state = torch.load(run_dir / "checkpoint" / "state.pt", map_location=device, weights_only=True)
+        state = torch.load(
+            run_dir / "checkpoint" / "state.pt", map_location=device, weights_only=True
+        )
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         first_iteration = state["iteration"]
@@ -277,7 +321,9 @@ def main():
         images = []
         for rows in torch.arange(8).split(args.micro_batch_size):
             generators = [seeded(args.seed, 3, i) for i in rows.tolist()]
-            noise = torch.stack([torch.randn(T + 1, *latent_shape, generator=g) for g in generators])
+            noise = torch.stack(
+                [torch.randn(T + 1, *latent_shape, generator=g) for g in generators]
+            )
             text, _ = encode([prompts[i % len(prompts)] for i in rows])
             x0 = sample(args, unet, scheduler, text, no_text, noise.to(device))[0][:, -1]
             images.append(decode(vae, x0))
@@ -296,18 +342,24 @@ def main():
                 save_weights(unet, run_dir)
                 save_weights(unet, folder)
                 state = {"iteration": iteration, "optimizer": optimizer.state_dict()}
-                torch.save(state | {"scaler": scaler.state_dict(), "history": history}, folder / "state.pt")
+                torch.save(
+                    state | {"scaler": scaler.state_dict(), "history": history}, folder / "state.pt"
+                )
 
     if not args.resume:
         if rank == 0:
             save_sample_grid(0)
         save_checkpoint(0)  # so that a run can go on from any moment
-    progress = tqdm(range(first_iteration, args.num_iterations), disable=rank > 0, desc=Path(__file__).stem)
+    progress = tqdm(
+        range(first_iteration, args.num_iterations), disable=rank > 0, desc=Path(__file__).stem
+    )
     for iteration in progress:
         # Rollout: m samples of the current policy. Sample i draws its prompt and its noise from its own seed.
         clock = time.perf_counter()
         generators = [seeded(args.seed, 0, iteration, i) for i in own]
-        chosen = torch.cat([torch.randint(len(prompts), (1,), generator=g) for g in generators]).to(device)
+        chosen = torch.cat([torch.randint(len(prompts), (1,), generator=g) for g in generators]).to(
+            device
+        )
         noise = torch.stack([torch.randn(T + 1, *latent_shape, generator=g) for g in generators])
         kl_steps = torch.cat([torch.randint(T, (1,), generator=g) for g in generators]).to(device)
         trajectory, log_prob, images, kl = [], [], [], []
@@ -319,16 +371,27 @@ def main():
             images.append(decode(vae, x[:, -1]))
             # KL to the pretrained model (DPOK Eq. 7), on one step of each sample.
             i, j = torch.arange(len(rows), device=device), kl_steps[rows]
-            at = {"timestep": scheduler.timesteps.to(device)[j], "sample": x[i, j], "prev_sample": x[i, j + 1]}
+            at = {
+                "timestep": scheduler.timesteps.to(device)[j],
+                "sample": x[i, j],
+                "prev_sample": x[i, j + 1],
+            }
             if not args.monitor_kl:
                 continue
             with torch.no_grad():
                 output = guided_noise(args, unet, at["sample"], at["timestep"], c, no_text)
                 with pretrained(pretrained_unet):
-                    pre_output = guided_noise(args, pretrained_unet, at["sample"], at["timestep"], c, no_text)
-            step, pre = (ddim_step_with_logprob(scheduler, o, eta=args.eta, **at) for o in (output, pre_output))
+                    pre_output = guided_noise(
+                        args, pretrained_unet, at["sample"], at["timestep"], c, no_text
+                    )
+            step, pre = (
+                ddim_step_with_logprob(scheduler, o, eta=args.eta, **at)
+                for o in (output, pre_output)
+            )
             kl.append(ddim_step_kl(step.mean, pre.mean, step.std))
-        trajectory, log_prob, images = (torch.cat(parts) for parts in (trajectory, log_prob, images))
+        trajectory, log_prob, images = (
+            torch.cat(parts) for parts in (trajectory, log_prob, images)
+        )
         kl = torch.cat(kl) if kl else torch.zeros(0, device=device)
         time_sample, clock = time.perf_counter() - clock, time.perf_counter()
         try:
@@ -351,28 +414,40 @@ def main():
         A = advantages.float().to(device)
 
         # A step with sigma_t = 0 has no log-probability and takes no part. Each sample learns from a random subset.
-        learned = torch.nonzero((stds.cpu() > 0) & (torch.arange(T) < args.rewarded_share * T))[:, 0]
+        learned = torch.nonzero((stds.cpu() > 0) & (torch.arange(T) < args.rewarded_share * T))[
+            :, 0
+        ]
         K = max(1, round(args.timestep_fraction * len(learned)))
         generator = seeded(args.seed, 1, iteration)
         steps = learned[torch.rand(m, len(learned), generator=generator).argsort(1)[:, :K]]
         sums, first_deviation = torch.zeros(3, dtype=torch.float64, device=device).split([2, 1])
         grad_norms = []
-        for update, samples in enumerate(torch.randperm(m, generator=generator).tensor_split(gradient_steps)):
+        for update, samples in enumerate(
+            torch.randperm(m, generator=generator).tensor_split(gradient_steps)
+        ):
             count = len(samples) * K
             samples = samples[(samples >= start) & (samples < stop)]
-            transitions = torch.stack([samples.repeat_interleave(K), steps[samples].flatten()]).to(device)
-            for i, j in transitions.split(args.micro_batch_size, dim=1) if transitions.numel() else ():
+            transitions = torch.stack([samples.repeat_interleave(K), steps[samples].flatten()]).to(
+                device
+            )
+            for i, j in (
+                transitions.split(args.micro_batch_size, dim=1) if transitions.numel() else ()
+            ):
                 timesteps = scheduler.timesteps.to(device)[j]
                 x_t, x_prev = trajectory[i - start, j], trajectory[i - start, j + 1]
                 c, _ = encode([prompts[k] for k in chosen[i - start]])
                 noise = guided_noise(train_args, unet, x_t, timesteps, c, no_text)
-                step = ddim_step_with_logprob(scheduler, noise, timesteps, x_t, args.eta, prev_sample=x_prev)
+                step = ddim_step_with_logprob(
+                    scheduler, noise, timesteps, x_t, args.eta, prev_sample=x_prev
+                )
                 ratio = torch.exp(step.log_prob - log_prob[i - start, j])  # Eq. 4
                 clipped = ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
                 if args.estimator == "sf":
                     objective = A[i] * step.log_prob  # Eq. 3
                 else:
-                    objective = torch.minimum(A[i] * ratio, A[i] * clipped)  # Eq. 4 with PPO's clipping (A.1)
+                    objective = torch.minimum(
+                        A[i] * ratio, A[i] * clipped
+                    )  # Eq. 4 with PPO's clipping (A.1)
                 loss = -objective.sum() / count
                 scaler.scale(loss).backward()
 
@@ -407,7 +482,11 @@ def main():
         run.log(metrics, progress)
         asked_to_stop = all_sum(torch.tensor(float(len(signals)), device=device)).item() > 0
         stopping = asked_to_stop or too_many_skipped(norms, args.max_skipped_updates)
-        if (iteration + 1) % args.save_every == 0 or iteration + 1 == args.num_iterations or stopping:
+        if (
+            (iteration + 1) % args.save_every == 0
+            or iteration + 1 == args.num_iterations
+            or stopping
+        ):
             if rank == 0:
                 save_sample_grid(iteration + 1)
                 run.save_learning_curve()
@@ -417,7 +496,9 @@ def main():
         # ---
 
     if rank == 0:
-        print(f"the {'LoRA' if args.lora_rank else 'UNet'}, its metrics and pictures are in {run_dir}")
+        print(
+            f"the {'LoRA' if args.lora_rank else 'UNet'}, its metrics and pictures are in {run_dir}"
+        )
     if world_size > 1:
         dist.destroy_process_group()
 

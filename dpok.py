@@ -36,7 +36,14 @@ from common.rewards import RewardError
 from common.run_folder import RunFolder, choose_run_dir, new_checkpoint, save_grid
 from common.scheduler import ddim_step_kl, ddim_step_with_logprob
 from common.stable_diffusion import PromptEncoder, make_trainable
-from common.stop import catch_signals, end_early, end_run, gradient_metrics, join_ranks, too_many_skipped
+from common.stop import (
+    catch_signals,
+    end_early,
+    end_run,
+    gradient_metrics,
+    join_ranks,
+    too_many_skipped,
+)
 
 
 @dataclass
@@ -117,19 +124,41 @@ class Args:
     """Log to Weights & Biases as well (pip install wandb)."""
 
 
-MULTI_PROMPT = replace(Args(), samples_per_iteration=45, num_iterations=1112, beta=0.001, value_function=True)  # E.3
-ZOO = replace(Args(), model="zoo/sd", reward="image_reward:zoo/image_reward", num_inference_steps=12, gradient_steps=2)
-ZOO = replace(ZOO, guidance_scale=1.5, num_iterations=80, samples_per_iteration=24, micro_batch_size=48)
-ZOO = replace(ZOO, kl="exact", beta=0.1, rewarded_share=0.5, replay_rollouts=1, batch_size=96, value_function=True)
+MULTI_PROMPT = replace(
+    Args(), samples_per_iteration=45, num_iterations=1112, beta=0.001, value_function=True
+)  # E.3
+ZOO = replace(
+    Args(),
+    model="zoo/sd",
+    reward="image_reward:zoo/image_reward",
+    num_inference_steps=12,
+    gradient_steps=2,
+)
+ZOO = replace(
+    ZOO, guidance_scale=1.5, num_iterations=80, samples_per_iteration=24, micro_batch_size=48
+)
+ZOO = replace(
+    ZOO,
+    kl="exact",
+    beta=0.1,
+    rewarded_share=0.5,
+    replay_rollouts=1,
+    batch_size=96,
+    value_function=True,
+)
 # A latent of 1024 numbers instead of 16384: the mean over them leaves ratios about 16 times farther from 1.
-ZOO = replace(ZOO, clip_range=1e-3, learning_rate=2e-3, cooldown_share=0.4, value_learning_rate=1e-3)
+ZOO = replace(
+    ZOO, clip_range=1e-3, learning_rate=2e-3, cooldown_share=0.4, value_learning_rate=1e-3
+)
 PRESETS = {"single-prompt": Args(), "multi-prompt": MULTI_PROMPT, "zoo": ZOO}
 
 
 # --- same in every script: model
 def seeded(*key: int) -> torch.Generator:
     """A CPU generator that is a function of `key` alone, so that nothing depends on the number of ranks."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    return torch.Generator().manual_seed(
+        int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    )
 
 
 def guided_noise(args: Args, unet, latents, timesteps, text, no_text) -> torch.Tensor:
@@ -141,7 +170,9 @@ def guided_noise(args: Args, unet, latents, timesteps, text, no_text) -> torch.T
     if w <= 1:
         return unet(latents.to(dtype), timesteps, text.to(dtype), return_dict=False)[0].float()
     text = torch.cat([no_text.expand_as(text), text]).to(dtype)
-    noise = unet(torch.cat([latents, latents]).to(dtype), timesteps.repeat(2), text, return_dict=False)[0]
+    noise = unet(
+        torch.cat([latents, latents]).to(dtype), timesteps.repeat(2), text, return_dict=False
+    )[0]
     noise_without_text, noise_with_text = noise.float().chunk(2)
     return noise_without_text + w * (noise_with_text - noise_without_text)
 
@@ -156,7 +187,9 @@ def sample(args: Args, unet, scheduler, text, no_text, noise):
     for j, t in enumerate(scheduler.timesteps.to(noise.device)):
         x_t, timesteps = trajectory[-1], t.expand(len(noise))
         model_output = guided_noise(args, unet, x_t, timesteps, text, no_text)
-        step = ddim_step_with_logprob(scheduler, model_output, timesteps, x_t, args.eta, noise=noise[:, j + 1])
+        step = ddim_step_with_logprob(
+            scheduler, model_output, timesteps, x_t, args.eta, noise=noise[:, j + 1]
+        )
         trajectory.append(step.prev_sample)
         log_probs.append(step.log_prob)
         stds.append(step.std[0])
@@ -180,13 +213,17 @@ class ValueFunction(torch.nn.Module):
 
     def __init__(self, in_features: int, num_steps: int, width: int = 256):
         super().__init__()
-        self.layers = torch.nn.ModuleList(torch.nn.Linear(n, width) for n in (in_features, width, width))
+        self.layers = torch.nn.ModuleList(
+            torch.nn.Linear(n, width) for n in (in_features, width, width)
+        )
         self.scales = torch.nn.ModuleList(torch.nn.Embedding(num_steps, width) for _ in self.layers)
         for scale in self.scales:
             torch.nn.init.uniform_(scale.weight)
         self.out = torch.nn.Linear(width, 1)
 
-    def forward(self, latents: torch.Tensor, steps: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, latents: torch.Tensor, steps: torch.Tensor, pooled: torch.Tensor
+    ) -> torch.Tensor:
         x = torch.cat([latents.flatten(1), pooled], dim=1)
         for layer, scale in zip(self.layers, self.scales):
             x = F.relu(scale(steps) * layer(x))
@@ -209,12 +246,20 @@ def main():
     # --- same in every script: networks
     if world_size > 1:
         join_ranks(device)
-    unet, vae = pipeline.unet, pipeline.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    unet, vae = (
+        pipeline.unet,
+        pipeline.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False),
+    )
     encode = PromptEncoder(pipeline, device)
     no_text, _ = encode([""])
     torch.manual_seed(args.seed)
-    scaler, norms = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16"), []  # gradient norms of all updates
-    scaler.scale(torch.zeros(1, device=device))  # its first call makes the scale: a rank may have nothing to scale
+    scaler, norms = (
+        torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16"),
+        [],
+    )  # gradient norms of all updates
+    scaler.scale(
+        torch.zeros(1, device=device)
+    )  # its first call makes the scale: a rank may have nothing to scale
     # DDIMScheduler would clip latents to [-1, 1] where a model's configuration does not speak of it.
     config = pipeline.scheduler.config
     scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
@@ -272,7 +317,9 @@ def main():
     run_dir = choose_run_dir(__file__, args)
     first_iteration = 0
     if args.resume:
-        state = torch.load(run_dir / "checkpoint" / "state.pt", map_location=device, weights_only=True)
+        state = torch.load(
+            run_dir / "checkpoint" / "state.pt", map_location=device, weights_only=True
+        )
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         first_iteration = state["iteration"]
@@ -283,7 +330,9 @@ def main():
         images = []
         for rows in torch.arange(8).split(args.micro_batch_size):
             generators = [seeded(args.seed, 3, i) for i in rows.tolist()]
-            noise = torch.stack([torch.randn(T + 1, *latent_shape, generator=g) for g in generators])
+            noise = torch.stack(
+                [torch.randn(T + 1, *latent_shape, generator=g) for g in generators]
+            )
             text, _ = encode([prompts[i % len(prompts)] for i in rows])
             x0 = sample(args, unet, scheduler, text, no_text, noise.to(device))[0][:, -1]
             images.append(decode(vae, x0))
@@ -297,7 +346,10 @@ def main():
         value_optimizer.load_state_dict(state["value_optimizer"])
         shares = sorted((run_dir / "checkpoint").glob("replay-*.pt"))
         shares = [torch.load(share, map_location=device, weights_only=True) for share in shares]
-        replay = {key: torch.cat([share[key] for share in shares], dim=1)[:, start:stop].clone() for key in replay}
+        replay = {
+            key: torch.cat([share[key] for share in shares], dim=1)[:, start:stop].clone()
+            for key in replay
+        }
 
     def save_checkpoint(iteration: int):
         """Each rank its share of the replay, rank 0 the rest; the old checkpoint stays until the new one is whole."""
@@ -307,27 +359,43 @@ def main():
                 save_weights(unet, run_dir)
                 save_weights(unet, folder)
                 state = {"iteration": iteration, "optimizer": optimizer.state_dict()}
-                state |= {"scaler": scaler.state_dict(), "value_function": value_function.state_dict()}
-                torch.save(state | {"value_optimizer": value_optimizer.state_dict()}, folder / "state.pt")
+                state |= {
+                    "scaler": scaler.state_dict(),
+                    "value_function": value_function.state_dict(),
+                }
+                torch.save(
+                    state | {"value_optimizer": value_optimizer.state_dict()}, folder / "state.pt"
+                )
 
     if not args.resume:
         if rank == 0:
             save_sample_grid(0)
         save_checkpoint(0)  # so that a run can go on from any moment
-    progress = tqdm(range(first_iteration, args.num_iterations), disable=rank > 0, desc=Path(__file__).stem)
+    progress = tqdm(
+        range(first_iteration, args.num_iterations), disable=rank > 0, desc=Path(__file__).stem
+    )
     for iteration in progress:
         # Rollout: m samples of the current policy (Alg. 1). Sample i draws its prompt and its noise from its own seed.
         clock = time.perf_counter()
         slot = iteration % args.replay_rollouts
         generators = [seeded(args.seed, 0, iteration, i) for i in own]
-        chosen = torch.cat([torch.randint(len(prompts), (1,), generator=g) for g in generators]).to(device)
-        noise = torch.stack([torch.randn(T + 1, *latent_shape, generator=g) for g in generators]).to(device)
+        chosen = torch.cat([torch.randint(len(prompts), (1,), generator=g) for g in generators]).to(
+            device
+        )
+        noise = torch.stack(
+            [torch.randn(T + 1, *latent_shape, generator=g) for g in generators]
+        ).to(device)
         for rows in torch.arange(len(own)).split(args.micro_batch_size):
             text, _ = encode([prompts[i] for i in chosen[rows]])
             trajectory, log_prob, stds = sample(args, unet, scheduler, text, no_text, noise[rows])
             replay["trajectory"][slot, rows], replay["log_prob"][slot, rows] = trajectory, log_prob
         replay["prompt"][slot], replay["has_pre_noise"][slot] = chosen, False
-        images = torch.cat([decode(vae, x0) for x0 in replay["trajectory"][slot, :, -1].split(args.micro_batch_size)])
+        images = torch.cat(
+            [
+                decode(vae, x0)
+                for x0 in replay["trajectory"][slot, :, -1].split(args.micro_batch_size)
+            ]
+        )
         time_sample, clock = time.perf_counter() - clock, time.perf_counter()
         try:
             rewards = reward_function(images, [prompts[i] for i in chosen])
@@ -336,8 +404,12 @@ def main():
             end_run(f"iteration {iteration}: {error}; the run so far is in {run_dir}")
         replay["reward"][slot] = rewards.clamp(min=0) if args.reward_filter else rewards
         all_rewards = all_sum(F.pad(rewards, (start, m - stop)))
-        if iteration == 0:  # a baseline from the first update on, when the value function has learned nothing yet
-            torch.nn.init.constant_(value_function.out.bias, all_sum(replay["reward"][slot].double().sum()).item() / m)
+        if (
+            iteration == 0
+        ):  # a baseline from the first update on, when the value function has learned nothing yet
+            torch.nn.init.constant_(
+                value_function.out.bias, all_sum(replay["reward"][slot].double().sum()).item() / m
+            )
         time_reward, clock = time.perf_counter() - clock, time.perf_counter()
 
         # A step with sigma_t = 0 has no log-probability and is never drawn.
@@ -350,7 +422,9 @@ def main():
             drawn = torch.randperm(int(np.prod(shape)), generator=seeded(args.seed, *key))[:count]
             slots, samples, steps = torch.unravel_index(drawn, shape)
             mine = (samples >= start) & (samples < stop)
-            return len(drawn), torch.stack([slots, samples - start, steps_with_noise[steps]])[:, mine].to(device)
+            return len(drawn), torch.stack([slots, samples - start, steps_with_noise[steps]])[
+                :, mine
+            ].to(device)
 
         # Value function: one update on 5 x value_batch_size transitions (Eq. 24).
         sums, first_deviation = torch.zeros(8, dtype=torch.float64, device=device).split([7, 1])
@@ -368,40 +442,67 @@ def main():
 
         # Policy: gradient_steps updates on batch_size transitions each (Eq. 9, 26).
         left = 1 - iteration / args.num_iterations
-        optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, left / max(args.cooldown_share, 1e-9))
+        optimizer.param_groups[0]["lr"] = args.learning_rate * min(
+            1.0, left / max(args.cooldown_share, 1e-9)
+        )
         for update in range(args.gradient_steps):
             count, transitions = draw_transitions(args.batch_size, 1, iteration, update)
-            for s, i, j in transitions.split(args.micro_batch_size, dim=1) if transitions.numel() else ():
+            for s, i, j in (
+                transitions.split(args.micro_batch_size, dim=1) if transitions.numel() else ()
+            ):
                 timesteps = scheduler.timesteps.to(device)[j]
                 x_t, x_prev = replay["trajectory"][s, i, j], replay["trajectory"][s, i, j + 1]
                 z, pooled = encode([prompts[k] for k in replay["prompt"][s, i]])
                 new = ~replay["has_pre_noise"][s, i, j]
                 if new.any():
                     with torch.no_grad(), pretrained(pretrained_unet):
-                        pre_noise = guided_noise(args, pretrained_unet, x_t[new], timesteps[new], z[new], no_text)
+                        pre_noise = guided_noise(
+                            args, pretrained_unet, x_t[new], timesteps[new], z[new], no_text
+                        )
                     replay["pre_noise"][s[new], i[new], j[new]] = pre_noise
                     replay["has_pre_noise"][s[new], i[new], j[new]] = True
                 pre_noise = replay["pre_noise"][s, i, j]
                 noise = guided_noise(args, unet, x_t, timesteps, z, no_text)
-                step = ddim_step_with_logprob(scheduler, noise, timesteps, x_t, args.eta, prev_sample=x_prev)
-                pre = ddim_step_with_logprob(scheduler, pre_noise, timesteps, x_t, args.eta, prev_sample=x_prev)
+                step = ddim_step_with_logprob(
+                    scheduler, noise, timesteps, x_t, args.eta, prev_sample=x_prev
+                )
+                pre = ddim_step_with_logprob(
+                    scheduler, pre_noise, timesteps, x_t, args.eta, prev_sample=x_prev
+                )
 
                 advantages = replay["reward"][s, i]
                 if args.value_function:
                     advantages = advantages - value_function(x_t, j, pooled).detach()  # Eq. 22
                 ratio = torch.exp(step.log_prob - replay["log_prob"][s, i, j])  # Eq. 25
                 clipped = ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
-                policy_loss = -args.alpha * advantages * clipped * (j < args.rewarded_share * T)  # Eq. 26
+                policy_loss = (
+                    -args.alpha * advantages * clipped * (j < args.rewarded_share * T)
+                )  # Eq. 26
                 kl = ddim_step_kl(step.mean, pre.mean, step.std)  # Eq. 7
-                penalty = kl if args.kl == "exact" else ((noise - pre_noise) ** 2).flatten(1).mean(1)
+                penalty = (
+                    kl if args.kl == "exact" else ((noise - pre_noise) ** 2).flatten(1).mean(1)
+                )
                 loss = (policy_loss + args.beta * penalty).sum() / count  # Eq. 9
                 scaler.scale(loss).backward()
 
                 with torch.no_grad():
                     if update == 0 and (s == slot).any():
-                        first_deviation = torch.maximum(first_deviation, (ratio - 1).abs()[s == slot].max())
-                    terms = [policy_loss, penalty, kl, (ratio != clipped).float(), advantages, advantages.double() ** 2]
-                    sums[:6] += torch.stack([term.double().sum() for term in terms]) / count / args.gradient_steps
+                        first_deviation = torch.maximum(
+                            first_deviation, (ratio - 1).abs()[s == slot].max()
+                        )
+                    terms = [
+                        policy_loss,
+                        penalty,
+                        kl,
+                        (ratio != clipped).float(),
+                        advantages,
+                        advantages.double() ** 2,
+                    ]
+                    sums[:6] += (
+                        torch.stack([term.double().sum() for term in terms])
+                        / count
+                        / args.gradient_steps
+                    )
             grad_norms.append(step_optimizer(optimizer, args.max_grad_norm))
 
         sums = all_sum(sums).tolist()
@@ -430,7 +531,11 @@ def main():
         run.log(metrics, progress)
         asked_to_stop = all_sum(torch.tensor(float(len(signals)), device=device)).item() > 0
         stopping = asked_to_stop or too_many_skipped(norms, args.max_skipped_updates)
-        if (iteration + 1) % args.save_every == 0 or iteration + 1 == args.num_iterations or stopping:
+        if (
+            (iteration + 1) % args.save_every == 0
+            or iteration + 1 == args.num_iterations
+            or stopping
+        ):
             if rank == 0:
                 save_sample_grid(iteration + 1)
                 run.save_learning_curve()
@@ -440,7 +545,9 @@ def main():
         # ---
 
     if rank == 0:
-        print(f"the {'LoRA' if args.lora_rank else 'UNet'}, its metrics and pictures are in {run_dir}")
+        print(
+            f"the {'LoRA' if args.lora_rank else 'UNet'}, its metrics and pictures are in {run_dir}"
+        )
     if world_size > 1:
         dist.destroy_process_group()
 

@@ -48,7 +48,14 @@ from common.rewards import RewardError
 from common.run_folder import RunFolder, choose_run_dir, new_checkpoint, save_grid
 from common.scheduler import ddim_step_kl, ddim_step_with_logprob
 from common.stable_diffusion import PromptEncoder, make_trainable
-from common.stop import catch_signals, end_early, end_run, gradient_metrics, join_ranks, too_many_skipped
+from common.stop import (
+    catch_signals,
+    end_early,
+    end_run,
+    gradient_metrics,
+    join_ranks,
+    too_many_skipped,
+)
 
 
 @dataclass
@@ -125,19 +132,34 @@ ZOO_TASKS = ("image_reward:zoo/image_reward prompts/zoo_preference.txt 12x3",)
 ZOO_TASKS += ("object_detection:zoo/detector prompts/zoo_composition.txt 16x2",)
 ZOO_TASKS += ("statistical_parity:zoo/skin_tone prompts/zoo_portraits.txt 24x2",)
 ZOO = replace(
-    Args(), lora_rank=4, model="zoo/sd", tasks=ZOO_TASKS, pretrain_data="zoo/pairs.py:biased", pretrain_batch_size=32
+    Args(),
+    lora_rank=4,
+    model="zoo/sd",
+    tasks=ZOO_TASKS,
+    pretrain_data="zoo/pairs.py:biased",
+    pretrain_batch_size=32,
 )
-ZOO = replace(ZOO, num_inference_steps=12, guidance_scale=1.5, micro_batch_size=64, num_iterations=100)
+ZOO = replace(
+    ZOO, num_inference_steps=12, guidance_scale=1.5, micro_batch_size=64, num_iterations=100
+)
 # A latent of 1024 numbers instead of 16384: the mean over them leaves ratios about 16 times farther from 1. With beta 1
 # the pre-training gradient has some ten times the policy's norm, and they share one AdamW.
 ZOO = replace(ZOO, learning_rate=1e-3, clip_range=1e-3, pretrain_beta=0.1)
-PRESETS = {"preference": PREFERENCE, "composition": COMPOSITION, "skin-tone": SKIN_TONE, "joint": JOINT, "zoo": ZOO}
+PRESETS = {
+    "preference": PREFERENCE,
+    "composition": COMPOSITION,
+    "skin-tone": SKIN_TONE,
+    "joint": JOINT,
+    "zoo": ZOO,
+}
 
 
 # --- same in every script: model
 def seeded(*key: int) -> torch.Generator:
     """A CPU generator that is a function of `key` alone, so that nothing depends on the number of ranks."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    return torch.Generator().manual_seed(
+        int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    )
 
 
 def guided_noise(args: Args, unet, latents, timesteps, text, no_text) -> torch.Tensor:
@@ -149,7 +171,9 @@ def guided_noise(args: Args, unet, latents, timesteps, text, no_text) -> torch.T
     if w <= 1:
         return unet(latents.to(dtype), timesteps, text.to(dtype), return_dict=False)[0].float()
     text = torch.cat([no_text.expand_as(text), text]).to(dtype)
-    noise = unet(torch.cat([latents, latents]).to(dtype), timesteps.repeat(2), text, return_dict=False)[0]
+    noise = unet(
+        torch.cat([latents, latents]).to(dtype), timesteps.repeat(2), text, return_dict=False
+    )[0]
     noise_without_text, noise_with_text = noise.float().chunk(2)
     return noise_without_text + w * (noise_with_text - noise_without_text)
 
@@ -164,7 +188,9 @@ def sample(args: Args, unet, scheduler, text, no_text, noise):
     for j, t in enumerate(scheduler.timesteps.to(noise.device)):
         x_t, timesteps = trajectory[-1], t.expand(len(noise))
         model_output = guided_noise(args, unet, x_t, timesteps, text, no_text)
-        step = ddim_step_with_logprob(scheduler, model_output, timesteps, x_t, args.eta, noise=noise[:, j + 1])
+        step = ddim_step_with_logprob(
+            scheduler, model_output, timesteps, x_t, args.eta, noise=noise[:, j + 1]
+        )
         trajectory.append(step.prev_sample)
         log_probs.append(step.log_prob)
         stds.append(step.std[0])
@@ -199,17 +225,28 @@ def main():
     pairs = open_pairs_or_fail(args.pretrain_data, args.seed) if args.pretrain_beta else []
     pipeline = load_pipeline(args.model)
     some = [take(task.prompts, args.seed, 0, min(len(task.prompts), 1000)) for task in tasks]
-    rewards_of = [load_reward_or_fail(t.reward, device, p, "--tasks", args.reward_timeout) for t, p in zip(tasks, some)]
+    rewards_of = [
+        load_reward_or_fail(t.reward, device, p, "--tasks", args.reward_timeout)
+        for t, p in zip(tasks, some)
+    ]
 
     # --- same in every script: networks
     if world_size > 1:
         join_ranks(device)
-    unet, vae = pipeline.unet, pipeline.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    unet, vae = (
+        pipeline.unet,
+        pipeline.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False),
+    )
     encode = PromptEncoder(pipeline, device)
     no_text, _ = encode([""])
     torch.manual_seed(args.seed)
-    scaler, norms = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16"), []  # gradient norms of all updates
-    scaler.scale(torch.zeros(1, device=device))  # its first call makes the scale: a rank may have nothing to scale
+    scaler, norms = (
+        torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16"),
+        [],
+    )  # gradient norms of all updates
+    scaler.scale(
+        torch.zeros(1, device=device)
+    )  # its first call makes the scale: a rank may have nothing to scale
     # DDIMScheduler would clip latents to [-1, 1] where a model's configuration does not speak of it.
     config = pipeline.scheduler.config
     scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
@@ -254,14 +291,20 @@ def main():
     prompts = [p[i % len(p)] for i in range(8) for p in some][:8]
     # Where each task's stream of prompts is, and last that of the pairs: how many were learned from; and the numbers of
     # an iteration some of whose tasks are done.
-    done, positions, lengths = (), [0] * (len(tasks) + 1), [*(len(task.prompts) for task in tasks), len(pairs)]
+    done, positions, lengths = (
+        (),
+        [0] * (len(tasks) + 1),
+        [*(len(task.prompts) for task in tasks), len(pairs)],
+    )
     picture_size = latent_shape[1] * 2 ** (len(vae.config.block_out_channels) - 1)
 
     # --- same in every script: run folder
     run_dir = choose_run_dir(__file__, args)
     first_iteration = 0
     if args.resume:
-        state = torch.load(run_dir / "checkpoint" / "state.pt", map_location=device, weights_only=True)
+        state = torch.load(
+            run_dir / "checkpoint" / "state.pt", map_location=device, weights_only=True
+        )
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         first_iteration = state["iteration"]
@@ -272,7 +315,9 @@ def main():
         images = []
         for rows in torch.arange(8).split(args.micro_batch_size):
             generators = [seeded(args.seed, 3, i) for i in rows.tolist()]
-            noise = torch.stack([torch.randn(T + 1, *latent_shape, generator=g) for g in generators])
+            noise = torch.stack(
+                [torch.randn(T + 1, *latent_shape, generator=g) for g in generators]
+            )
             text, _ = encode([prompts[i % len(prompts)] for i in rows])
             x0 = sample(args, unet, scheduler, text, no_text, noise.to(device))[0][:, -1]
             images.append(decode(vae, x0))
@@ -283,7 +328,9 @@ def main():
     if args.resume:
         positions, done = state["positions"], state.get("done", ())
         if state["lengths"] != lengths:
-            fail(f"--resume: the sources had {state['lengths']} prompts and pairs and have {lengths}; put them back")
+            fail(
+                f"--resume: the sources had {state['lengths']} prompts and pairs and have {lengths}; put them back"
+            )
         load_weights(unet, run_dir / "checkpoint")
 
     def save_checkpoint(iteration: int):
@@ -292,21 +339,37 @@ def main():
             if rank == 0:
                 save_weights(unet, run_dir)
                 save_weights(unet, folder)
-                state = {"iteration": iteration, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-                torch.save(state | {"positions": positions, "lengths": lengths, "done": done}, folder / "state.pt")
+                state = {
+                    "iteration": iteration,
+                    "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(),
+                }
+                torch.save(
+                    state | {"positions": positions, "lengths": lengths, "done": done},
+                    folder / "state.pt",
+                )
 
     if not args.resume:
         if rank == 0:
             save_sample_grid(0)
         save_checkpoint(0)  # so that a run can go on from any moment
-    progress = tqdm(range(first_iteration, args.num_iterations), disable=rank > 0, desc=Path(__file__).stem)
+    progress = tqdm(
+        range(first_iteration, args.num_iterations), disable=rank > 0, desc=Path(__file__).stem
+    )
     for iteration in progress:
-        fresh = (torch.zeros(3, dtype=torch.float64, device=device), torch.zeros(2, device=device), {}, [])
+        fresh = (
+            torch.zeros(3, dtype=torch.float64, device=device),
+            torch.zeros(2, device=device),
+            {},
+            [],
+        )
         (sums, deviations, rewards_by_task, grad_norms), done = done or fresh, ()
         sums *= rank == 0  # what was saved is the sum over the ranks
         times = dict.fromkeys(("sample", "reward", "train"), 0.0)
         for k, (task, reward_function) in enumerate(zip(tasks, rewards_of)):
-            if positions[k] > iteration * task.num_prompts:  # learned before the reward of a later task failed
+            if (
+                positions[k] > iteration * task.num_prompts
+            ):  # learned before the reward of a later task failed
                 continue
             # Rollout: the next P prompts of the task, G samples of the current policy for each. Sample i, which belongs
             # to one rank, shows prompt i // G and draws its noise from its own seed; shares may be uneven.
@@ -314,41 +377,70 @@ def main():
             P, G, m = task.num_prompts, task.num_images, task.num_prompts * task.num_images
             start, stop = np.linspace(0, m, world_size + 1).astype(int)[rank : rank + 2]
             batch = take(task.prompts, args.seed, positions[k], P)
-            groups = torch.arange(start, stop) // G  # the place of its prompt in the batch; a prompt may be there twice
+            groups = (
+                torch.arange(start, stop) // G
+            )  # the place of its prompt in the batch; a prompt may be there twice
             embeddings, _ = encode(batch[start // G : (stop - 1) // G + 1])
             c = embeddings[groups - start // G]
             generators = [seeded(args.seed, 0, iteration, k, i) for i in range(start, stop)]
-            noise = torch.stack([torch.randn(T + 1, *latent_shape, generator=g) for g in generators])
+            noise = torch.stack(
+                [torch.randn(T + 1, *latent_shape, generator=g) for g in generators]
+            )
             trajectory, log_prob, images = [], [], []
             for rows in torch.arange(stop - start).split(args.micro_batch_size):
-                x, log_p, stds = sample(args, unet, scheduler, c[rows], no_text, noise[rows].to(device))
+                x, log_p, stds = sample(
+                    args, unet, scheduler, c[rows], no_text, noise[rows].to(device)
+                )
                 trajectory.append(x)
                 log_prob.append(log_p)
                 images.append(decode(vae, x[:, -1]))
-            trajectory, log_prob, images = torch.cat(trajectory), torch.cat(log_prob), torch.cat(images)
-            times["sample"], clock = times["sample"] + time.perf_counter() - clock, time.perf_counter()
+            trajectory, log_prob, images = (
+                torch.cat(trajectory),
+                torch.cat(log_prob),
+                torch.cat(images),
+            )
+            times["sample"], clock = (
+                times["sample"] + time.perf_counter() - clock,
+                time.perf_counter(),
+            )
             try:
-                rewards = reward_function(images, [batch[g] for g in groups], groups.tolist())  # Eq. 11, 12, 13
+                rewards = reward_function(
+                    images, [batch[g] for g in groups], groups.tolist()
+                )  # Eq. 11, 12, 13
             except RewardError as error:
                 done = (all_sum(sums), deviations, rewards_by_task, grad_norms)
                 save_checkpoint(iteration)
                 end_run(f"iteration {iteration}: {error}; the run so far is in {run_dir}")
-            rewards_by_task[task.name] = all_rewards = all_sum(F.pad(rewards, (start, m - stop))).cpu()
+            rewards_by_task[task.name] = all_rewards = all_sum(
+                F.pad(rewards, (start, m - stop))
+            ).cpu()
             A = per_batch_advantages(all_rewards).float().to(device)[start:stop]  # Eq. 10
-            times["reward"], clock = times["reward"] + time.perf_counter() - clock, time.perf_counter()
+            times["reward"], clock = (
+                times["reward"] + time.perf_counter() - clock,
+                time.perf_counter(),
+            )
 
             # Timesteps that all samples share. A step with sigma_t = 0 has no log-probability and takes no part.
             steps_with_noise = torch.nonzero(stds > 0)[:, 0].cpu()
-            order = torch.randperm(len(steps_with_noise), generator=seeded(args.seed, 1, iteration, k))
+            order = torch.randperm(
+                len(steps_with_noise), generator=seeded(args.seed, 1, iteration, k)
+            )
             steps = steps_with_noise[order[: args.training_timesteps]].tolist()
             for update, j in enumerate(steps):
                 for rows in torch.arange(stop - start).split(args.micro_batch_size):
                     t = scheduler.timesteps[j].to(device).expand(len(rows))
-                    x = {"sample": trajectory[rows, j], "prev_sample": trajectory[rows, j + 1], "eta": args.eta}
+                    x = {
+                        "sample": trajectory[rows, j],
+                        "prev_sample": trajectory[rows, j + 1],
+                        "eta": args.eta,
+                    }
                     noise = guided_noise(args, unet, x["sample"], t, c[rows], no_text)
                     step = ddim_step_with_logprob(scheduler, noise, t, **x)
                     ratio = torch.exp(step.log_prob - log_prob[rows, j])  # w of Eq. 7
-                    g = torch.where(A[rows] >= 0, 1 + args.clip_range, 1 - args.clip_range) * A[rows]  # g of Eq. 7
+                    g = (
+                        torch.where(A[rows] >= 0, 1 + args.clip_range, 1 - args.clip_range)
+                        * A[rows]
+                    )  # g of Eq. 7
                     loss = -torch.minimum(ratio * A[rows], g).sum() / m  # Eq. 7
                     scaler.scale(loss).backward()
 
@@ -361,11 +453,19 @@ def main():
                             with pretrained(pretrained_unet):
                                 at = (x["sample"][first], t[first], c[rows][first])
                                 noise = guided_noise(args, pretrained_unet, *at, no_text)
-                            x = {key: value if key == "eta" else value[first] for key, value in x.items()}
+                            x = {
+                                key: value if key == "eta" else value[first]
+                                for key, value in x.items()
+                            }
                             pre = ddim_step_with_logprob(scheduler, noise, t[first], **x)
                             kl = ddim_step_kl(step.mean[first], pre.mean, pre.std)
                             sums[0] += kl.double().sum() / m / len(tasks)
-                        sums[1] += ((ratio - 1).abs() > args.clip_range).double().sum() / m / len(steps) / len(tasks)
+                        sums[1] += (
+                            ((ratio - 1).abs() > args.clip_range).double().sum()
+                            / m
+                            / len(steps)
+                            / len(tasks)
+                        )
                         sums[2] += loss.double() / len(steps) / len(tasks)
                 grad_norms.append(step_optimizer(optimizer, args.max_grad_norm))
             if world_size > 1:
@@ -378,20 +478,35 @@ def main():
         if args.pretrain_beta:
             B = args.pretrain_batch_size
             start, stop = np.linspace(0, B, world_size + 1).astype(int)[rank : rank + 2]
-            pictures, captions = take_pairs(pairs, args.seed, positions[-1] + start, stop - start, picture_size)
+            pictures, captions = take_pairs(
+                pairs, args.seed, positions[-1] + start, stop - start, picture_size
+            )
             generators = [seeded(args.seed, 2, iteration, i) for i in range(start, stop)]
             dropped = [torch.rand(1, generator=g).item() < args.caption_dropout for g in generators]
             captions = ["" if drop else caption for drop, caption in zip(dropped, captions)]
-            steps = torch.cat([torch.randint(len(scheduler.alphas_cumprod), (1,), generator=g) for g in generators])
-            noise = torch.stack([torch.randn(2, *latent_shape, generator=g) for g in generators]).to(device)
+            steps = torch.cat(
+                [
+                    torch.randint(len(scheduler.alphas_cumprod), (1,), generator=g)
+                    for g in generators
+                ]
+            )
+            noise = torch.stack(
+                [torch.randn(2, *latent_shape, generator=g) for g in generators]
+            ).to(device)
             total = torch.zeros(1, device=device)
             for rows in torch.arange(stop - start).split(args.micro_batch_size):
                 with torch.no_grad():
                     posterior = vae.encode(pictures[rows].to(device) * 2 - 1).latent_dist
-                    z = (posterior.mean + posterior.std * noise[rows, 0]) * vae.config.scaling_factor
+                    z = (
+                        posterior.mean + posterior.std * noise[rows, 0]
+                    ) * vae.config.scaling_factor
                     embeddings, _ = encode([captions[i] for i in rows])
                 eps, t = noise[rows, 1], steps[rows].to(device)
-                target = {"epsilon": eps, "v_prediction": scheduler.get_velocity(z, eps, t), "sample": z}
+                target = {
+                    "epsilon": eps,
+                    "v_prediction": scheduler.get_velocity(z, eps, t),
+                    "sample": z,
+                }
                 target = target[scheduler.config.prediction_type]
                 z_t, conditional = scheduler.add_noise(z, eps, t), replace(args, guidance_scale=1.0)
                 output = guided_noise(conditional, unet, z_t, t, embeddings, no_text)
@@ -399,7 +514,10 @@ def main():
                 scaler.scale(args.pretrain_beta * loss).backward()  # Eq. 8
                 total += loss.detach()
             pretrain = {"grad_norm/pretrain": step_optimizer(optimizer, args.max_grad_norm)}
-            pretrain |= {"loss/pretrain": all_sum(total).item(), "time/pretrain_s": time.perf_counter() - clock}
+            pretrain |= {
+                "loss/pretrain": all_sum(total).item(),
+                "time/pretrain_s": time.perf_counter() - clock,
+            }
             positions[-1] += B
 
         sums = all_sum(sums).tolist()
@@ -407,9 +525,14 @@ def main():
             "iteration": iteration,
             "samples": (iteration + 1) * sum(task.num_prompts * task.num_images for task in tasks),
             "reward/mean": float(np.mean([r.mean().item() for r in rewards_by_task.values()])),
-            "reward/std": float(np.mean([r.std(correction=0).item() for r in rewards_by_task.values()])),
+            "reward/std": float(
+                np.mean([r.std(correction=0).item() for r in rewards_by_task.values()])
+            ),
             **{f"reward/{name}/mean": r.mean().item() for name, r in rewards_by_task.items()},
-            **{f"reward/{name}/std": r.std(correction=0).item() for name, r in rewards_by_task.items()},
+            **{
+                f"reward/{name}/std": r.std(correction=0).item()
+                for name, r in rewards_by_task.items()
+            },
             "ratio/first_max_deviation": deviations[0].item(),
             "ratio/max_deviation": deviations[1].item(),
             "ratio/clip_fraction": sums[1],
@@ -425,7 +548,11 @@ def main():
         run.log(metrics, progress)
         asked_to_stop = all_sum(torch.tensor(float(len(signals)), device=device)).item() > 0
         stopping = asked_to_stop or too_many_skipped(norms, args.max_skipped_updates)
-        if (iteration + 1) % args.save_every == 0 or iteration + 1 == args.num_iterations or stopping:
+        if (
+            (iteration + 1) % args.save_every == 0
+            or iteration + 1 == args.num_iterations
+            or stopping
+        ):
             if rank == 0:
                 save_sample_grid(iteration + 1)
                 run.save_learning_curve()
@@ -435,7 +562,9 @@ def main():
         # ---
 
     if rank == 0:
-        print(f"the {'LoRA' if args.lora_rank else 'UNet'}, its metrics and pictures are in {run_dir}")
+        print(
+            f"the {'LoRA' if args.lora_rank else 'UNet'}, its metrics and pictures are in {run_dir}"
+        )
     if world_size > 1:
         dist.destroy_process_group()
 

@@ -33,10 +33,24 @@ from tqdm import tqdm
 from common.cli import check_args, load_pipeline, load_reward_or_fail, parse_args, warn_of_prompts
 from common.lora import load_weights, pretrained, save_weights
 from common.rewards import RewardError
-from common.run_folder import RunFolder, choose_run_dir, new_checkpoint, save_grid, save_shard, saving
+from common.run_folder import (
+    RunFolder,
+    choose_run_dir,
+    new_checkpoint,
+    save_grid,
+    save_shard,
+    saving,
+)
 from common.scheduler import ddim_step_kl, ddim_step_with_logprob
 from common.stable_diffusion import PromptEncoder, make_trainable
-from common.stop import catch_signals, end_early, end_run, gradient_metrics, join_ranks, too_many_skipped
+from common.stop import (
+    catch_signals,
+    end_early,
+    end_run,
+    gradient_metrics,
+    join_ranks,
+    too_many_skipped,
+)
 
 
 @dataclass
@@ -115,18 +129,30 @@ class Args:
 RWR = Args()
 SPARSE = replace(Args(), weights="sparse")
 ZOO = replace(
-    Args(), lora_rank=4, model="zoo/sd", reward="image_reward:zoo/image_reward", prompts_file=Path("prompts/zoo.txt")
+    Args(),
+    lora_rank=4,
+    model="zoo/sd",
+    reward="image_reward:zoo/image_reward",
+    prompts_file=Path("prompts/zoo.txt"),
 )
-ZOO = replace(ZOO, num_inference_steps=12, guidance_scale=1.5, samples_per_iteration=192, shard_size=64)
-ZOO = replace(ZOO, micro_batch_size=64, num_iterations=5, gradient_steps=40, batch_size=32, learning_rate=2e-3)
-ZOO = replace(ZOO, inverse_temperature=2.0)  # rewards of unit variance, where JPEGs of 512 px vary by tens of kB
+ZOO = replace(
+    ZOO, num_inference_steps=12, guidance_scale=1.5, samples_per_iteration=192, shard_size=64
+)
+ZOO = replace(
+    ZOO, micro_batch_size=64, num_iterations=5, gradient_steps=40, batch_size=32, learning_rate=2e-3
+)
+ZOO = replace(
+    ZOO, inverse_temperature=2.0
+)  # rewards of unit variance, where JPEGs of 512 px vary by tens of kB
 PRESETS = {"rwr": RWR, "sparse": SPARSE, "zoo": ZOO}
 
 
 # --- same in every script: model
 def seeded(*key: int) -> torch.Generator:
     """A CPU generator that is a function of `key` alone, so that nothing depends on the number of ranks."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    return torch.Generator().manual_seed(
+        int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    )
 
 
 def guided_noise(args: Args, unet, latents, timesteps, text, no_text) -> torch.Tensor:
@@ -138,7 +164,9 @@ def guided_noise(args: Args, unet, latents, timesteps, text, no_text) -> torch.T
     if w <= 1:
         return unet(latents.to(dtype), timesteps, text.to(dtype), return_dict=False)[0].float()
     text = torch.cat([no_text.expand_as(text), text]).to(dtype)
-    noise = unet(torch.cat([latents, latents]).to(dtype), timesteps.repeat(2), text, return_dict=False)[0]
+    noise = unet(
+        torch.cat([latents, latents]).to(dtype), timesteps.repeat(2), text, return_dict=False
+    )[0]
     noise_without_text, noise_with_text = noise.float().chunk(2)
     return noise_without_text + w * (noise_with_text - noise_without_text)
 
@@ -153,7 +181,9 @@ def sample(args: Args, unet, scheduler, text, no_text, noise):
     for j, t in enumerate(scheduler.timesteps.to(noise.device)):
         x_t, timesteps = trajectory[-1], t.expand(len(noise))
         model_output = guided_noise(args, unet, x_t, timesteps, text, no_text)
-        step = ddim_step_with_logprob(scheduler, model_output, timesteps, x_t, args.eta, noise=noise[:, j + 1])
+        step = ddim_step_with_logprob(
+            scheduler, model_output, timesteps, x_t, args.eta, noise=noise[:, j + 1]
+        )
         trajectory.append(step.prev_sample)
         log_probs.append(step.log_prob)
         stds.append(step.std[0])
@@ -186,7 +216,9 @@ def rwr_weights(rewards: torch.Tensor, prompts: torch.Tensor, args: Args) -> tor
     return weights
 
 
-def noised(scheduler, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def noised(
+    scheduler, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """x_t of the forward process, and what the model is to predict from it: eps, or v, or x_0 (B, C, H, W)."""
     x_t = scheduler.add_noise(x0, noise, t)
     if scheduler.config.prediction_type == "v_prediction":
@@ -210,12 +242,20 @@ def main():
     # --- same in every script: networks
     if world_size > 1:
         join_ranks(device)
-    unet, vae = pipeline.unet, pipeline.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    unet, vae = (
+        pipeline.unet,
+        pipeline.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False),
+    )
     encode = PromptEncoder(pipeline, device)
     no_text, _ = encode([""])
     torch.manual_seed(args.seed)
-    scaler, norms = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16"), []  # gradient norms of all updates
-    scaler.scale(torch.zeros(1, device=device))  # its first call makes the scale: a rank may have nothing to scale
+    scaler, norms = (
+        torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16"),
+        [],
+    )  # gradient norms of all updates
+    scaler.scale(
+        torch.zeros(1, device=device)
+    )  # its first call makes the scale: a rank may have nothing to scale
     # DDIMScheduler would clip latents to [-1, 1] where a model's configuration does not speak of it.
     config = pipeline.scheduler.config
     scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
@@ -270,7 +310,9 @@ def main():
     run_dir = choose_run_dir(__file__, args)
     first_iteration = 0
     if args.resume:
-        state = torch.load(run_dir / "checkpoint" / "state.pt", map_location=device, weights_only=True)
+        state = torch.load(
+            run_dir / "checkpoint" / "state.pt", map_location=device, weights_only=True
+        )
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         first_iteration = state["iteration"]
@@ -281,7 +323,9 @@ def main():
         images = []
         for rows in torch.arange(8).split(args.micro_batch_size):
             generators = [seeded(args.seed, 3, i) for i in rows.tolist()]
-            noise = torch.stack([torch.randn(T + 1, *latent_shape, generator=g) for g in generators])
+            noise = torch.stack(
+                [torch.randn(T + 1, *latent_shape, generator=g) for g in generators]
+            )
             text, _ = encode([prompts[i % len(prompts)] for i in rows])
             x0 = sample(args, unet, scheduler, text, no_text, noise.to(device))[0][:, -1]
             images.append(decode(vae, x0))
@@ -298,29 +342,43 @@ def main():
             if rank == 0:
                 save_weights(unet, run_dir)
                 save_weights(unet, folder)
-                state = {"iteration": iteration, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                state = {
+                    "iteration": iteration,
+                    "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(),
+                }
                 torch.save(state, folder / "state.pt")
 
     if not args.resume:
         if rank == 0:
             save_sample_grid(0)
         save_checkpoint(0)  # so that a run can go on from any moment
-    progress = tqdm(range(first_iteration, args.num_iterations), disable=rank > 0, desc=Path(__file__).stem)
+    progress = tqdm(
+        range(first_iteration, args.num_iterations), disable=rank > 0, desc=Path(__file__).stem
+    )
     for iteration in progress:
         # Samples of the round, shard by shard. Sample i draws its prompt and its noise from its own seed.
         shards, time_sample, time_reward = [], 0.0, 0.0
-        for first in tqdm(range(0, m, args.shard_size), disable=rank > 0, desc="samples", leave=False):
+        for first in tqdm(
+            range(0, m, args.shard_size), disable=rank > 0, desc="samples", leave=False
+        ):
             path = run_dir / "pool" / f"{iteration:03d}" / f"{first:06d}.safetensors"
             if all_sum(torch.tensor(float(rank == 0 and path.exists()), device=device)) > 0:
                 shards.append(load_file(path))
                 continue
-            if all_sum(torch.tensor(float(len(signals)), device=device)) > 0:  # the shards so far are on disk
+            if (
+                all_sum(torch.tensor(float(len(signals)), device=device)) > 0
+            ):  # the shards so far are on disk
                 save_checkpoint(iteration)
                 end_early(run_dir, signals)
             clock = time.perf_counter()
             generators = [seeded(args.seed, 0, iteration, first + i) for i in range(start, stop)]
-            chosen = torch.cat([torch.randint(len(prompts), (1,), generator=g) for g in generators]).to(device)
-            noise = torch.stack([torch.randn(T + 1, *latent_shape, generator=g) for g in generators])
+            chosen = torch.cat(
+                [torch.randint(len(prompts), (1,), generator=g) for g in generators]
+            ).to(device)
+            noise = torch.stack(
+                [torch.randn(T + 1, *latent_shape, generator=g) for g in generators]
+            )
             steps = torch.cat([torch.randint(T, (1,), generator=g) for g in generators]).to(device)
             x0, images, kl = [], [], []
             for rows in torch.arange(stop - start).split(args.micro_batch_size):
@@ -331,7 +389,12 @@ def main():
                 # KL to the pretrained model (DPOK Eq. 7), on one step of each sample.
                 i, j = torch.arange(len(rows), device=device), steps[rows]
                 t = scheduler.timesteps.to(device)[j]
-                x = {"timestep": t, "sample": trajectory[i, j], "eta": args.eta, "prev_sample": trajectory[i, j + 1]}
+                x = {
+                    "timestep": t,
+                    "sample": trajectory[i, j],
+                    "eta": args.eta,
+                    "prev_sample": trajectory[i, j + 1],
+                }
                 if not args.monitor_kl:
                     kl.append(torch.zeros(len(rows), device=device))
                     continue
@@ -339,7 +402,9 @@ def main():
                     output = guided_noise(args, unet, x["sample"], t, c, no_text)
                     with pretrained(pretrained_unet):
                         pre_output = guided_noise(args, pretrained_unet, x["sample"], t, c, no_text)
-                step, pre = (ddim_step_with_logprob(scheduler, o, **x) for o in (output, pre_output))
+                step, pre = (
+                    ddim_step_with_logprob(scheduler, o, **x) for o in (output, pre_output)
+                )
                 kl.append(ddim_step_kl(step.mean, pre.mean, step.std))
             x0, images, kl = torch.cat(x0), torch.cat(images), torch.cat(kl)
             time_sample, clock = time_sample + time.perf_counter() - clock, time.perf_counter()
@@ -369,13 +434,19 @@ def main():
             while len(order) < args.batch_size:
                 order = torch.cat([order, kept[torch.randperm(len(kept), generator=generator)]])
             batch, order = order[: args.batch_size], order[args.batch_size :]
-            t = torch.randint(scheduler.config.num_train_timesteps, (args.batch_size,), generator=generator)
+            t = torch.randint(
+                scheduler.config.num_train_timesteps, (args.batch_size,), generator=generator
+            )
             noise = torch.randn(args.batch_size, *latent_shape, generator=generator)
             x_t, target = noised(scheduler, x0[batch], noise, t)
-            first, last = np.linspace(0, args.batch_size, world_size + 1).astype(int)[rank : rank + 2]
+            first, last = np.linspace(0, args.batch_size, world_size + 1).astype(int)[
+                rank : rank + 2
+            ]
             for rows in torch.arange(first, last).split(args.micro_batch_size):
                 c, _ = encode([prompts[i] for i in chosen[batch[rows]]])
-                output = guided_noise(train_args, unet, x_t[rows].to(device), t[rows].to(device), c, no_text)
+                output = guided_noise(
+                    train_args, unet, x_t[rows].to(device), t[rows].to(device), c, no_text
+                )
                 error = ((output - target[rows].to(device)) ** 2).flatten(1).mean(1)  # Eq. 1, 5
                 loss = (w[batch[rows]].to(device, torch.float32) * error).sum() / args.batch_size
                 scaler.scale(loss).backward()
@@ -387,7 +458,11 @@ def main():
             "samples": (iteration + 1) * m,
             "reward/mean": rewards.mean().item(),
             "reward/std": rewards.std(correction=0).item(),
-            **({"kl/pretrained": pool["kl"].mean().item() * int(np.prod(latent_shape)) * T} if args.monitor_kl else {}),
+            **(
+                {"kl/pretrained": pool["kl"].mean().item() * int(np.prod(latent_shape)) * T}
+                if args.monitor_kl
+                else {}
+            ),
             "weights/kept": len(kept) / m,
             "weights/effective": (w.sum() ** 2 / (w**2).sum() / m).item(),
             "loss/rwr": all_sum(loss_sum).item(),
@@ -401,7 +476,11 @@ def main():
         run.log(metrics, progress)
         asked_to_stop = all_sum(torch.tensor(float(len(signals)), device=device)).item() > 0
         stopping = asked_to_stop or too_many_skipped(norms, args.max_skipped_updates)
-        if (iteration + 1) % args.save_every == 0 or iteration + 1 == args.num_iterations or stopping:
+        if (
+            (iteration + 1) % args.save_every == 0
+            or iteration + 1 == args.num_iterations
+            or stopping
+        ):
             if rank == 0:
                 save_sample_grid(iteration + 1)
                 run.save_learning_curve()
@@ -411,7 +490,9 @@ def main():
         # ---
 
     if rank == 0:
-        print(f"the {'LoRA' if args.lora_rank else 'UNet'}, its metrics and pictures are in {run_dir}")
+        print(
+            f"the {'LoRA' if args.lora_rank else 'UNet'}, its metrics and pictures are in {run_dir}"
+        )
     if world_size > 1:
         dist.destroy_process_group()
 

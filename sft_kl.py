@@ -31,13 +31,35 @@ from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from common.cli import check_args, dataset_description, load_pipeline, load_reward_or_fail, parse_args, warn_of_prompts
+from common.cli import (
+    check_args,
+    dataset_description,
+    load_pipeline,
+    load_reward_or_fail,
+    parse_args,
+    warn_of_prompts,
+)
 from common.lora import load_weights, pretrained, save_weights
 from common.rewards import RewardError
-from common.run_folder import RunFolder, choose_run_dir, new_checkpoint, save_grid, save_shard, saving, write_text
+from common.run_folder import (
+    RunFolder,
+    choose_run_dir,
+    new_checkpoint,
+    save_grid,
+    save_shard,
+    saving,
+    write_text,
+)
 from common.scheduler import ddim_step_kl, ddim_step_with_logprob
 from common.stable_diffusion import PromptEncoder, make_trainable
-from common.stop import catch_signals, end_early, end_run, gradient_metrics, join_ranks, too_many_skipped
+from common.stop import (
+    catch_signals,
+    end_early,
+    end_run,
+    gradient_metrics,
+    join_ranks,
+    too_many_skipped,
+)
 
 
 @dataclass
@@ -118,9 +140,15 @@ class Args:
 KL_O = Args()
 KL_D = replace(Args(), regularization="kl-d")
 NO_KL = replace(Args(), regularization="none")
-ZOO = replace(Args(), model="zoo/sd", reward="image_reward:zoo/image_reward", num_inference_steps=12)
-ZOO = replace(ZOO, guidance_scale=1.5, dataset_size=512, shard_size=64, micro_batch_size=64, batch_size=32)
-ZOO = replace(ZOO, num_iterations=5, gradient_steps=24, samples_per_iteration=32, learning_rate=1e-3)
+ZOO = replace(
+    Args(), model="zoo/sd", reward="image_reward:zoo/image_reward", num_inference_steps=12
+)
+ZOO = replace(
+    ZOO, guidance_scale=1.5, dataset_size=512, shard_size=64, micro_batch_size=64, batch_size=32
+)
+ZOO = replace(
+    ZOO, num_iterations=5, gradient_steps=24, samples_per_iteration=32, learning_rate=1e-3
+)
 ZOO = replace(ZOO, weighting="simple", gamma=0.5)
 PRESETS = {"kl-o": KL_O, "kl-d": KL_D, "no-kl": NO_KL, "zoo": ZOO}
 
@@ -128,7 +156,9 @@ PRESETS = {"kl-o": KL_O, "kl-d": KL_D, "no-kl": NO_KL, "zoo": ZOO}
 # --- same in every script: model
 def seeded(*key: int) -> torch.Generator:
     """A CPU generator that is a function of `key` alone, so that nothing depends on the number of ranks."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    return torch.Generator().manual_seed(
+        int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    )
 
 
 def guided_noise(args: Args, unet, latents, timesteps, text, no_text) -> torch.Tensor:
@@ -140,7 +170,9 @@ def guided_noise(args: Args, unet, latents, timesteps, text, no_text) -> torch.T
     if w <= 1:
         return unet(latents.to(dtype), timesteps, text.to(dtype), return_dict=False)[0].float()
     text = torch.cat([no_text.expand_as(text), text]).to(dtype)
-    noise = unet(torch.cat([latents, latents]).to(dtype), timesteps.repeat(2), text, return_dict=False)[0]
+    noise = unet(
+        torch.cat([latents, latents]).to(dtype), timesteps.repeat(2), text, return_dict=False
+    )[0]
     noise_without_text, noise_with_text = noise.float().chunk(2)
     return noise_without_text + w * (noise_with_text - noise_without_text)
 
@@ -155,7 +187,9 @@ def sample(args: Args, unet, scheduler, text, no_text, noise):
     for j, t in enumerate(scheduler.timesteps.to(noise.device)):
         x_t, timesteps = trajectory[-1], t.expand(len(noise))
         model_output = guided_noise(args, unet, x_t, timesteps, text, no_text)
-        step = ddim_step_with_logprob(scheduler, model_output, timesteps, x_t, args.eta, noise=noise[:, j + 1])
+        step = ddim_step_with_logprob(
+            scheduler, model_output, timesteps, x_t, args.eta, noise=noise[:, j + 1]
+        )
         trajectory.append(step.prev_sample)
         log_probs.append(step.log_prob)
         stds.append(step.std[0])
@@ -177,7 +211,9 @@ def to_x0(scheduler, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -
     if scheduler.config.prediction_type == "v_prediction":
         return alpha.sqrt() * x_t - (1 - alpha).sqrt() * output
     return (
-        output if scheduler.config.prediction_type == "sample" else (x_t - (1 - alpha).sqrt() * output) / alpha.sqrt()
+        output
+        if scheduler.config.prediction_type == "sample"
+        else (x_t - (1 - alpha).sqrt() * output) / alpha.sqrt()
     )
 
 
@@ -195,7 +231,11 @@ def step_weights(scheduler, t: torch.Tensor, weighting: str) -> torch.Tensor:
         return (1 / (2 * variance)).float()
     if weighting == "bound":
         return (alpha_prev * beta**2 / (1 - alpha) ** 2 / (2 * variance)).float()
-    simple = {"epsilon": alpha / (1 - alpha), "v_prediction": 1 / (1 - alpha), "sample": torch.ones_like(alpha)}
+    simple = {
+        "epsilon": alpha / (1 - alpha),
+        "v_prediction": 1 / (1 - alpha),
+        "sample": torch.ones_like(alpha),
+    }
     return simple[scheduler.config.prediction_type].float()
 
 
@@ -230,12 +270,20 @@ def main():
     # --- same in every script: networks
     if world_size > 1:
         join_ranks(device)
-    unet, vae = pipeline.unet, pipeline.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    unet, vae = (
+        pipeline.unet,
+        pipeline.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False),
+    )
     encode = PromptEncoder(pipeline, device)
     no_text, _ = encode([""])
     torch.manual_seed(args.seed)
-    scaler, norms = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16"), []  # gradient norms of all updates
-    scaler.scale(torch.zeros(1, device=device))  # its first call makes the scale: a rank may have nothing to scale
+    scaler, norms = (
+        torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16"),
+        [],
+    )  # gradient norms of all updates
+    scaler.scale(
+        torch.zeros(1, device=device)
+    )  # its first call makes the scale: a rank may have nothing to scale
     # DDIMScheduler would clip latents to [-1, 1] where a model's configuration does not speak of it.
     config = pipeline.scheduler.config
     scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
@@ -274,7 +322,10 @@ def main():
     # What training evaluates; without CFG training that is not what samples are drawn with.
     train_args = args if args.cfg_training else replace(args, guidance_scale=1.0)
     # The samples of a shard and of an iteration are shared out among the ranks; shares may be uneven.
-    shares = {n: np.linspace(0, n, world_size + 1).astype(int)[rank : rank + 2] for n in (args.shard_size, m)}
+    shares = {
+        n: np.linspace(0, n, world_size + 1).astype(int)[rank : rank + 2]
+        for n in (args.shard_size, m)
+    }
 
     def gathered(values: torch.Tensor, n: int) -> torch.Tensor:
         """n samples' values (n, ...) of all ranks, from those of this rank's samples."""
@@ -288,10 +339,15 @@ def main():
     def draw(network: torch.nn.Module, n: int, *key: int):
         """This rank's share of n samples of a UNet: prompts (n,), trajectories (n, T+1, C, H, W), steps (n,) of T."""
         generators = [seeded(args.seed, *key, i) for i in range(*shares[n])]
-        chosen = torch.cat([torch.randint(len(prompts), (1,), generator=g) for g in generators]).to(device)
+        chosen = torch.cat([torch.randint(len(prompts), (1,), generator=g) for g in generators]).to(
+            device
+        )
         noise = torch.stack([torch.randn(T + 1, *latent_shape, generator=g) for g in generators])
         batches = torch.arange(len(generators)).split(args.micro_batch_size)
-        drawn = [sample(args, network, scheduler, embed(chosen[b]), no_text, noise[b].to(device))[0] for b in batches]
+        drawn = [
+            sample(args, network, scheduler, embed(chosen[b]), no_text, noise[b].to(device))[0]
+            for b in batches
+        ]
         steps = torch.cat([torch.randint(T, (1,), generator=g) for g in generators])
         return chosen, torch.cat(drawn), steps.to(device)
 
@@ -308,7 +364,9 @@ def main():
     run_dir = choose_run_dir(__file__, args)
     first_iteration = 0
     if args.resume:
-        state = torch.load(run_dir / "checkpoint" / "state.pt", map_location=device, weights_only=True)
+        state = torch.load(
+            run_dir / "checkpoint" / "state.pt", map_location=device, weights_only=True
+        )
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         first_iteration = state["iteration"]
@@ -319,7 +377,9 @@ def main():
         images = []
         for rows in torch.arange(8).split(args.micro_batch_size):
             generators = [seeded(args.seed, 3, i) for i in rows.tolist()]
-            noise = torch.stack([torch.randn(T + 1, *latent_shape, generator=g) for g in generators])
+            noise = torch.stack(
+                [torch.randn(T + 1, *latent_shape, generator=g) for g in generators]
+            )
             text, _ = encode([prompts[i % len(prompts)] for i in rows])
             x0 = sample(args, unet, scheduler, text, no_text, noise.to(device))[0][:, -1]
             images.append(decode(vae, x0))
@@ -339,7 +399,11 @@ def main():
             if rank == 0:
                 save_weights(unet, run_dir)
                 save_weights(unet, folder)
-                state = {"iteration": iteration, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                state = {
+                    "iteration": iteration,
+                    "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(),
+                }
                 torch.save(state | {"updates": updates}, folder / "state.pt")
 
     if not args.resume:
@@ -349,16 +413,24 @@ def main():
 
     # The data set: M samples of the pretrained model and their rewards, shard by shard (Algorithm 2).
     dataset, shards = args.dataset or run_dir / "dataset", []
-    for first in tqdm(range(0, args.dataset_size, args.shard_size), disable=rank > 0, desc="data set"):
+    for first in tqdm(
+        range(0, args.dataset_size, args.shard_size), disable=rank > 0, desc="data set"
+    ):
         path = dataset / f"{first:06d}.safetensors"
         if all_sum(torch.tensor(float(rank == 0 and path.exists()), device=device)) > 0:
             shards.append(load_file(path))
             continue
-        if all_sum(torch.tensor(float(len(signals)), device=device)) > 0:  # the shards so far are on disk
+        if (
+            all_sum(torch.tensor(float(len(signals)), device=device)) > 0
+        ):  # the shards so far are on disk
             end_early(run_dir, signals)
         with pretrained(pretrained_unet):
             chosen, trajectory, _ = draw(pretrained_unet, args.shard_size, 0, first)
-        shard = {"x0": trajectory[:, -1], "prompt": chosen, "reward": score(chosen, trajectory[:, -1])}
+        shard = {
+            "x0": trajectory[:, -1],
+            "prompt": chosen,
+            "reward": score(chosen, trajectory[:, -1]),
+        }
         shards.append({key: gathered(value, args.shard_size) for key, value in shard.items()})
         with saving(run_dir):
             if rank == 0:
@@ -367,9 +439,13 @@ def main():
     data = {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
     gamma = 0.0 if args.regularization == "none" else args.gamma
     if (data["reward"] + gamma <= 0).all():
-        end_run(f"no sample has r + gamma above 0 (the best r is {data['reward'].max():.3f}); raise --gamma")
+        end_run(
+            f"no sample has r + gamma above 0 (the best r is {data['reward'].max():.3f}); raise --gamma"
+        )
 
-    progress = tqdm(range(first_iteration, args.num_iterations), disable=rank > 0, desc=Path(__file__).stem)
+    progress = tqdm(
+        range(first_iteration, args.num_iterations), disable=rank > 0, desc=Path(__file__).stem
+    )
     for iteration in progress:
         # Updates, on n samples of the data set each (Algorithm 2).
         clock = time.perf_counter()
@@ -379,14 +455,18 @@ def main():
         for update in range(len(grad_norms), args.gradient_steps):
             generator = seeded(args.seed, 1, iteration, update)
             batch = torch.randint(len(data["x0"]), (args.batch_size,), generator=generator)
-            t = torch.randint(1, scheduler.config.num_train_timesteps, (args.batch_size,), generator=generator)
+            t = torch.randint(
+                1, scheduler.config.num_train_timesteps, (args.batch_size,), generator=generator
+            )
             noise = torch.randn(args.batch_size, *latent_shape, generator=generator)
             weight = step_weights(scheduler, t, args.weighting)
             for rows in torch.arange(start, stop).split(args.micro_batch_size):
                 x0, z = data["x0"][batch[rows]].to(device), embed(data["prompt"][batch[rows]])
                 steps = t[rows].to(device)
                 x_t = scheduler.add_noise(x0, noise[rows].to(device), steps)
-                f = to_x0(scheduler, guided_noise(train_args, unet, x_t, steps, z, no_text), x_t, steps)
+                f = to_x0(
+                    scheduler, guided_noise(train_args, unet, x_t, steps, z, no_text), x_t, steps
+                )
                 f_pre = None
                 if args.regularization == "kl-o":
                     with torch.no_grad(), pretrained(pretrained_unet):
@@ -406,12 +486,21 @@ def main():
         steps, z = scheduler.timesteps.to(device)[j], embed(chosen)
         kl = torch.zeros(len(chosen), device=device)
         for rows in torch.arange(len(chosen)).split(args.micro_batch_size):
-            x = {"timestep": steps[rows], "sample": x_t[rows], "eta": args.eta, "prev_sample": x_t[rows]}
+            x = {
+                "timestep": steps[rows],
+                "sample": x_t[rows],
+                "eta": args.eta,
+                "prev_sample": x_t[rows],
+            }
             with torch.no_grad():
                 noise = guided_noise(args, unet, x_t[rows], steps[rows], z[rows], no_text)
                 with pretrained(pretrained_unet):
-                    pre_noise = guided_noise(args, pretrained_unet, x_t[rows], steps[rows], z[rows], no_text)
-            step, pre = (ddim_step_with_logprob(scheduler, output, **x) for output in (noise, pre_noise))
+                    pre_noise = guided_noise(
+                        args, pretrained_unet, x_t[rows], steps[rows], z[rows], no_text
+                    )
+            step, pre = (
+                ddim_step_with_logprob(scheduler, output, **x) for output in (noise, pre_noise)
+            )
             kl[rows] = ddim_step_kl(step.mean, pre.mean, step.std)
         kl = gathered(kl, m)
         time_sample, clock = time.perf_counter() - clock, time.perf_counter()
@@ -437,7 +526,11 @@ def main():
         run.log(metrics, progress)
         asked_to_stop = all_sum(torch.tensor(float(len(signals)), device=device)).item() > 0
         stopping = asked_to_stop or too_many_skipped(norms, args.max_skipped_updates)
-        if (iteration + 1) % args.save_every == 0 or iteration + 1 == args.num_iterations or stopping:
+        if (
+            (iteration + 1) % args.save_every == 0
+            or iteration + 1 == args.num_iterations
+            or stopping
+        ):
             if rank == 0:
                 save_sample_grid(iteration + 1)
                 run.save_learning_curve()
@@ -447,7 +540,9 @@ def main():
         # ---
 
     if rank == 0:
-        print(f"the {'LoRA' if args.lora_rank else 'UNet'}, its metrics and pictures are in {run_dir}")
+        print(
+            f"the {'LoRA' if args.lora_rank else 'UNet'}, its metrics and pictures are in {run_dir}"
+        )
     if world_size > 1:
         dist.destroy_process_group()
 

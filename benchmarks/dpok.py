@@ -32,7 +32,12 @@ from common.rewards import load_reward
 from zoo import judge as judging
 from zoo import world
 
-PROMPTS = ("A green colored rabbit", "A cat and a dog", "Four wolves in the park", "A dog on the moon")
+PROMPTS = (
+    "A green colored rabbit",
+    "A cat and a dog",
+    "Four wolves in the park",
+    "A dog on the moon",
+)
 
 
 @dataclass
@@ -62,12 +67,25 @@ def run(args: Args):
         folder = run_dir(args, prompt, seed)
         if (folder / "wall_time.json").exists():
             return
-        command = ["dpok.py", "zoo", "--prompt", prompt, "--seed", str(seed), "--output-dir", str(folder)]
+        command = [
+            "dpok.py",
+            "zoo",
+            "--prompt",
+            prompt,
+            "--seed",
+            str(seed),
+            "--output-dir",
+            str(folder),
+        ]
         command += shlex.split(args.flags)
         env = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))}
         start = time.time()
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True, env=env)
-        wall_time = {"seconds": time.time() - start, "jobs_side_by_side": args.jobs, "cores": os.cpu_count()}
+        wall_time = {
+            "seconds": time.time() - start,
+            "jobs_side_by_side": args.jobs,
+            "cores": os.cpu_count(),
+        }
         (folder / "wall_time.json").write_text(json.dumps(wall_time))
 
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -77,8 +95,15 @@ def run(args: Args):
 def report(args: Args):
     from matplotlib.figure import Figure
 
-    judge, reward = judging.load_judge(ROOT / "zoo/judge"), load_reward(f"image_reward:{ROOT / 'zoo/image_reward'}")
-    base, results, rows = load_pipeline(), {"weights": weights_digest(), "samples_per_prompt": args.count}, []
+    judge, reward = (
+        judging.load_judge(ROOT / "zoo/judge"),
+        load_reward(f"image_reward:{ROOT / 'zoo/image_reward'}"),
+    )
+    base, results, rows = (
+        load_pipeline(),
+        {"weights": weights_digest(), "samples_per_prompt": args.count},
+        [],
+    )
     results["flags"] = args.flags
     figure = Figure(figsize=(13, 3.2), layout="constrained")
     axes = figure.subplots(1, len(args.prompts), squeeze=False)[0]
@@ -93,11 +118,17 @@ def report(args: Args):
             folder = run_dir(args, prompt, seed)
             if not (folder / "wall_time.json").exists():
                 continue
-            numbers, images = measure(load_pipeline(folder), judge, reward, prompt, args.count, seed=7)
-            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            numbers, images = measure(
+                load_pipeline(folder), judge, reward, prompt, args.count, seed=7
+            )
+            lines = [
+                json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+            ]
             if seed == args.seeds[0]:
                 rows.append(images[:8])
-            right_after = images[judging.success(judge, images, [prompt] * args.count) > 0][: len(right)]
+            right_after = images[judging.success(judge, images, [prompt] * args.count) > 0][
+                : len(right)
+            ]
             numbers |= {
                 "seed": seed,
                 "image_quality_right": judging.image_quality(judge, base.vae, right_after),
@@ -109,10 +140,21 @@ def report(args: Args):
             }
             result["runs"].append(numbers)
             axis.plot(
-                [line["samples"] for line in lines], [line["reward/mean"] for line in lines], label=f"seed {seed}"
+                [line["samples"] for line in lines],
+                [line["reward/mean"] for line in lines],
+                label=f"seed {seed}",
             )
-        keys = ("success", "image_quality", "image_quality_right", "reward", "reward_gain", "quality_ratio")
-        result["median"] = {key: float(np.median([numbers[key] for numbers in result["runs"]])) for key in keys}
+        keys = (
+            "success",
+            "image_quality",
+            "image_quality_right",
+            "reward",
+            "reward_gain",
+            "quality_ratio",
+        )
+        result["median"] = {
+            key: float(np.median([numbers[key] for numbers in result["runs"]])) for key in keys
+        }
         axis.set(title=prompt, xlabel="reward queries", ylabel="reward/mean")
         axis.legend()
     (ROOT / f"benchmarks/results/{args.name}.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -135,22 +177,31 @@ def report(args: Args):
 
 def report_base(args: Args):
     """Distance of the base model's right pictures, and of as many at random: that of fewer pictures is larger."""
-    judge, reward = judging.load_judge(ROOT / "zoo/judge"), load_reward(f"image_reward:{ROOT / 'zoo/image_reward'}")
+    judge, reward = (
+        judging.load_judge(ROOT / "zoo/judge"),
+        load_reward(f"image_reward:{ROOT / 'zoo/image_reward'}"),
+    )
     base, rng = load_pipeline(), np.random.default_rng(0)
     results = {"weights": weights_digest(), "pictures": args.count}
     for prompt in args.prompts:
         _, images = measure(base, judge, reward, prompt, args.count, seed=7)
         right = judging.success(judge, images, [prompt] * args.count) > 0
-        subsets = [torch.from_numpy(rng.permutation(args.count)[: int(right.sum())]) for _ in range(8)]
+        subsets = [
+            torch.from_numpy(rng.permutation(args.count)[: int(right.sum())]) for _ in range(8)
+        ]
         results[prompt] = {
             "right_pictures": int(right.sum()),
             "distance": judging.image_quality(judge, base.vae, images),
             "distance_right": judging.image_quality(judge, base.vae, images[right]),
-            "distance_as_many_at_random": [judging.image_quality(judge, base.vae, images[some]) for some in subsets],
+            "distance_as_many_at_random": [
+                judging.image_quality(judge, base.vae, images[some]) for some in subsets
+            ],
         }
         numbers = [results[prompt][key] for key in ("distance", "distance_right")]
         print(prompt, *numbers, np.mean(results[prompt]["distance_as_many_at_random"]), flush=True)
-    (ROOT / f"benchmarks/results/{args.name}_base.json").write_text(json.dumps(results, indent=2) + "\n")
+    (ROOT / f"benchmarks/results/{args.name}_base.json").write_text(
+        json.dumps(results, indent=2) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -43,11 +43,24 @@ def main():
     for name, run in (("DPOK", args.dpok), ("SFT", args.sft)):
         (work / name).symlink_to(run.resolve())  # the table's names
     place = work.relative_to(ROOT)  # the results have the paths in them
-    command = ["evaluate.py", "zoo", "--lora", place / "DPOK", "--lora", place / "SFT", "--rewards", *args.rewards]
+    command = [
+        "evaluate.py",
+        "zoo",
+        "--lora",
+        place / "DPOK",
+        "--lora",
+        place / "SFT",
+        "--rewards",
+        *args.rewards,
+    ]
     command += ["--images-per-prompt", args.images_per_prompt, "--output-dir", place / "evaluation"]
     start, load = time.time(), os.getloadavg()[0]
     subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
-    results = {"weights": weights_digest(), "runs": [args.dpok.name, args.sft.name], "seconds": time.time() - start}
+    results = {
+        "weights": weights_digest(),
+        "runs": [args.dpok.name, args.sft.name],
+        "seconds": time.time() - start,
+    }
     results |= {"cores": os.cpu_count(), "load_before": load}
     results |= json.loads((work / "evaluation/results.json").read_text())
     (ROOT / f"benchmarks/results/{args.name}.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -25,9 +25,15 @@ from large_scale_ppo import ZOO, ZOO_TASKS
 from zoo import judge as judging
 
 TASKS = dict(zip(("preference", "composition", "portraits"), ZOO_TASKS))
-COLUMNS = {"preference": "ImageReward ↑", "composition": "detection score ↑", "portraits": "statistical parity ↓"}
+COLUMNS = {
+    "preference": "ImageReward ↑",
+    "composition": "detection score ↑",
+    "portraits": "statistical parity ↓",
+}
 PRETRAIN = "preference without the pre-training loss"
-EXPERIMENTS = {name: ["--tasks", task] for name, task in TASKS.items()} | {"joint": ["--tasks", *ZOO_TASKS]}
+EXPERIMENTS = {name: ["--tasks", task] for name, task in TASKS.items()} | {
+    "joint": ["--tasks", *ZOO_TASKS]
+}
 EXPERIMENTS |= {PRETRAIN: ["--tasks", TASKS["preference"], "--pretrain-beta", "0"]}
 AT_EQUAL_REWARD = ("preference", PRETRAIN)
 """Runs whose weights are kept on the way."""
@@ -80,13 +86,20 @@ def run(args: Args):
             shutil.copy(folder / LORA, kept)
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda task: train(*task), [(name, seed) for seed in args.seeds for name in EXPERIMENTS]))
+        list(
+            pool.map(
+                lambda task: train(*task),
+                [(name, seed) for seed in args.seeds for name in EXPERIMENTS],
+            )
+        )
 
 
 def minutes(folder: Path) -> float:
     """Of a run, by its median iteration: other work on the machine, or a pause, counts less."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    seconds = [sum(value for key, value in line.items() if key.startswith("time/")) for line in lines]
+    seconds = [
+        sum(value for key, value in line.items() if key.startswith("time/")) for line in lines
+    ]
     return float(np.median(seconds) * len(seconds) / 60)
 
 
@@ -95,7 +108,9 @@ def report(args: Args):
 
     judge = judging.load_judge()
     rewards = {name: load_reward(task.split()[0]) for name, task in TASKS.items()}
-    held_out = {name: (ROOT / f"prompts/zoo_{name}_held_out.txt").read_text().splitlines() for name in TASKS}
+    held_out = {
+        name: (ROOT / f"prompts/zoo_{name}_held_out.txt").read_text().splitlines() for name in TASKS
+    }
 
     def scores(pipeline, names=tuple(TASKS)) -> dict[str, float]:
         """The columns of Table 5 on held-out prompts (parity over all pictures of a prompt), and image quality."""
@@ -118,11 +133,17 @@ def report(args: Args):
         return json.loads(path.read_text())
 
     base = scores_of(args.runs / "base", lora=False)
-    results = {"weights": weights_digest(), "pictures": args.count, "num_iterations": args.num_iterations}
+    results = {
+        "weights": weights_digest(),
+        "pictures": args.count,
+        "num_iterations": args.num_iterations,
+    }
     results |= {"base": base, "runs": {}, "on_the_way": {}, "minutes": {}}
     for name in EXPERIMENTS:
         folders = [folder_of(args, name, seed) for seed in args.seeds]
-        if not all((folder / f"after_{stops_of(args, name)[-1]}" / LORA).exists() for folder in folders):
+        if not all(
+            (folder / f"after_{stops_of(args, name)[-1]}" / LORA).exists() for folder in folders
+        ):
             print(f"left out, not all trained: {name}", file=sys.stderr)
             continue
         if name != PRETRAIN:
@@ -130,23 +151,39 @@ def report(args: Args):
         results["minutes"][name] = [minutes(folder) for folder in folders]
         if name in AT_EQUAL_REWARD:
             results["on_the_way"][name] = [
-                [scores_of(folder / f"after_{stop}", ("preference",)) for stop in stops_of(args, name)]
+                [
+                    scores_of(folder / f"after_{stop}", ("preference",))
+                    for stop in stops_of(args, name)
+                ]
                 for folder in folders
             ]
     # The paper's claim: the joint run has at least 80 % of the gain of the run for that task alone.
-    gain = lambda run, task: np.mean([numbers[task] for numbers in results["runs"][run]]) - base[task]
-    results["joint_share_of_gain"] = {name: float(gain("joint", name) / gain(name, name)) for name in TASKS}
+    gain = lambda run, task: (
+        np.mean([numbers[task] for numbers in results["runs"][run]]) - base[task]
+    )
+    results["joint_share_of_gain"] = {
+        name: float(gain("joint", name) / gain(name, name)) for name in TASKS
+    }
     if PRETRAIN in results["on_the_way"]:
         results["at_equal_reward"] = at_equal_reward(base, results["on_the_way"])
-    (ROOT / "benchmarks/results/large_scale_ppo.json").write_text(json.dumps(results, indent=2) + "\n")
+    (ROOT / "benchmarks/results/large_scale_ppo.json").write_text(
+        json.dumps(results, indent=2) + "\n"
+    )
 
     sign = {"preference": 1, "composition": 1, "portraits": -1}
-    print("| trained for | " + " | ".join(COLUMNS.values()) + " | distance to real renders ↓ | minutes |")
+    print(
+        "| trained for | "
+        + " | ".join(COLUMNS.values())
+        + " | distance to real renders ↓ | minutes |"
+    )
     print("|---|---|---|---|---|---|")
     rows = {"base": [base]} | results["runs"]
     for name, seeds in rows.items():
         cells = [np.array([numbers[task] for numbers in seeds]) * sign[task] for task in TASKS]
-        cells = [f"{cell.mean():.3f} ± {cell.std():.3f}" if len(seeds) > 1 else f"{cell[0]:.3f}" for cell in cells]
+        cells = [
+            f"{cell.mean():.3f} ± {cell.std():.3f}" if len(seeds) > 1 else f"{cell[0]:.3f}"
+            for cell in cells
+        ]
         distance = np.mean([numbers["distance"] for numbers in seeds])
         took = f"{np.mean(results['minutes'][name]):.1f}" if name != "base" else ""
         print(f"| {name} | {' | '.join(cells)} | {distance:.2f} | {took} |")
@@ -160,16 +197,22 @@ def report(args: Args):
         for run_name, color in ((name, "C0"), ("joint", "black")):
             for i, seed in enumerate(args.seeds):
                 lines = (folder_of(args, run_name, seed) / "metrics.jsonl").read_text().splitlines()
-                smooth = np.convolve([json.loads(line)[key] for line in lines], np.ones(5) / 5, "valid")
+                smooth = np.convolve(
+                    [json.loads(line)[key] for line in lines], np.ones(5) / 5, "valid"
+                )
                 label = run_name if i == 0 else None
                 axis.plot(np.arange(len(smooth)) + 3, smooth, color=color, alpha=0.6, label=label)
-        axis.set(xlabel="iterations (mean of five)", ylabel="training reward", title=key.split("/")[1])
+        axis.set(
+            xlabel="iterations (mean of five)", ylabel="training reward", title=key.split("/")[1]
+        )
         axis.legend(fontsize=7)
     for name, color in zip(AT_EQUAL_REWARD, ("C0", "C3")):
         for i, way in enumerate(results["on_the_way"].get(name, [])):
             points = [base, *way]
             x, y = ([numbers[key] for numbers in points] for key in ("preference", "distance"))
-            right.plot(x, y, "o-", color=color, alpha=0.6, markersize=3, label=name if i == 0 else None)
+            right.plot(
+                x, y, "o-", color=color, alpha=0.6, markersize=3, label=name if i == 0 else None
+            )
     right.set(xlabel="ImageReward, held-out prompts", ylabel="distance to real renders")
     right.legend(fontsize=7)
     figure.savefig(ROOT / "docs/images/large_scale_ppo_curves.png", dpi=100)
@@ -183,7 +226,8 @@ def at_equal_reward(base: dict, on_the_way: dict) -> dict:
         curves = []
         for way in ways:
             reward, distance = (
-                np.array([numbers[key] for numbers in [base, *way]]) for key in ("preference", "distance")
+                np.array([numbers[key] for numbers in [base, *way]])
+                for key in ("preference", "distance")
             )
             reward, first = np.unique(np.maximum.accumulate(reward), return_index=True)
             curves.append((reward, distance[first]))

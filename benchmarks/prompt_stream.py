@@ -46,7 +46,9 @@ def start(source: str, rank: int, ranks: int, first: int, last: int, count: int)
         position = iteration * count
         end = min(count, len(prompts) - position)  # the last iteration of the epoch stops with it
         begin, stop = np.linspace(0, end, ranks + 1).astype(int)[rank : rank + 2]
-        seen.extend(int(prompt.split()[0]) for prompt in take(prompts, 0, position + begin, stop - begin))
+        seen.extend(
+            int(prompt.split()[0]) for prompt in take(prompts, 0, position + begin, stop - begin)
+        )
     figures["memory_mb"] = memory() - before
     np.save(f"{source}.{ranks}.{first}.{rank}.npy", np.frombuffer(seen, dtype=np.int32))
     return figures
@@ -56,7 +58,9 @@ def processes(source: str, ranks: int, first: int, last: int, count: int, env: d
     """`start` on every rank at once, in processes of their own."""
     command = [sys.executable, "-m", "benchmarks.prompt_stream", "rank", source]
     command = [[*command, *map(str, (rank, ranks, first, last, count))] for rank in range(ranks)]
-    children = [subprocess.Popen(c, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) for c in command]
+    children = [
+        subprocess.Popen(c, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) for c in command
+    ]
     return [json.loads(child.communicate()[0]) for child in children]
 
 
@@ -64,9 +68,16 @@ def main(args: Args):
     with tempfile.TemporaryDirectory() as folder:
         source, env = f"{folder}/prompts.txt", os.environ | {"XDG_CACHE_HOME": f"{folder}/cache"}
         with open(source, "w") as file:
-            file.writelines(f"{i} castle in the style of a painter, highly detailed, 8 k\n" for i in range(args.lines))
+            file.writelines(
+                f"{i} castle in the style of a painter, highly detailed, 8 k\n"
+                for i in range(args.lines)
+            )
         iterations = -(-args.lines // args.prompts_per_iteration)
-        results = {"lines": args.lines, "file_mb": Path(source).stat().st_size / 1e6, "cores": os.cpu_count()}
+        results = {
+            "lines": args.lines,
+            "file_mb": Path(source).stat().st_size / 1e6,
+            "cores": os.cpu_count(),
+        }
         count = args.prompts_per_iteration
         results["first_start"] = processes(source, 1, 0, 1, count, env)[0]
         results["ranks"] = {}
@@ -76,7 +87,11 @@ def main(args: Args):
             parts = processes(source, ranks, 0, half, count, env) + processes(
                 source, ranks, half, iterations, count, env
             )
-            seen = [np.load(f"{source}.{ranks}.{first}.{rank}.npy") for first in (0, half) for rank in range(ranks)]
+            seen = [
+                np.load(f"{source}.{ranks}.{first}.{rank}.npy")
+                for first in (0, half)
+                for rank in range(ranks)
+            ]
             times = np.bincount(np.concatenate(seen), minlength=args.lines)
             results["ranks"][ranks] = {
                 "lost": int((times == 0).sum()),
@@ -85,7 +100,9 @@ def main(args: Args):
                 "start_cpu_s": max(part["start_cpu_s"] for part in parts),
                 "memory_mb_a_rank": max(part["memory_mb"] for part in parts),
             }
-    (ROOT / "benchmarks/results/prompt_stream.json").write_text(json.dumps(results, indent=2) + "\n")
+    (ROOT / "benchmarks/results/prompt_stream.json").write_text(
+        json.dumps(results, indent=2) + "\n"
+    )
     print(json.dumps(results, indent=2))
 
 

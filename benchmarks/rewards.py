@@ -33,23 +33,38 @@ from common.rewards.image_reward import IMAGE_REWARD_CONFIG, ImageReward
 sys.path.append(str(ROOT / "tests"))
 from tiny_models import make_bert, make_blip, make_clip, make_detectors, make_llava
 
-TEXT_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
-VISION_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}
+TEXT_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+}
+VISION_L = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+}
 # Sizes of the default weights, from their published configurations.
 REAL = {
     "image_reward": lambda: ImageReward(IMAGE_REWARD_CONFIG),
     "clip_score, aesthetic, statistical_parity: CLIP ViT-L/14": lambda: CLIPModel(
-        CLIPConfig(text_config=TEXT_L, vision_config=VISION_L | {"patch_size": 14}, projection_dim=768)
+        CLIPConfig(
+            text_config=TEXT_L, vision_config=VISION_L | {"patch_size": 14}, projection_dim=768
+        )
     ),
     "blip_score: BLIP ITM large": lambda: BlipForImageTextRetrieval(
-        BlipConfig(text_config={"encoder_hidden_size": 1024}, vision_config=VISION_L | {"image_size": 384})
+        BlipConfig(
+            text_config={"encoder_hidden_size": 1024}, vision_config=VISION_L | {"image_size": 384}
+        )
     ),
     "object_detection: OWLv2 base": lambda: Owlv2ForObjectDetection(
         Owlv2Config(vision_config={"image_size": 960, "patch_size": 16})
     ),
     "llava_bertscore: LLaVA 1.5 7B": lambda: LlavaForConditionalGeneration(
         LlavaConfig(
-            vision_config=VISION_L | {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14},
+            vision_config=VISION_L
+            | {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14},
             text_config={"model_type": "llama", "vocab_size": 32064},
         )
     ),
@@ -85,7 +100,9 @@ def tiny_specs(folder: Path) -> dict[str, str]:
     clip, blip = make_clip(folder / "clip"), make_blip(folder / "blip")
     llava, bert = make_llava(folder / "llava"), make_bert(folder / "bert")
     detectors = make_detectors(folder / "detectors")
-    specs = {f"object_detection, {name}": f"object_detection:{detectors[name]}" for name in detectors}
+    specs = {
+        f"object_detection, {name}": f"object_detection:{detectors[name]}" for name in detectors
+    }
     return specs | {
         "aesthetic": f"aesthetic:{clip}",
         "clip_score": f"clip_score:{clip}",
@@ -114,7 +131,11 @@ def measure(spec: str, size: int) -> dict[str, float]:
     for _ in range(TIMES):
         reward(images, prompts)
     seconds = time.process_time() - start
-    return {"pictures_per_cpu_second": TIMES * PICTURES / seconds, "mb_before": before, "mb_peak": resident_mb("VmHWM")}
+    return {
+        "pictures_per_cpu_second": TIMES * PICTURES / seconds,
+        "mb_before": before,
+        "mb_peak": resident_mb("VmHWM"),
+    }
 
 
 def measure_alone(spec: str, size: int) -> dict[str, float]:
@@ -128,10 +149,18 @@ def main():
     if sys.argv[1:]:
         print(json.dumps(measure(sys.argv[1], int(sys.argv[2]))))
         return
-    results = {"cores": os.cpu_count(), "torch": torch.__version__, "parameters": {}, "measured": {}, "tiny": {}}
+    results = {
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "parameters": {},
+        "measured": {},
+        "tiny": {},
+    }
     for name, make in REAL.items():
         with torch.device("meta"):
-            results["parameters"][name] = sum(parameter.numel() for parameter in make().parameters())
+            results["parameters"][name] = sum(
+                parameter.numel() for parameter in make().parameters()
+            )
     for spec, size in SPEEDS.items():
         results["measured"][f"{spec}, {size} px"] = measure_alone(spec, size)
     with tempfile.TemporaryDirectory() as folder:

@@ -27,7 +27,14 @@ RARE = (
     "A lion on the moon",
     "Four roses",
 )
-COMMON = ("a white rabbit", "a cat in the park", "a brown dog", "a red fish", "an elephant on the beach", "a pink pig")
+COMMON = (
+    "a white rabbit",
+    "a cat in the park",
+    "a brown dog",
+    "a red fish",
+    "an elephant on the beach",
+    "a pink pig",
+)
 GRID = (*RARE[:4], "Four roses", *COMMON, "a turtle", "a wolf", "two birds", "a lion in the park")
 GRID += ("a portrait of a chef",)
 HELD_OUT_SEED = 987_654
@@ -36,8 +43,14 @@ HELD_OUT_SEED = 987_654
 @torch.no_grad()
 def held_out(vae, count: int):
     """Renders of families of the unbiased world that training never saw, through the VAE; and their scenes."""
-    scenes = [s for i in range(count // 4) for s in world.draw_family(np.random.default_rng([HELD_OUT_SEED, i]))]
-    renders = [world.render(s, np.random.default_rng([HELD_OUT_SEED, i, 1])) for i, s in enumerate(scenes)]
+    scenes = [
+        s
+        for i in range(count // 4)
+        for s in world.draw_family(np.random.default_rng([HELD_OUT_SEED, i]))
+    ]
+    renders = [
+        world.render(s, np.random.default_rng([HELD_OUT_SEED, i, 1])) for i, s in enumerate(scenes)
+    ]
     decoded = []
     for batch in torch.from_numpy(np.stack(renders)).split(64):
         x = to_tensor(batch.numpy(), "cpu") * 2 - 1
@@ -55,7 +68,9 @@ def main(count: int = 256):
     for name, values in truth.items():
         right[name] = (logits[name].argmax(-1) == values)[values >= 0].float().mean().item()
     # The hardest reading of "count": all kinds of a picture at once.
-    right["all counts of a picture"] = (logits["count"].argmax(-1) == truth["count"]).all(1).float().mean().item()
+    right["all counts of a picture"] = (
+        (logits["count"].argmax(-1) == truth["count"]).all(1).float().mean().item()
+    )
     prompts = [world.caption(scene) for scene in scenes]
     right["everything in a picture"] = judging.success(judge, images, prompts).mean().item()
     results["judge_accuracy"] = right
@@ -71,7 +86,9 @@ def main(count: int = 256):
     # Confidence in each kind that is in a picture, and in one that is not.
     detector = load_reward(f"object_detection:{ROOT / 'zoo/detector'}")
     present = torch.nonzero(truth["count"])
-    absent = torch.multinomial((truth["count"] == 0).float(), 1, generator=torch.Generator().manual_seed(0))[:, 0]
+    absent = torch.multinomial(
+        (truth["count"] == 0).float(), 1, generator=torch.Generator().manual_seed(0)
+    )[:, 0]
     confidence = detector(images[present[:, 0]], [f"a {world.KINDS[k]}" for k in present[:, 1]])
     results["detector_confidence"] = {"present": confidence.mean().item()}
     confidence = detector(images, [f"a {world.KINDS[k]}" for k in absent])
@@ -79,7 +96,9 @@ def main(count: int = 256):
     rows = torch.nonzero(truth["skin_tone"] >= 0)[:, 0]
     processor = AutoImageProcessor.from_pretrained(ROOT / "zoo/skin_tone")
     classifier = AutoModelForImageClassification.from_pretrained(ROOT / "zoo/skin_tone").eval()
-    tones = classifier(**processor(images=to_pil(images[rows]), return_tensors="pt")).logits.argmax(-1)
+    tones = classifier(**processor(images=to_pil(images[rows]), return_tensors="pt")).logits.argmax(
+        -1
+    )
     results["skin_tone_accuracy"] = (tones == truth["skin_tone"][rows]).float().mean().item()
 
     for name, group in (("rare", RARE), ("common", COMMON)):
@@ -98,8 +117,12 @@ def main(count: int = 256):
     print("\n| judge, held-out renders | right |\n|---|---|")
     for name, share in right.items():
         print(f"| {name} | {share:.1%} |")
-    print("\ndetector:", results["detector_confidence"], "skin tone:", results["skin_tone_accuracy"])
-    print(f"\nreward: {results['reward_pairs_ordered_rightly']:.1%} of held-out pairs ordered rightly")
+    print(
+        "\ndetector:", results["detector_confidence"], "skin tone:", results["skin_tone_accuracy"]
+    )
+    print(
+        f"\nreward: {results['reward_pairs_ordered_rightly']:.1%} of held-out pairs ordered rightly"
+    )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,15 @@ from common.prompts import Lines, SourceError, open_prompts
 from common.rewards import PromptError, Reward, RewardError, check_spec, load_reward
 from common.run_folder import CheckpointError, check_checkpoint
 
-MAY_CHANGE_ON_RESUME = {"num_iterations", "micro_batch_size", "save_every", "output_dir", "resume", "track", "compile"}
+MAY_CHANGE_ON_RESUME = {
+    "num_iterations",
+    "micro_batch_size",
+    "save_every",
+    "output_dir",
+    "resume",
+    "track",
+    "compile",
+}
 MAY_CHANGE_ON_RESUME |= {"gradient_checkpointing", "reward_timeout", "max_skipped_updates"}
 
 
@@ -74,12 +82,20 @@ def parse_args(presets: dict, description: str, words: Sequence[str] | None = No
         except (CheckpointError, OSError, ValueError) as error:
             fail(f"--resume {folder}: {error}")
         if stored.keys() - vars(default).keys():
-            fail(f"--resume {folder} is a run of another script; go on with the one that has begun it")
+            fail(
+                f"--resume {folder} is a run of another script; go on with the one that has begun it"
+            )
         paths = [f.name for f in fields(default) if "Path" in str(f.type)]
-        stored = {key: Path(value) if key in paths and value else value for key, value in stored.items()}
-        stored = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
+        stored = {
+            key: Path(value) if key in paths and value else value for key, value in stored.items()
+        }
+        stored = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()
+        }
         default = replace(default, **stored)
-    words = join_repeated(words, [f"--{f.name.replace('_', '-')}" for f in fields(default) if "tuple" in str(f.type)])
+    words = join_repeated(
+        words, [f"--{f.name.replace('_', '-')}" for f in fields(default) if "tuple" in str(f.type)]
+    )
     args = tyro.cli(type(default), default=default, args=words, description=description)
     flags = {word.split("=")[0].replace("_", "-") for word in words}
     if {"--prompt", "--prompts-file"} <= flags:
@@ -87,8 +103,14 @@ def parse_args(presets: dict, description: str, words: Sequence[str] | None = No
     if "--prompt" in flags:
         args = replace(args, prompts_file=None)
     if asdict(args).get("resume"):
-        differ = {name: stored for name, stored in vars(default).items() if vars(args)[name] != stored}
-        differ = [f"--{k.replace('_', '-')} (there {v})" for k, v in differ.items() if k not in MAY_CHANGE_ON_RESUME]
+        differ = {
+            name: stored for name, stored in vars(default).items() if vars(args)[name] != stored
+        }
+        differ = [
+            f"--{k.replace('_', '-')} (there {v})"
+            for k, v in differ.items()
+            if k not in MAY_CHANGE_ON_RESUME
+        ]
         if differ:
             fail(f"--resume {args.resume}: the run has other {', '.join(differ)}; leave them out")
         args = replace(args, output_dir=args.resume)
@@ -136,13 +158,19 @@ def check_numbers(args, may_be_0: set[str]) -> None:
 
 def check_dtype(dtype: str) -> None:
     """Refuse what this GPU cannot do; a CPU can do all."""
-    if dtype == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if (
+        dtype == "bf16"
+        and torch.cuda.is_available()
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
         fail("--dtype bf16 is not supported by this GPU; use --dtype fp32 or fp16")
 
 
 def check_folder(flag: str, folder: Path) -> None:
     """Refuse a folder that cannot be made, or written into."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    existing = next(
+        path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()
+    )
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         fail(f"{flag} {folder} cannot be written; choose another")
 
@@ -151,7 +179,9 @@ def check_model(model: str) -> None:
     """Refuse a folder that is none in diffusers format; whether there is a hub id is known when it is loaded."""
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model)
     if not is_hub_id and not Path(model).is_dir():
-        fail(f"--model: there is no folder {model!r}; give a folder in diffusers format or a hub id")
+        fail(
+            f"--model: there is no folder {model!r}; give a folder in diffusers format or a hub id"
+        )
     if Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
         fail(f"--model: {model!r} has no model_index.json; give a folder in diffusers format")
 
@@ -164,7 +194,9 @@ def check_steps(num_inference_steps: int, model: str) -> None:
         return
     trained = config.get("num_train_timesteps", 1000)
     if num_inference_steps > trained:
-        fail(f"--num-inference-steps is {num_inference_steps}; {model} was trained with {trained}: take fewer")
+        fail(
+            f"--num-inference-steps is {num_inference_steps}; {model} was trained with {trained}: take fewer"
+        )
 
 
 def check_args(args, world_size: int) -> list[str] | list[Task]:
@@ -176,33 +208,49 @@ def check_args(args, world_size: int) -> list[str] | list[Task]:
         fail(f"--seed is {args.seed}; it must be less than 2**63")
     for name in {"rewarded_share", "timestep_fraction"} & asdict(args).keys():
         if not 0 < getattr(args, name) <= 1:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be more than 0 and at most 1")
+            fail(
+                f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be more than 0 and at most 1"
+            )
     for name in {"cooldown_share", "caption_dropout", "percentile", "eta"} & asdict(args).keys():
         if getattr(args, name) > 1:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it can be at most 1")
     if "timestep_fraction" in asdict(args) and args.gradient_steps > args.samples_per_iteration:
-        fail(f"--gradient-steps is {args.gradient_steps}; it can be at most --samples-per-iteration")
+        fail(
+            f"--gradient-steps is {args.gradient_steps}; it can be at most --samples-per-iteration"
+        )
     if "shard_size" in asdict(args):
         whole = "dataset_size" if "dataset_size" in asdict(args) else "samples_per_iteration"
         if getattr(args, whole) % args.shard_size:
             flag = f"--{whole.replace('_', '-')}"
-            fail(f"--shard-size is {args.shard_size}; it must divide {flag}, which is {getattr(args, whole)}")
+            fail(
+                f"--shard-size is {args.shard_size}; it must divide {flag}, which is {getattr(args, whole)}"
+            )
         for flag, value in (("--shard-size", args.shard_size), ("--batch-size", args.batch_size)):
             if value < world_size:
                 fail(f"{flag} {value} is less than the {world_size} processes; raise it")
     if "min_count" in asdict(args) and args.min_count > args.buffer_size:
-        fail(f"--min-count is {args.min_count}; it can be at most --buffer-size, {args.buffer_size}")
+        fail(
+            f"--min-count is {args.min_count}; it can be at most --buffer-size, {args.buffer_size}"
+        )
     if has_tasks and args.training_timesteps > args.num_inference_steps:
-        fail(f"--training-timesteps is {args.training_timesteps}; it can be at most --num-inference-steps")
+        fail(
+            f"--training-timesteps is {args.training_timesteps}; it can be at most --num-inference-steps"
+        )
     if has_tasks and args.pretrain_batch_size < world_size:
-        fail(f"--pretrain-batch-size {args.pretrain_batch_size} is less than the {world_size} processes; raise it")
+        fail(
+            f"--pretrain-batch-size {args.pretrain_batch_size} is less than the {world_size} processes; raise it"
+        )
     if not has_tasks and args.samples_per_iteration < world_size:
-        fail(f"--samples-per-iteration {args.samples_per_iteration} is less than the {world_size} processes; raise it")
+        fail(
+            f"--samples-per-iteration {args.samples_per_iteration} is less than the {world_size} processes; raise it"
+        )
     if args.eta == 0:
         fail("--eta is 0, and a deterministic step has no log-probability to learn from; use 1")
     check_dtype(args.dtype)
     if args.track and not any((Path(folder) / "wandb").is_dir() for folder in sys.path):
-        fail("--track needs Weights & Biases: pip install wandb, or leave it out (TensorBoard is always written)")
+        fail(
+            "--track needs Weights & Biases: pip install wandb, or leave it out (TensorBoard is always written)"
+        )
     try:
         if not has_tasks:
             check_spec(args.reward)
@@ -210,7 +258,9 @@ def check_args(args, world_size: int) -> list[str] | list[Task]:
         fail(f"--reward: {error}")
     if args.output_dir and not args.resume:
         if any((args.output_dir / name).exists() for name in ("checkpoint", "checkpoint.old")):
-            fail(f"--output-dir {args.output_dir} holds another run; choose another, or use --resume {args.output_dir}")
+            fail(
+                f"--output-dir {args.output_dir} holds another run; choose another, or use --resume {args.output_dir}"
+            )
         check_folder("--output-dir", args.output_dir)
     check_model(args.model)
     check_steps(args.num_inference_steps, args.model)
@@ -221,8 +271,12 @@ def check_args(args, world_size: int) -> list[str] | list[Task]:
     prompts = read_prompts(args)
     if asdict(args).get("dataset") and (description := args.dataset / "dataset.json").exists():
         there, asked = json.loads(description.read_text()), dataset_description(args, prompts)
-        if differ := ", ".join(f"--{key.replace('_', '-')}" for key in asked if there.get(key) != asked[key]):
-            fail(f"--dataset {args.dataset} was drawn with other {differ}; choose another folder or the same settings")
+        if differ := ", ".join(
+            f"--{key.replace('_', '-')}" for key in asked if there.get(key) != asked[key]
+        ):
+            fail(
+                f"--dataset {args.dataset} was drawn with other {differ}; choose another folder or the same settings"
+            )
     return prompts
 
 
@@ -237,7 +291,9 @@ def read_prompts(args) -> list[str]:
     except SourceError as error:
         fail(f"--prompts-file: {error}")
     except OSError as error:
-        fail(f"--prompts-file {args.prompts_file}: {error.strerror}; give a text file, one prompt a line")
+        fail(
+            f"--prompts-file {args.prompts_file}: {error.strerror}; give a text file, one prompt a line"
+        )
 
 
 def read_tasks(args, world_size: int) -> list[Task]:
@@ -246,20 +302,34 @@ def read_tasks(args, world_size: int) -> list[Task]:
     for text in args.tasks:
         try:
             reward, source, *size = shlex.split(text)
-            P, G = map(int, size[0].split("x")) if size else (args.prompts_per_task, args.images_per_prompt)
+            P, G = (
+                map(int, size[0].split("x"))
+                if size
+                else (args.prompts_per_task, args.images_per_prompt)
+            )
         except (ValueError, IndexError):
             size = None
         if size is None or len(size) > 1 or P < 1 or G < 1:
-            fail(f'--tasks: {text!r} is not "REWARD PROMPTS [PxG]", e.g. "image_reward prompts/zoo.txt 8x4"')
+            fail(
+                f'--tasks: {text!r} is not "REWARD PROMPTS [PxG]", e.g. "image_reward prompts/zoo.txt 8x4"'
+            )
         try:
             check_spec(reward)
             prompts = open_prompts(source, args.seed)
-        except (RewardError, SourceError, OSError) as error:  # OSError: no right to read, or to write the cache
+        except (
+            RewardError,
+            SourceError,
+            OSError,
+        ) as error:  # OSError: no right to read, or to write the cache
             fail(f"--tasks {text!r}: {error}")
         if world_size > P * G:
-            fail(f"--tasks {text!r}: {P}x{G} images are less than the {world_size} processes; take more")
+            fail(
+                f"--tasks {text!r}: {P}x{G} images are less than the {world_size} processes; take more"
+            )
         if G == 1 and "statistical_parity" in reward:
-            fail(f"--tasks {text!r}: statistical parity needs several images of a prompt; raise G of PxG")
+            fail(
+                f"--tasks {text!r}: statistical parity needs several images of a prompt; raise G of PxG"
+            )
         name = re.split(r"[:?]", reward.rpartition(":")[2] if ".py:" in reward else reward)[0]
         same = sum(task.name.partition("-")[0] == name for task in tasks)
         tasks.append(Task(f"{name}-{same + 1}" if same else name, reward, prompts, P, G))
@@ -293,7 +363,9 @@ def load_pipeline(model: str) -> StableDiffusionPipeline:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
     try:
-        return StableDiffusionPipeline.from_pretrained(model, safety_checker=None, requires_safety_checker=False)
+        return StableDiffusionPipeline.from_pretrained(
+            model, safety_checker=None, requires_safety_checker=False
+        )
     except Exception as error:  # the hub's client and the loaders raise many kinds
         where = "loaded" if Path(model).is_dir() else "had from the hub, nor is it a folder"
         fail(
@@ -309,11 +381,17 @@ def load_reward_or_fail(
     try:
         return load_reward(spec, device, prompts, timeout)
     except PromptError as error:
-        remedy = "change the prompts of the task" if flag == "--tasks" else "change --prompt or --prompts-file"
+        remedy = (
+            "change the prompts of the task"
+            if flag == "--tasks"
+            else "change --prompt or --prompts-file"
+        )
         fail(f"{flag} {spec} cannot score these prompts: {error}; {remedy}")
     except RewardError as error:
         fail(f"{flag} {spec}: {error}")
-    except Exception as error:  # the hub's client, the loaders and the user's own file raise many kinds
+    except (
+        Exception
+    ) as error:  # the hub's client, the loaders and the user's own file raise many kinds
         what = f"{type(error).__name__}: {str(error)[:300]}"
         fail(f"{flag} {spec} cannot be loaded ({what}); check the name, the folder and the network")
 
@@ -326,12 +404,21 @@ def warn_of_prompts(pipeline: StableDiffusionPipeline, prompts: list[str]) -> No
     tokenizer, length = pipeline.tokenizer, pipeline.tokenizer.model_max_length
     unseen = (pipeline.text_encoder.get_input_embeddings().weight == 0).all(dim=1).cpu()
     words = dict.fromkeys(word for prompt in prompts for word in re.findall(r"\w+", prompt))
-    unknown = [word for word in words if unseen[tokenizer(word, add_special_tokens=False).input_ids].any()]
+    unknown = [
+        word for word in words if unseen[tokenizer(word, add_special_tokens=False).input_ids].any()
+    ]
     if unknown:
-        print(f"warning: the model does not know these words: {', '.join(unknown)}", file=sys.stderr)
+        print(
+            f"warning: the model does not know these words: {', '.join(unknown)}", file=sys.stderr
+        )
     lost = [tokenizer.decode(tokenizer(prompt).input_ids[length - 1 : -1]) for prompt in prompts]
     if any(lost):
         example = next(filter(None, lost))
         example = example if len(example) < 200 else f"{example[:200]}..."
-        count = f"{sum(map(bool, lost))} of the prompts end" if len(prompts) > 1 else "the prompt ends"
-        print(f"warning: {count} after {length} tokens for the model; this is lost: {example!r}", file=sys.stderr)
+        count = (
+            f"{sum(map(bool, lost))} of the prompts end" if len(prompts) > 1 else "the prompt ends"
+        )
+        print(
+            f"warning: {count} after {length} tokens for the model; this is lost: {example!r}",
+            file=sys.stderr,
+        )

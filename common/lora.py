@@ -41,19 +41,25 @@ class LoRAAttnProcessor(torch.nn.Module):
     def _project(self, layer, lora, x):
         return layer(x) + self.scale * lora(x) if self.scale else layer(x)
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs
+    ):
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         if attn.norm_cross and encoder_hidden_states is not None:
             context = attn.norm_encoder_hidden_states(context)
         query = self._project(attn.to_q, self.to_q, hidden_states)
         key = self._project(attn.to_k, self.to_k, context)
         value = self._project(attn.to_v, self.to_v, context)
-        query, key, value = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
+        query, key, value = (
+            x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value)
+        )
         if attention_mask is not None:
             attention_mask = attn.prepare_attention_mask(attention_mask, key.shape[2], len(key))
             attention_mask = attention_mask.view(len(key), attn.heads, -1, attention_mask.shape[-1])
         # The scale is diffusers' own, which a model may set to something else than 1 / sqrt(head_dim).
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=attn.scale)
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=attn.scale
+        )
         out = self._project(attn.to_out[0], self.to_out, out.transpose(1, 2).flatten(2))
         return attn.to_out[1](out)
 
@@ -112,10 +118,14 @@ def lora_rank(path: str | Path) -> int:
     try:
         state = load_file(lora_file(path))
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{lora_file(path)} cannot be read as safetensors ({str(error)[:100]})") from None
+        raise ValueError(
+            f"{lora_file(path)} cannot be read as safetensors ({str(error)[:100]})"
+        ) from None
     ranks = {value.shape[0] for key, value in state.items() if key.endswith("lora_A.weight")}
     if len(ranks) != 1:
-        raise ValueError(f"{lora_file(path)} holds no LoRA of one rank under the names that diffusers gives it")
+        raise ValueError(
+            f"{lora_file(path)} holds no LoRA of one rank under the names that diffusers gives it"
+        )
     return ranks.pop()
 
 
@@ -139,7 +149,9 @@ def load_weights(unet: torch.nn.Module, folder: str | Path) -> None:
 
 
 def has_lora(unet: torch.nn.Module) -> bool:
-    return any(isinstance(processor, LoRAAttnProcessor) for processor in unet.attn_processors.values())
+    return any(
+        isinstance(processor, LoRAAttnProcessor) for processor in unet.attn_processors.values()
+    )
 
 
 def load_lora(unet: torch.nn.Module, path: str | Path) -> None:

@@ -21,7 +21,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.prompts import Lines, SourceError, cached, json_object, json_prompt, replacing, take, users_sequence
+from common.prompts import (
+    Lines,
+    SourceError,
+    cached,
+    json_object,
+    json_prompt,
+    replacing,
+    take,
+    users_sequence,
+)
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -33,15 +42,25 @@ def open_pairs(source: str, seed: int) -> Sequence[tuple[Image.Image, str]]:
     path = Path(source)
     if (path / "metadata.jsonl").is_file():
         pairs = ImageFolder(path)
-    elif shards := sorted(path.glob("*.tar")) if path.is_dir() else [path] if path.suffix == ".tar" else []:
+    elif (
+        shards := sorted(path.glob("*.tar"))
+        if path.is_dir()
+        else [path]
+        if path.suffix == ".tar"
+        else []
+    ):
         pairs = TarShards(shards)
     else:
-        raise SourceError(f"{source!r} is no folder with metadata.jsonl or *.tar shards, and no file.py:function")
+        raise SourceError(
+            f"{source!r} is no folder with metadata.jsonl or *.tar shards, and no file.py:function"
+        )
     pairs[0]
     return pairs
 
 
-def take_pairs(pairs: Sequence, seed: int, position: int, count: int, size: int) -> tuple[torch.Tensor, list[str]]:
+def take_pairs(
+    pairs: Sequence, seed: int, position: int, count: int, size: int
+) -> tuple[torch.Tensor, list[str]]:
     """Pictures (count, 3, size, size) in [0, 1] and captions, number `position` and on of the stream (prompts.take).
 
     Among millions of pictures some are broken: the next that can be read stands in, and a warning names the broken one.
@@ -79,7 +98,9 @@ def opened(data, name: str) -> Image.Image:
         picture.load()
         return picture
     except OSError as error:  # PIL's own errors among them
-        raise SourceError(f"the picture {name} cannot be read ({error}); leave it out of the data") from None
+        raise SourceError(
+            f"the picture {name} cannot be read ({error}); leave it out of the data"
+        ) from None
 
 
 class ImageFolder(Sequence):
@@ -138,7 +159,9 @@ class TarShards(Sequence):
         except tarfile.TarError as error:
             raise SourceError(f"{shard} is no plain tar file ({error})") from None
         if not found:
-            raise SourceError(f"{shard} holds no pairs: a shard has NAME.jpg and NAME.txt, one after the other")
+            raise SourceError(
+                f"{shard} holds no pairs: a shard has NAME.jpg and NAME.txt, one after the other"
+            )
         return np.array(found, dtype=np.int64).reshape(-1, 5)
 
     def __len__(self) -> int:
@@ -155,6 +178,8 @@ class TarShards(Sequence):
         name = f"{i} of {self.shards[shard]}"
         try:
             caption = caption.decode("utf-8").strip()
-            return opened(io.BytesIO(picture), name), json_prompt(caption, "") if where[4] else caption
+            return opened(io.BytesIO(picture), name), json_prompt(caption, "") if where[
+                4
+            ] else caption
         except ValueError as error:
             raise SourceError(f"pair {name}: {error}") from None

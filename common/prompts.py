@@ -45,7 +45,9 @@ def open_prompts(source: str, seed: int) -> Sequence[str]:
     if ".py:" in source:
         prompts = users_sequence(source, seed)
         if not isinstance(prompts[0], str):
-            raise SourceError(f"{source} must return a sequence of prompts, and its first is {prompts[0]!r:.80}")
+            raise SourceError(
+                f"{source} must return a sequence of prompts, and its first is {prompts[0]!r:.80}"
+            )
         return prompts
     name, _, key = source.partition("#")
     path = Path(name)
@@ -102,7 +104,9 @@ class Lines(Sequence):
                         self.parse(self.text(line))
                         offsets.append(offset)
                 except UnicodeDecodeError:
-                    raise SourceError(f"{self.name} is not UTF-8 in line {number}; save it as UTF-8") from None
+                    raise SourceError(
+                        f"{self.name} is not UTF-8 in line {number}; save it as UTF-8"
+                    ) from None
                 except ValueError as error:
                     raise SourceError(f"{self.name}, line {number}: {error}") from None
                 offset += len(line)
@@ -130,10 +134,14 @@ def json_prompt(text: str, key: str) -> str:
     if not isinstance(record.get(key), str) or not record[key].strip():
         raise ValueError(f"there is no text under {key!r}; name its key as in prompts.jsonl#KEY")
     if "\0" in record[key] or any("\ud800" <= letter <= "\udfff" for letter in record[key]):
-        raise ValueError(f"the text under {key!r} has a null byte or half a character; write it anew")
+        raise ValueError(
+            f"the text under {key!r} has a null byte or half a character; write it anew"
+        )
     if "objects" not in record:
         return record[key].strip()
-    if not isinstance(record["objects"], list) or not all(isinstance(name, str) for name in record["objects"]):
+    if not isinstance(record["objects"], list) or not all(
+        isinstance(name, str) for name in record["objects"]
+    ):
         raise ValueError('"objects" is not a list of words')
     prompt = Prompt(record[key].strip())
     prompt.objects = record["objects"]
@@ -155,7 +163,9 @@ def users_sequence(source: str, seed: int) -> Sequence:
     path, _, name = source.rpartition(":")
     if not Path(path).is_file():
         raise SourceError(f"there is no file {path!r} ({source})")
-    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", f"source {Path(path).resolve()}"), path)
+    spec = importlib.util.spec_from_file_location(
+        re.sub(r"\W", "_", f"source {Path(path).resolve()}"), path
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module  # where pickle looks for classes
     try:
@@ -221,12 +231,16 @@ def parquet_lines(path: Path, key: str) -> Iterable[bytes]:
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise SourceError(f"{path} needs pyarrow: pip install pyarrow, or save it as .jsonl") from None
+        raise SourceError(
+            f"{path} needs pyarrow: pip install pyarrow, or save it as .jsonl"
+        ) from None
     file = ParquetFile(path)
     columns = file.schema_arrow.names
     key = key or next((name for name in KEYS if name in columns), KEYS[0])
     if key not in columns:
-        raise SourceError(f"{path} has no column {key!r}; there are {', '.join(columns)}: name one as in {path}#COLUMN")
+        raise SourceError(
+            f"{path} has no column {key!r}; there are {', '.join(columns)}: name one as in {path}#COLUMN"
+        )
     for batch in file.iter_batches(columns=[key]):
         for value in batch.column(0).to_pylist():
             if str(value or "").strip():

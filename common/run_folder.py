@@ -68,10 +68,14 @@ class RunFolder:
                 (path / "samples").mkdir(parents=True, exist_ok=True)
                 self.lock = lock(path)
                 for text in metrics.read_text().splitlines() if first_iteration else []:
-                    if len(self.history) < first_iteration:  # what comes after them may have been cut in the middle
+                    if (
+                        len(self.history) < first_iteration
+                    ):  # what comes after them may have been cut in the middle
                         self.history.append(json.loads(text))
                 write_text(metrics, "".join(json.dumps(line) + "\n" for line in self.history))
-                write_text(path / "args.json", json.dumps(asdict(args), indent=2, default=str) + "\n")
+                write_text(
+                    path / "args.json", json.dumps(asdict(args), indent=2, default=str) + "\n"
+                )
                 threading.excepthook = warn_of_threads
                 self.writer = SummaryWriter(path, purge_step=first_iteration)
         if args.track and self.rank == 0:
@@ -89,16 +93,24 @@ class RunFolder:
                     file.write(json.dumps(metrics) + "\n")
         if self.rank > 0:
             return
-        deviation, clip_range = metrics.get("ratio/first_max_deviation", 0), getattr(self.args, "clip_range", 0)
+        deviation, clip_range = (
+            metrics.get("ratio/first_max_deviation", 0),
+            getattr(self.args, "clip_range", 0),
+        )
         if metrics["iteration"] == 0 and deviation > clip_range:
             off = f"{deviation:.1e}, more than --clip-range {clip_range}"
-            print(f"warning: before the first update a ratio is off 1 by {off}; try --dtype fp32", file=sys.stderr)
+            print(
+                f"warning: before the first update a ratio is off 1 by {off}; try --dtype fp32",
+                file=sys.stderr,
+            )
         with warning_if_not_written(Path(self.writer.log_dir)):
             for key, value in metrics.items():
                 self.writer.add_scalar(key, value, metrics["iteration"])
             self.writer.flush()
         shown = {"reward": "reward/mean", "kl": "kl/pretrained"}
-        progress.set_postfix({name: f"{metrics[key]:.3f}" for name, key in shown.items() if key in metrics})
+        progress.set_postfix(
+            {name: f"{metrics[key]:.3f}" for name, key in shown.items() if key in metrics}
+        )
         if self.wandb:
             self.wandb.log(metrics, step=metrics["iteration"])
 
@@ -106,14 +118,23 @@ class RunFolder:
         """learning_curve.png: reward (mean and std) and KL to the pretrained model against reward queries."""
         from matplotlib.figure import Figure
 
-        samples, mean, std = ([line[key] for line in self.history] for key in ("samples", "reward/mean", "reward/std"))
+        samples, mean, std = (
+            [line[key] for line in self.history] for key in ("samples", "reward/mean", "reward/std")
+        )
         figure = Figure(figsize=(9, 3.5), layout="constrained")
         left, right = figure.subplots(1, 2)
         left.plot(samples, mean)
-        left.fill_between(samples, [a - b for a, b in zip(mean, std)], [a + b for a, b in zip(mean, std)], alpha=0.2)
+        left.fill_between(
+            samples,
+            [a - b for a, b in zip(mean, std)],
+            [a + b for a, b in zip(mean, std)],
+            alpha=0.2,
+        )
         left.set(xlabel="reward queries", ylabel="reward (mean, std)")
         if "kl/pretrained" in self.history[0]:
-            right.plot(samples, [line["kl/pretrained"] for line in self.history], color="tab:orange")
+            right.plot(
+                samples, [line["kl/pretrained"] for line in self.history], color="tab:orange"
+            )
         right.set(xlabel="reward queries", ylabel="KL to the pretrained model (nats)")
         with warning_if_not_written(self.path / "learning_curve.png") as path:
             figure.savefig(path, dpi=110)
@@ -139,7 +160,11 @@ def warning_if_not_written(path: Path):
 
 def warn_of_threads(args) -> None:
     """For threading.excepthook: one line where TensorBoard's thread cannot write; `log` goes on without it."""
-    if isinstance(args.exc_value, OSError) and args.thread and "tensorboard" in type(args.thread).__module__:
+    if (
+        isinstance(args.exc_value, OSError)
+        and args.thread
+        and "tensorboard" in type(args.thread).__module__
+    ):
         print(f"warning: no more TensorBoard events ({args.exc_value.strerror})", file=sys.stderr)
     else:
         threading.__excepthook__(args)
@@ -168,7 +193,9 @@ def saving(run_dir: Path):
     except (OSError, SafetensorError) as error:
         faults = [str(error)]
     except RuntimeError as error:
-        if "inline_container" not in str(error) and "PytorchStream" not in str(error):  # torch.save's, of a full disk
+        if "inline_container" not in str(error) and "PytorchStream" not in str(
+            error
+        ):  # torch.save's, of a full disk
             raise
         faults = [str(error)]
     if dist.is_initialized():
@@ -207,22 +234,34 @@ def new_checkpoint(run_dir: Path):
 
     At its end the folder takes the place of `run_dir`/checkpoint, which stays until all files are whole and on disk.
     """
-    rank, folder, partial = int(os.environ.get("RANK", 0)), run_dir / "checkpoint", run_dir / "checkpoint.partial"
+    rank, folder, partial = (
+        int(os.environ.get("RANK", 0)),
+        run_dir / "checkpoint",
+        run_dir / "checkpoint.partial",
+    )
     with saving(run_dir):
         if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed, perhaps with more ranks
+            shutil.rmtree(
+                partial, ignore_errors=True
+            )  # of a process that was killed, perhaps with more ranks
             partial.mkdir(parents=True)
     with saving(run_dir):
         yield partial
     with saving(run_dir):
         if rank == 0:
             files = {
-                path.relative_to(partial).as_posix(): path for path in sorted(partial.rglob("*")) if path.is_file()
+                path.relative_to(partial).as_posix(): path
+                for path in sorted(partial.rglob("*"))
+                if path.is_file()
             }
             digests = {name: sha256(path) for name, path in files.items()}
             index = partial / "files.json"
-            index.write_text(json.dumps({"format": CHECKPOINT_FORMAT, "sha256": digests}, indent=2) + "\n")
-            metrics = [path for path in (run_dir / "metrics.jsonl",) if path.exists()]  # which must not be behind
+            index.write_text(
+                json.dumps({"format": CHECKPOINT_FORMAT, "sha256": digests}, indent=2) + "\n"
+            )
+            metrics = [
+                path for path in (run_dir / "metrics.jsonl",) if path.exists()
+            ]  # which must not be behind
             for path in (*files.values(), index, partial, *metrics):
                 sync(path)
             old = folder.with_suffix(".old")
@@ -262,7 +301,9 @@ def check_checkpoint(run_dir: Path) -> None:
         with suppress(FileNotFoundError):  # another rank was first
             folder.with_suffix(".old").rename(folder)
     if not (folder / "state.pt").is_file():
-        raise CheckpointError("there is no checkpoint in it; name the folder of a run that has saved one")
+        raise CheckpointError(
+            "there is no checkpoint in it; name the folder of a run that has saved one"
+        )
     damaged = "is damaged or missing; put a copy back, or start the run anew"
     if not (folder / "files.json").exists():
         try:
@@ -276,7 +317,9 @@ def check_checkpoint(run_dir: Path) -> None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / 'files.json'} {damaged}") from error
     if version > CHECKPOINT_FORMAT:
-        raise CheckpointError(f"its checkpoint has format {version}, of a later version; update this project")
+        raise CheckpointError(
+            f"its checkpoint has format {version}, of a later version; update this project"
+        )
     for name, digest in digests:
         path = folder / name
         if not path.is_file() or sha256(path) != digest:

@@ -47,14 +47,20 @@ def ddim_step_with_logprob(
     if (noise is None) == (prev_sample is None):
         raise ValueError("give either noise or prev_sample")
     if scheduler.config.thresholding:
-        raise ValueError("dynamic thresholding is not supported: set thresholding=False in the scheduler's config")
+        raise ValueError(
+            "dynamic thresholding is not supported: set thresholding=False in the scheduler's config"
+        )
     mean, std = _mean_and_std(scheduler, model_output.float(), timestep, sample.float(), eta)
     wide_std = std.view(-1, *[1] * (sample.dim() - 1))
     if prev_sample is None:
         prev_sample = mean + wide_std * noise.float()
     # Where std is 0 a 1 stands in, so that neither value nor gradient is NaN; the result is then masked.
     safe_std = torch.where(wide_std > 0, wide_std, torch.ones_like(wide_std))
-    log_prob = -(((prev_sample.float() - mean) / safe_std) ** 2) / 2 - safe_std.log() - 0.5 * math.log(2 * math.pi)
+    log_prob = (
+        -(((prev_sample.float() - mean) / safe_std) ** 2) / 2
+        - safe_std.log()
+        - 0.5 * math.log(2 * math.pi)
+    )
     log_prob = torch.where(std > 0, log_prob.flatten(1).mean(1), torch.zeros_like(std))
     return DDIMStep(prev_sample.float(), log_prob, mean, std)
 
@@ -65,7 +71,9 @@ def _mean_and_std(scheduler, model_output, timestep, sample, eta):
     prev_t = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     alpha_prod = alphas_cumprod[t]
     alpha_prod_prev = torch.where(
-        prev_t >= 0, alphas_cumprod[prev_t.clamp(min=0)], scheduler.final_alpha_cumprod.to(sample.device)
+        prev_t >= 0,
+        alphas_cumprod[prev_t.clamp(min=0)],
+        scheduler.final_alpha_cumprod.to(sample.device),
     )
     # sigma_t, Eq. 16: eta = 1 is the DDPM, eta = 0 the deterministic DDIM.
     variance = (1 - alpha_prod_prev) / (1 - alpha_prod) * (1 - alpha_prod / alpha_prod_prev)
@@ -89,7 +97,10 @@ def _mean_and_std(scheduler, model_output, timestep, sample, eta):
         limit = scheduler.config.clip_sample_range
         pred_original_sample = pred_original_sample.clamp(-limit, limit)
     # Eq. 12: the mean is the predicted x_0, and the direction that points to x_t.
-    mean = a_prev.sqrt() * pred_original_sample + (1 - a_prev - s**2).clamp(min=0).sqrt() * pred_epsilon
+    mean = (
+        a_prev.sqrt() * pred_original_sample
+        + (1 - a_prev - s**2).clamp(min=0).sqrt() * pred_epsilon
+    )
     return mean, std
 
 

@@ -19,7 +19,11 @@ class PromptEncoder:
     """
 
     def __init__(self, pipeline: StableDiffusionPipeline, device: torch.device, kept: int = 1024):
-        self.tokenizer, self.text_encoder, self.device = pipeline.tokenizer, pipeline.text_encoder, device
+        self.tokenizer, self.text_encoder, self.device = (
+            pipeline.tokenizer,
+            pipeline.text_encoder,
+            device,
+        )
         self.text_encoder.to(device).eval().requires_grad_(False)
         self.encode_one = lru_cache(maxsize=kept)(self.encode_one)
 
@@ -30,7 +34,9 @@ class PromptEncoder:
     @torch.no_grad()
     def encode_one(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
         length = self.tokenizer.model_max_length
-        ids = self.tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        ids = self.tokenizer(
+            prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
         out = self.text_encoder(ids.input_ids.to(self.device))
         return out.last_hidden_state.float(), out.pooler_output.float()
 
@@ -51,7 +57,9 @@ def make_trainable(
     `lora_rank` 0 all weights are trained and stay float32; then the forward pass alone is in `dtype`, under autocast,
     and the pretrained model is a frozen copy, or None without `keep_pretrained`.
     """
-    unet.to(device, DTYPES[dtype] if lora_rank else torch.float32, memory_format=torch.channels_last).eval()
+    unet.to(
+        device, DTYPES[dtype] if lora_rank else torch.float32, memory_format=torch.channels_last
+    ).eval()
     reference = unet
     if lora_rank:
         weights = add_lora(unet, lora_rank)

@@ -32,7 +32,9 @@ def join_ranks(device: torch.device) -> None:
 def end_run(message: str) -> NoReturn:
     """One line on stderr and exit code 1 on every rank, all of which call this: what has stopped a run under way."""
     if int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(f"error: {' '.join(message.split())}", file=sys.stderr)  # on a line of its own, not the bar's
+        tqdm.write(
+            f"error: {' '.join(message.split())}", file=sys.stderr
+        )  # on a line of its own, not the bar's
     if dist.is_initialized():
         dist.barrier()  # torchrun ends the other ranks when one has ended: rank 0 must have saved and said everything
     if any(thread.name == HUNG for thread in threading.enumerate()):
@@ -64,14 +66,19 @@ def catch_signals() -> list[int]:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handle)
-    os.register_at_fork(after_in_child=restore)  # a reward's own processes end when they are told to
+    os.register_at_fork(
+        after_in_child=restore
+    )  # a reward's own processes end when they are told to
     return received
 
 
 def gradient_metrics(norms: list[float]) -> dict[str, float]:
     """Mean of an iteration's gradient norms that are finite (0 without one), and how many are not."""
     finite = [norm for norm in norms if math.isfinite(norm)]
-    return {"grad_norm": sum(finite) / max(1, len(finite)), "updates/skipped": len(norms) - len(finite)}
+    return {
+        "grad_norm": sum(finite) / max(1, len(finite)),
+        "updates/skipped": len(norms) - len(finite),
+    }
 
 
 def too_many_skipped(norms: list[float], limit: int) -> bool:
@@ -93,4 +100,6 @@ def end_early(run_dir: Path, signals: list[int] | None) -> NoReturn:
     if dist.is_initialized():
         dist.destroy_process_group()
     # A rank's code other than 0 is a failure to torchrun, which may start the run again.
-    raise SystemExit(130 if signal.SIGINT in signals and "TORCHELASTIC_RUN_ID" not in os.environ else 0)
+    raise SystemExit(
+        130 if signal.SIGINT in signals and "TORCHELASTIC_RUN_ID" not in os.environ else 0
+    )

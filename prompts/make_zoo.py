@@ -58,7 +58,9 @@ def main():
         "preference_held_out": things[1],
         "composition": list(Composition([world.article(kind) for kind in KINDS])),
         "composition_held_out": list(Composition([world.article(kind) for kind in KINDS_HELD_OUT])),
-        "portraits": four_ways([text for who, text in portraits.items() if who not in OCCUPATIONS_HELD_OUT]),
+        "portraits": four_ways(
+            [text for who, text in portraits.items() if who not in OCCUPATIONS_HELD_OUT]
+        ),
         "portraits_held_out": [portraits[who] for who in OCCUPATIONS_HELD_OUT],
     }
     for name, prompts in files.items():

@@ -36,10 +36,21 @@ def run_script(*args, ranks: int = 1, timeout: int = 300) -> subprocess.Complete
     """Run a script as a user would, in the project's root; under torchrun when `ranks` is more than 1."""
     launcher = [sys.executable]
     if ranks > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+        ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}  # tiny models: threads cost more than they save
     return subprocess.run(
-        [*launcher, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=env
+        [*launcher, *map(str, args)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=env,
     )
 
 
@@ -50,7 +61,12 @@ def read_metrics(run_dir: Path) -> list[dict]:
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory) -> Path:
     """A randomly initialised pipeline with the classes and the scheduler's configuration of SD v1.5, shrunk."""
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,
+        PNDMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     torch.manual_seed(0)

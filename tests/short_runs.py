@@ -10,14 +10,51 @@ from conftest import ROOT, read_metrics
 from safetensors.torch import load_file
 
 SCRIPTS = ("dpok.py", "ddpo.py", "rwr.py", "sft_kl.py", "large_scale_ppo.py")
-COMMON = ("zoo", "--num-inference-steps", 3, "--num-iterations", 3, "--save-every", 1, "--micro-batch-size", 4)
+COMMON = (
+    "zoo",
+    "--num-inference-steps",
+    3,
+    "--num-iterations",
+    3,
+    "--save-every",
+    1,
+    "--micro-batch-size",
+    4,
+)
 # Less than the preset's 2e-3: AdamW's first step is large for the smallest gradient too, which ranks round differently.
 COMMON += ("--learning-rate", 1e-4)
 SHORT = {
-    "dpok.py": ("--samples-per-iteration", 4, "--batch-size", 8, "--value-batch-size", 8, "--replay-rollouts", 2),
+    "dpok.py": (
+        "--samples-per-iteration",
+        4,
+        "--batch-size",
+        8,
+        "--value-batch-size",
+        8,
+        "--replay-rollouts",
+        2,
+    ),
     "ddpo.py": ("--samples-per-iteration", 4, "--min-count", 2, "--gradient-steps", 2),
-    "rwr.py": ("--samples-per-iteration", 8, "--shard-size", 4, "--batch-size", 4, "--gradient-steps", 2),
-    "sft_kl.py": ("--dataset-size", 8, "--shard-size", 4, "--samples-per-iteration", 4, "--batch-size", 4),
+    "rwr.py": (
+        "--samples-per-iteration",
+        8,
+        "--shard-size",
+        4,
+        "--batch-size",
+        4,
+        "--gradient-steps",
+        2,
+    ),
+    "sft_kl.py": (
+        "--dataset-size",
+        8,
+        "--shard-size",
+        4,
+        "--samples-per-iteration",
+        4,
+        "--batch-size",
+        4,
+    ),
     "large_scale_ppo.py": ("--pretrain-batch-size", 4, "--training-timesteps", 2, "--tasks"),
 }
 SHORT["sft_kl.py"] += ("--gradient-steps", 2)
@@ -25,7 +62,9 @@ SHORT["large_scale_ppo.py"] += ("image_reward:zoo/image_reward prompts/zoo.txt 2
 FINAL = "pytorch_lora_weights.safetensors"
 
 
-def start(script: str, *flags, ranks: int = 1, restarts: int = 0, stderr=subprocess.PIPE) -> subprocess.Popen:
+def start(
+    script: str, *flags, ranks: int = 1, restarts: int = 0, stderr=subprocess.PIPE
+) -> subprocess.Popen:
     """The script as a user would start it, in a process group of its own."""
     launcher = [sys.executable]
     if ranks > 1:
@@ -59,13 +98,20 @@ def iteration_of(run: Path) -> int:
 
 def workers_of(process: subprocess.Popen) -> list[int]:
     """Processes that torchrun has started."""
-    return [int(pid) for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True).stdout.split()]
+    return [
+        int(pid)
+        for pid in subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True
+        ).stdout.split()
+    ]
 
 
 def steady_metrics(run_dir: Path) -> list[dict]:
     """metrics.jsonl without what the clock has written."""
     lines = read_metrics(run_dir)
-    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+    return [
+        {key: value for key, value in line.items() if not key.startswith("time/")} for line in lines
+    ]
 
 
 def assert_same_run(a: Path, b: Path) -> None:

@@ -13,7 +13,14 @@ import dpok
 from common.scheduler import ddim_step_with_logprob
 from common.stable_diffusion import PromptEncoder
 
-TINY = ("--num-inference-steps", "4", "--samples-per-iteration", "10", "--reward", "jpeg_incompressibility")
+TINY = (
+    "--num-inference-steps",
+    "4",
+    "--samples-per-iteration",
+    "10",
+    "--reward",
+    "jpeg_incompressibility",
+)
 
 
 @pytest.mark.parametrize("kl, rewarded_share", [("exact", 1.0), ("released", 1.0), ("exact", 0.5)])
@@ -36,7 +43,9 @@ def test_gradient_is_that_of_eq_9_written_out(tiny_sd, tmp_path, monkeypatch, kl
     x_t, x_prev = replay["trajectory"][0, i, j], replay["trajectory"][0, i, j + 1].double()
     weights = [weight for weight, _ in weights_and_gradients]
     leaves, policy, pre, eps, eps_pre = policies(tiny_sd, weights, T, w, dpok.Args().prompt, x_t, j)
-    _, pooled = PromptEncoder(StableDiffusionPipeline.from_pretrained(tiny_sd), "cpu")([dpok.Args().prompt])
+    _, pooled = PromptEncoder(StableDiffusionPipeline.from_pretrained(tiny_sd), "cpu")(
+        [dpok.Args().prompt]
+    )
     value_function = dpok.ValueFunction(4 * 8 * 8 + 32, T)
     value_function.load_state_dict(state["value_function"])
     # It began at the mean of the first rewards, and has since made one step of AdamW with a learning rate of 1e-4.
@@ -44,15 +53,21 @@ def test_gradient_is_that_of_eq_9_written_out(tiny_sd, tmp_path, monkeypatch, kl
     with torch.no_grad():
         value = value_function(x_t.float(), j, pooled.expand(n, -1)).double()
     advantages = replay["reward"][0, i].double() - value
-    ratio = (policy.log_prob(x_prev).flatten(1).mean(1) - replay["log_prob"][0, i, j].double()).exp()
+    ratio = (
+        policy.log_prob(x_prev).flatten(1).mean(1) - replay["log_prob"][0, i, j].double()
+    ).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
     penalty = kl_divergence(policy, pre) if kl == "exact" else (eps - eps_pre) ** 2
     policy_loss = (-alpha * advantages * clipped * (j < rewarded_share * T)).mean()
     kl_loss = beta * penalty.flatten(1).mean(1).mean()
-    parts = [torch.autograd.grad(part, leaves, retain_graph=True) for part in (policy_loss, kl_loss)]
+    parts = [
+        torch.autograd.grad(part, leaves, retain_graph=True) for part in (policy_loss, kl_loss)
+    ]
     of_policy, of_kl = (torch.cat([gradient.flatten() for gradient in part]) for part in parts)
 
-    assert 0 < (ratio != clipped).sum() < n, "the case should have ratios inside and outside of the band"
+    assert 0 < (ratio != clipped).sum() < n, (
+        "the case should have ratios inside and outside of the band"
+    )
     ours = torch.cat([gradient.flatten() for _, gradient in weights_and_gradients]).double()
     expected = of_policy + of_kl
     assert 0.1 < (share := of_policy.norm() / of_kl.norm()) < 10, (
@@ -64,7 +79,11 @@ def test_gradient_is_that_of_eq_9_written_out(tiny_sd, tmp_path, monkeypatch, kl
 def test_cooldown_is_a_straight_line_to_0(tiny_sd, tmp_path, monkeypatch):
     """Of four iterations the last two have the learning rates 1 and 1/2: the first is where the line begins."""
     rates, step = [], torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self))
+    monkeypatch.setattr(
+        torch.optim.AdamW,
+        "step",
+        lambda self: rates.append(self.param_groups[0]["lr"]) or step(self),
+    )
     flags = f"--num-iterations 4 --cooldown-share 0.5 --learning-rate 1e-3 --output-dir {tmp_path / 'run'} "
     flags += f"--gradient-steps 1 --model {tiny_sd}"
     monkeypatch.setattr(sys, "argv", ["dpok.py", *flags.split(), *TINY])
@@ -74,16 +93,23 @@ def test_cooldown_is_a_straight_line_to_0(tiny_sd, tmp_path, monkeypatch):
 
 def test_score_function_estimator_is_unbiased():
     """E[r sum_t grad log p] (Eq. 6) against the closed form of a one-dimensional Gaussian chain: eps = theta x_t."""
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False
+    )
     scheduler.register_to_config(steps_offset=1, clip_sample=False)
     scheduler.set_timesteps(5)
     theta = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     variance = torch.ones((), dtype=torch.float64)
-    for t in scheduler.timesteps:  # x_{t-1} = c x_t + sigma z, so that Var <- c^2 Var + sigma^2; r = x_0^2
+    for t in (
+        scheduler.timesteps
+    ):  # x_{t-1} = c x_t + sigma z, so that Var <- c^2 Var + sigma^2; r = x_0^2
         a = scheduler.alphas_cumprod.double()[t]
         a_prev = scheduler.alphas_cumprod.double()[max(int(t) - 200, 0)]
         sigma2 = (1 - a_prev) / (1 - a) * (1 - a / a_prev)
-        c = a_prev.sqrt() * (1 - (1 - a).sqrt() * theta) / a.sqrt() + (1 - a_prev - sigma2).sqrt() * theta
+        c = (
+            a_prev.sqrt() * (1 - (1 - a).sqrt() * theta) / a.sqrt()
+            + (1 - a_prev - sigma2).sqrt() * theta
+        )
         variance = c**2 * variance + sigma2
     exact = torch.autograd.grad(variance, theta)[0].item()
 
@@ -96,7 +122,10 @@ def test_score_function_estimator_is_unbiased():
             drawn = torch.randn(x.shape, generator=generator)
             with torch.no_grad():
                 x_prev = ddim_step_with_logprob(scheduler, theta * x, t, x, noise=drawn).prev_sample
-            score = score + ddim_step_with_logprob(scheduler, theta * x, t, x, prev_sample=x_prev).log_prob
+            score = (
+                score
+                + ddim_step_with_logprob(scheduler, theta * x, t, x, prev_sample=x_prev).log_prob
+            )
             x = x_prev
         estimates.append(torch.autograd.grad((x.flatten() ** 2 * score).mean(), theta)[0].item())
     error = np.std(estimates, ddof=1) / np.sqrt(len(estimates))
@@ -107,4 +136,9 @@ def test_score_function_estimator_is_unbiased():
 def test_default_is_the_setting_of_the_paper():
     args = dpok.Args()
     assert (args.alpha, args.beta, args.learning_rate, args.lora_rank) == (10.0, 0.01, 1e-5, 4)
-    assert (args.samples_per_iteration, args.gradient_steps, args.batch_size, args.clip_range) == (10, 5, 32, 1e-4)
+    assert (args.samples_per_iteration, args.gradient_steps, args.batch_size, args.clip_range) == (
+        10,
+        5,
+        32,
+        1e-4,
+    )

@@ -21,7 +21,11 @@ from evaluation.page import ANSWERS
 from evaluation.pairs import shuffled_pairs
 from evaluation.tally import wilson_interval
 
-PROMPTS = ["A cat and a dog", "a </script><!-- dog --> & a \u201ccat\u201d", "A green colored rabbit"]
+PROMPTS = [
+    "A cat and a dog",
+    "a </script><!-- dog --> & a \u201ccat\u201d",
+    "A green colored rabbit",
+]
 QUESTIONS = ("fidelity", "relevance", "overall")
 
 
@@ -31,8 +35,25 @@ def study(tiny_sd, tmp_path_factory):
     work = tmp_path_factory.mktemp("human")
     (work / "prompts.txt").write_text("\n".join(PROMPTS))
     make_lora(tiny_sd, work / "runs/my-secret-run", 3, 0.5)
-    words = ["build", "--model", tiny_sd, "--lora", work / "runs/my-secret-run", "--prompts-file", work / "prompts.txt"]
-    words += ["--images-per-prompt", 2, "--num-inference-steps", 3, "--guidance-scale", 2, "--shuffle-seed", 5]
+    words = [
+        "build",
+        "--model",
+        tiny_sd,
+        "--lora",
+        work / "runs/my-secret-run",
+        "--prompts-file",
+        work / "prompts.txt",
+    ]
+    words += [
+        "--images-per-prompt",
+        2,
+        "--num-inference-steps",
+        3,
+        "--guidance-scale",
+        2,
+        "--shuffle-seed",
+        5,
+    ]
     result = run_script("human_eval.py", *words, "--output-dir", work / "study")
     assert result.returncode == 0, result.stderr
     return work / "study"
@@ -47,7 +68,11 @@ def run_here(monkeypatch, *words) -> None:
 def read_page(study) -> dict:
     """What the page holds, as a rater who looks at its source sees it."""
     source = (study / "human_eval.html").read_text()
-    return json.loads(re.search(r'<script type="application/json" id="study">(.*?)</script>', source, re.DOTALL)[1])
+    return json.loads(
+        re.search(r'<script type="application/json" id="study">(.*?)</script>', source, re.DOTALL)[
+            1
+        ]
+    )
 
 
 def to_array(uri: str) -> np.ndarray:
@@ -59,15 +84,22 @@ def test_key_says_whose_picture_is_where(study):
     assert key["models"] == ["base", "my-secret-run"] and key["study"] == page["study"]
     drawn = {}
     for name in key["models"]:
-        shards = [np.load(file)["images"] for file in sorted((study / f"pictures/samples/{name}").glob("*.npz"))]
+        shards = [
+            np.load(file)["images"]
+            for file in sorted((study / f"pictures/samples/{name}").glob("*.npz"))
+        ]
         drawn[name] = np.concatenate(shards).reshape(3, 2, 64, 64, 3)
     seen = set()
     for pair, shown in zip(key["pairs"], page["pairs"], strict=True):
         j = PROMPTS.index(pair["prompt"])
-        assert shown["prompt"] == pair["prompt"] and {pair["left"], pair["right"]} == set(key["models"])
+        assert shown["prompt"] == pair["prompt"] and {pair["left"], pair["right"]} == set(
+            key["models"]
+        )
         for side in ("left", "right"):
             assert np.array_equal(to_array(shown[side]), drawn[pair[side]][j, pair["image"]])
-        assert not np.array_equal(to_array(shown["left"]), to_array(shown["right"])), "a case in which they differ"
+        assert not np.array_equal(to_array(shown["left"]), to_array(shown["right"])), (
+            "a case in which they differ"
+        )
         seen.add((j, pair["image"]))
     assert len(seen) == 6
     assert [pair["left"] for pair in key["pairs"]].count("base") == 3
@@ -78,7 +110,18 @@ def test_nothing_in_the_page_tells_whose_picture_is_where(study, tmp_path, monke
     for the shuffle."""
     source, page = (study / "human_eval.html").read_text(), read_page(study)
     words = re.sub(r"base64,[A-Za-z0-9+/=]+", "", source).lower()
-    for word in ("my-secret-run", "secret", "base", "fine", "tuned", "lora", "model", "key.json", "seed", str(ROOT)):
+    for word in (
+        "my-secret-run",
+        "secret",
+        "base",
+        "fine",
+        "tuned",
+        "lora",
+        "model",
+        "key.json",
+        "seed",
+        str(ROOT),
+    ):
         assert word not in words, word
     assert set(page) == {"study", "questions", "answers", "pairs"}
     assert all(list(pair) == ["prompt", "left", "right"] for pair in page["pairs"])
@@ -90,7 +133,11 @@ def test_nothing_in_the_page_tells_whose_picture_is_where(study, tmp_path, monke
                 length = int.from_bytes(file[at : at + 4], "big")
                 chunks.append(file[at + 4 : at + 8])
                 at += 12 + length
-            assert set(chunks) == {b"IHDR", b"IDAT", b"IEND"} and to_array(pair[side]).shape == (64, 64, 3)
+            assert set(chunks) == {b"IHDR", b"IDAT", b"IEND"} and to_array(pair[side]).shape == (
+                64,
+                64,
+                3,
+            )
     # Sides are balanced over many pairs, in no order that shows, and differ from seed to seed.
     sides = []
     for seed in range(200):
@@ -102,7 +149,15 @@ def test_nothing_in_the_page_tells_whose_picture_is_where(study, tmp_path, monke
     # Without --shuffle-seed two pages of the same pictures are not shuffled alike.
     keys = []
     for name in ("one", "two"):
-        words = ["build", "--evaluation", study / "pictures", "--images-per-prompt", 2, "--output-dir", tmp_path / name]
+        words = [
+            "build",
+            "--evaluation",
+            study / "pictures",
+            "--images-per-prompt",
+            2,
+            "--output-dir",
+            tmp_path / name,
+        ]
         run_here(monkeypatch, *words)
         keys.append(json.loads((tmp_path / name / "key.json").read_text()))
     assert keys[0]["pairs"] != keys[1]["pairs"] and keys[0]["study"] != keys[1]["study"]
@@ -111,20 +166,30 @@ def test_nothing_in_the_page_tells_whose_picture_is_where(study, tmp_path, monke
 @pytest.fixture
 def browser(tmp_path):
     """Headless Chromium, that saves what it downloads in tmp_path/downloads."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install -r requirements-test.txt")
-    binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    webdriver = pytest.importorskip(
+        "selenium.webdriver", reason="needs selenium: pip install -r requirements-test.txt"
+    )
+    binary = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     driver = shutil.which("chromedriver")
     if not binary or not driver:
         pytest.skip("needs chromium and its driver: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = binary
-    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
+    flags = (
+        "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
+    )
     flags += "disable-component-update disable-sync disable-dev-shm-usage"
     for flag in flags.split():
         options.add_argument(f"--{flag}")
     options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
     (tmp_path / "downloads").mkdir()
-    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path / "downloads")})
+    options.add_experimental_option(
+        "prefs", {"download.default_directory": str(tmp_path / "downloads")}
+    )
     # With the driver's path given, selenium looks for none and downloads none.
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     yield browser
@@ -155,7 +220,9 @@ def test_page_in_a_browser(browser, study, tmp_path, monkeypatch, capsys):
     def pressed() -> dict:
         buttons = browser.find_elements(By.CSS_SELECTOR, "#questions button[aria-pressed=true]")
         return {
-            button.find_element(By.XPATH, "../..").get_attribute("id"): button.get_attribute("value")
+            button.find_element(By.XPATH, "../..").get_attribute("id"): button.get_attribute(
+                "value"
+            )
             for button in buttons
         }
 
@@ -165,7 +232,9 @@ def test_page_in_a_browser(browser, study, tmp_path, monkeypatch, capsys):
     url = (study / "human_eval.html").as_uri()
     browser.get(url)
     assert element("prompt").text == key["pairs"][0]["prompt"]
-    shown = browser.execute_script("return ['left', 'right'].map(id => document.getElementById(id).naturalWidth)")
+    shown = browser.execute_script(
+        "return ['left', 'right'].map(id => document.getElementById(id).naturalWidth)"
+    )
     assert shown == [64, 64]
     assert element("count").text == "pair 1 of 6, 0 answered"
     element("rater").send_keys("Ann 1")  # digits in a name are no answers
@@ -174,7 +243,9 @@ def test_page_in_a_browser(browser, study, tmp_path, monkeypatch, capsys):
     for n in range(3):  # by mouse
         for question in QUESTIONS:
             assert not element("next").is_enabled()
-            browser.find_element(By.CSS_SELECTOR, f"#{question} button[value={to_click(question, n)}]").click()
+            browser.find_element(
+                By.CSS_SELECTOR, f"#{question} button[value={to_click(question, n)}]"
+            ).click()
         assert pressed() == {question: to_click(question, n) for question in QUESTIONS}
         element("next").click()
     assert element("count").text == "pair 4 of 6, 3 answered"
@@ -183,7 +254,10 @@ def test_page_in_a_browser(browser, study, tmp_path, monkeypatch, capsys):
 
     browser.get("about:blank")
     browser.get(url)
-    assert element("count").text == "pair 4 of 6, 3 answered" and element("rater").get_attribute("value") == "Ann 1"
+    assert (
+        element("count").text == "pair 4 of 6, 3 answered"
+        and element("rater").get_attribute("value") == "Ann 1"
+    )
     assert pressed() == {"fidelity": to_click("fidelity", 3)}
     assert element("prompt").text == key["pairs"][3]["prompt"]
     type_keys(Keys.ENTER)  # not before all three are answered
@@ -192,25 +266,43 @@ def test_page_in_a_browser(browser, study, tmp_path, monkeypatch, capsys):
         type_keys(str(values.index(to_click(question, 3)) + 1))
     type_keys(Keys.ENTER)
     # A wrong answer, put right after going back and forth, and up.
-    type_keys("4", "4", "4", Keys.ARROW_LEFT, Keys.ARROW_RIGHT, Keys.ARROW_UP, Keys.ARROW_UP, Keys.ARROW_UP)
+    type_keys(
+        "4",
+        "4",
+        "4",
+        Keys.ARROW_LEFT,
+        Keys.ARROW_RIGHT,
+        Keys.ARROW_UP,
+        Keys.ARROW_UP,
+        Keys.ARROW_UP,
+    )
     for n in (4, 5):
         for question in QUESTIONS:
             type_keys(str(values.index(to_click(question, n)) + 1))
             if n == 4:
-                type_keys(Keys.ARROW_DOWN)  # all are answered, so the frame does not go on by itself
+                type_keys(
+                    Keys.ARROW_DOWN
+                )  # all are answered, so the frame does not go on by itself
         assert pressed() == {question: to_click(question, n) for question in QUESTIONS}
         type_keys(Keys.ENTER)
-    assert element("count").text == "pair 6 of 6, 6 answered" and "That was all" in element("message").text
+    assert (
+        element("count").text == "pair 6 of 6, 6 answered"
+        and "That was all" in element("message").text
+    )
     assert browser.execute_script("return document.getElementById('progress').value") == 6
     type_keys("s")
     file, clock = tmp_path / "downloads/answers-Ann-1.json", time.monotonic()
     while not file.exists() and time.monotonic() - clock < 30:
         time.sleep(0.1)
     answers = json.loads(file.read_text())["answers"]
-    assert answers == {str(n): {question: to_click(question, n) for question in QUESTIONS} for n in range(6)}
+    assert answers == {
+        str(n): {question: to_click(question, n) for question in QUESTIONS} for n in range(6)
+    }
     assert not [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
 
-    run_here(monkeypatch, "tally", file, "--key", study / "key.json", "--output", tmp_path / "tally.json")
+    run_here(
+        monkeypatch, "tally", file, "--key", study / "key.json", "--output", tmp_path / "tally.json"
+    )
     found = json.loads((tmp_path / "tally.json").read_text())["answers"]
     assert {question: found[question]["preferred"] for question in QUESTIONS} == {
         "fidelity": {base: 2, run: 4},
@@ -236,8 +328,13 @@ def test_wilson_interval_equals_scipy():
 def write_answers(key: dict, path, session: str, wanted: dict[int, dict[str, str]]) -> None:
     """A rater's file; `wanted` has a model's name, "similar" or "not_loaded" by pair and question."""
     sides = [{pair["left"]: "left", pair["right"]: "right"} for pair in key["pairs"]]
-    given = {str(n): {q: sides[n].get(value, value) for q, value in pair.items()} for n, pair in wanted.items()}
-    path.write_text(json.dumps({"study": key["study"], "session": session, "rater": "", "answers": given}))
+    given = {
+        str(n): {q: sides[n].get(value, value) for q, value in pair.items()}
+        for n, pair in wanted.items()
+    }
+    path.write_text(
+        json.dumps({"study": key["study"], "session": session, "rater": "", "answers": given})
+    )
 
 
 def test_tally_of_several_raters(study, tmp_path, monkeypatch, capsys):
@@ -256,7 +353,12 @@ def test_tally_of_several_raters(study, tmp_path, monkeypatch, capsys):
     for rater in range(3):
         wanted = {n: {"overall": of[rater]} for n, of in enumerate(votes) if of[rater]}
         write_answers(key, tmp_path / f"answers/{rater}.json", f"s{rater}", wanted)
-    words = ["tally", *sorted((tmp_path / "answers").glob("*.json")), "--output", tmp_path / "out.json"]
+    words = [
+        "tally",
+        *sorted((tmp_path / "answers").glob("*.json")),
+        "--output",
+        tmp_path / "out.json",
+    ]
     run_here(monkeypatch, *words)  # the key is found one folder up
     found = json.loads((tmp_path / "out.json").read_text())
     pooled, of_pairs = found["answers"]["overall"], found["majority"]["overall"]
@@ -275,11 +377,31 @@ def test_two_runs_against_each_other(tiny_sd, study, tmp_path, monkeypatch):
     """Without the base; the same noise as the base's page, so that the run's pictures are the same."""
     run = study.parent / "runs/my-secret-run"
     other = make_lora(tiny_sd, tmp_path / "runs/other", 2, 0.3)
-    words = ["build", "--model", tiny_sd, "--lora", run, "--lora", other, "--num-inference-steps", 3]
-    words += ["--guidance-scale", 2, "--images-per-prompt", 2, "--prompts-file", study.parent / "prompts.txt"]
+    words = [
+        "build",
+        "--model",
+        tiny_sd,
+        "--lora",
+        run,
+        "--lora",
+        other,
+        "--num-inference-steps",
+        3,
+    ]
+    words += [
+        "--guidance-scale",
+        2,
+        "--images-per-prompt",
+        2,
+        "--prompts-file",
+        study.parent / "prompts.txt",
+    ]
     run_here(monkeypatch, *words, "--output-dir", tmp_path / "study")
     key = json.loads((tmp_path / "study/key.json").read_text())
-    assert key["models"] == ["my-secret-run", "other"] and not (tmp_path / "study/pictures/samples/base").exists()
+    assert (
+        key["models"] == ["my-secret-run", "other"]
+        and not (tmp_path / "study/pictures/samples/base").exists()
+    )
     digests = []
     for folder in (study, tmp_path / "study"):
         file = next((folder / "pictures/samples/my-secret-run").glob("*.npz"))
@@ -297,7 +419,10 @@ BUILD_WRONG = {
     "no evaluation": (["--evaluation", "docs"], "--evaluation"),
     "unknown model": (["--evaluation", "PICTURES", "--models", "base", "x"], "--models"),
     "a model and itself": (["--evaluation", "PICTURES", "--models", "base", "base"], "--models"),
-    "too many pictures": (["--evaluation", "PICTURES", "--images-per-prompt", 3], "--images-per-prompt"),
+    "too many pictures": (
+        ["--evaluation", "PICTURES", "--images-per-prompt", 3],
+        "--images-per-prompt",
+    ),
     "a page that is there": (["--evaluation", "PICTURES", "--output-dir", "STUDY"], "--output-dir"),
     "unknown word": (["zooo"], "zooo"),
 }
@@ -306,7 +431,11 @@ BUILD_WRONG = {
 @pytest.mark.parametrize("name", BUILD_WRONG)
 def test_wrong_input_of_build(name, study, tmp_path, monkeypatch, capsys):
     words, mentioned = BUILD_WRONG[name]
-    places = {"RUN": study.parent / "runs/my-secret-run", "PICTURES": study / "pictures", "STUDY": study}
+    places = {
+        "RUN": study.parent / "runs/my-secret-run",
+        "PICTURES": study / "pictures",
+        "STUDY": study,
+    }
     words = ["build", *(places.get(word, word) for word in words)]
     words += [] if "--output-dir" in words else ["--output-dir", tmp_path / "out"]
     words += [] if "--evaluation" in words else ["--model", "zoo/sd"]
@@ -330,7 +459,10 @@ def test_wrong_input_of_tally(study, tmp_path, monkeypatch, capsys):
     cases = {
         "no answers": ([], "answers"),
         "no key": ([tmp_path / "a.json"], "--key"),
-        "another page's key": ([tmp_path / "a.json", "--key", tmp_path / "other.json"], "another page"),
+        "another page's key": (
+            [tmp_path / "a.json", "--key", tmp_path / "other.json"],
+            "another page",
+        ),
         "answers for a key": ([tmp_path / "a.json", "--key", tmp_path / "b.json"], "--key"),
         "a key for answers": ([study / "key.json", *good], "key.json"),
         "no such file": ([tmp_path / "nowhere.json", *good], "nowhere.json"),

@@ -31,7 +31,9 @@ def write_folder(folder, count=5):
     lines = []
     for i in range(count):
         (folder / f"sub/{i}.png").write_bytes(png(i))
-        lines.append(json.dumps({"file_name": f"sub/{i}.png", ("text", "caption")[i % 2]: f"caption {i}"}))
+        lines.append(
+            json.dumps({"file_name": f"sub/{i}.png", ("text", "caption")[i % 2]: f"caption {i}"})
+        )
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return str(folder)
 
@@ -49,7 +51,11 @@ def write_shards(folder):
         with tarfile.open(folder / f"{shard}.tar", "w") as tar:
             for i in members:
                 if i % 2:
-                    add(tar, f"{i:09}.json", json.dumps({"caption": f"caption {i}", "nsfw": None}).encode())
+                    add(
+                        tar,
+                        f"{i:09}.json",
+                        json.dumps({"caption": f"caption {i}", "nsfw": None}).encode(),
+                    )
                     add(tar, f"{i:09}.png", png(i))
                 else:
                     add(tar, f"{i:09}.png", png(i))
@@ -80,7 +86,9 @@ def test_sources(write, tmp_path):
             ((10 * i, 0, 255), f"caption {i}") for i in range(5)
         ]
     pictures, captions = take_pairs(pairs, 1, 3, 7, 8)
-    assert pictures.shape == (7, 3, 8, 8) and sorted(captions[2:]) == [f"caption {i}" for i in range(5)]
+    assert pictures.shape == (7, 3, 8, 8) and sorted(captions[2:]) == [
+        f"caption {i}" for i in range(5)
+    ]
     for picture, caption in zip(pictures, captions):
         assert (picture[0] * 255).round().unique().tolist() == [10 * int(caption[-1])]
     if write is write_shards:
@@ -135,7 +143,11 @@ def test_middle_of_a_picture(width, height):
     x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     picture = Image.fromarray(np.stack([x, y, 0 * x], axis=-1).round().astype(np.uint8))
     tensor = to_tensor(picture, 8)
-    assert tensor.shape == (3, 8, 8) and tensor.dtype == torch.float32 and 0 <= tensor.min() <= tensor.max() <= 1
+    assert (
+        tensor.shape == (3, 8, 8)
+        and tensor.dtype == torch.float32
+        and 0 <= tensor.min() <= tensor.max() <= 1
+    )
     assert tensor[0].mean().item() == pytest.approx(0.5, abs=0.04)
     assert tensor[1].mean().item() == pytest.approx(0.5, abs=0.04)
     if (width, height) == (8, 8):

@@ -47,7 +47,9 @@ def test_order_is_shuffled_evenly():
     for seed in range(40):
         for epoch in range(30):
             counts[np.arange(6), order(6, seed, epoch)] += 1
-    assert ((counts - 200) ** 2 / 200).sum() < 60, "25 degrees of freedom: less than 60 in all but 1 of 10000"
+    assert ((counts - 200) ** 2 / 200).sum() < 60, (
+        "25 degrees of freedom: less than 60 in all but 1 of 10000"
+    )
 
 
 FORMATS = {
@@ -55,11 +57,20 @@ FORMATS = {
     "windows": ("p.txt", "a cat\r\nein Dackel für zwei\r\n"),
     "mark, blank lines, no end": ("p.txt", "\ufeffa cat\n\n  \t\n  ein Dackel für zwei  "),
     "gz": ("p.txt.gz", gzip.compress("a cat\nein Dackel für zwei\n".encode())),
-    "jsonl": ("p.jsonl", '{"prompt": "a cat"}\n\n{"prompt": "ein Dackel f\\u00fcr zwei", "id": 3}\n'),
+    "jsonl": (
+        "p.jsonl",
+        '{"prompt": "a cat"}\n\n{"prompt": "ein Dackel f\\u00fcr zwei", "id": 3}\n',
+    ),
     "jsonl, other keys": ("p.jsonl", '{"text": "a cat"}\n{"caption": " ein Dackel für zwei"}\n'),
     "jsonl, named key": ("p.jsonl#q", '{"q": "a cat", "text": "x"}\n{"q": "ein Dackel für zwei"}'),
-    "jsonl.gz": ("p.jsonl.gz", gzip.compress('{"text": "a cat"}\n{"text": "ein Dackel für zwei"}\n'.encode())),
-    "function": ("p.py:f", "def f(seed):\n    return ['a cat', 'ein Dackel für zwei'][: 2 + seed * 0]\n"),
+    "jsonl.gz": (
+        "p.jsonl.gz",
+        gzip.compress('{"text": "a cat"}\n{"text": "ein Dackel für zwei"}\n'.encode()),
+    ),
+    "function": (
+        "p.py:f",
+        "def f(seed):\n    return ['a cat', 'ein Dackel für zwei'][: 2 + seed * 0]\n",
+    ),
 }
 
 
@@ -80,7 +91,11 @@ WRONG = {
     "bad bytes": ("p.txt", b"a cat\n\na \xff dog\n", "line 3"),
     "null byte": ("p.txt", b"a cat\n\na \0 dog\n", "line 3"),
     "UTF-16": ("p.txt", "a cat\n".encode("utf-16"), "line 1"),
-    "null byte in JSON": ("p.jsonl", '{"prompt": "a cat"}\n{"prompt": "a \\u0000 dog"}\n', "line 2"),
+    "null byte in JSON": (
+        "p.jsonl",
+        '{"prompt": "a cat"}\n{"prompt": "a \\u0000 dog"}\n',
+        "line 2",
+    ),
     "half a character in JSON": ("p.jsonl", '{"prompt": "a \\ud83d"}\n', "line 1"),
     "not JSON": ("p.jsonl", '{"prompt": "a cat"}\nprompt\n', "line 2"),
     "no object": ("p.jsonl", '["a cat"]\n', "line 1"),
@@ -105,12 +120,20 @@ def test_wrong_sources_are_named(name, tmp_path, own_cache):
     with pytest.raises(SourceError) as error:
         open_prompts(str(tmp_path / file), 0)
     assert mentioned in str(error.value) and "\n" not in str(error.value)
-    assert not own_cache.exists() or not list(own_cache.iterdir()), "nothing half made may stay in the cache"
+    assert not own_cache.exists() or not list(own_cache.iterdir()), (
+        "nothing half made may stay in the cache"
+    )
 
 
 def test_any_text_is_a_prompt(tmp_path):
     """Right to left, with marks that change the direction, in other scripts, emoji, very long."""
-    texts = ["قطة زرقاء", "\u202eretni\u202c winter", "青い猫", "\U0001f408 on the \U0001f319", "a cat " * 2000 + "x"]
+    texts = [
+        "قطة زرقاء",
+        "\u202eretni\u202c winter",
+        "青い猫",
+        "\U0001f408 on the \U0001f319",
+        "a cat " * 2000 + "x",
+    ]
     assert list(open_prompts(write(tmp_path / "p.txt", "\n".join(texts)), 0)) == texts
 
 
@@ -134,7 +157,10 @@ def test_parquet(tmp_path):
 
 
 def test_objects_reach_the_reward(tmp_path):
-    source = write(tmp_path / "p.jsonl", json.dumps({"prompt": "salt and pepper, a cup", "objects": ["salt", "a cup"]}))
+    source = write(
+        tmp_path / "p.jsonl",
+        json.dumps({"prompt": "salt and pepper, a cup", "objects": ["salt", "a cup"]}),
+    )
     assert objects_of(open_prompts(source, 0)[0]) == ["salt", "cup"]
 
 
@@ -166,7 +192,9 @@ def test_several_processes_index_a_file_at_once(tmp_path, own_cache):
 
 def test_a_long_file_starts_quickly(tmp_path, monkeypatch):
     """150 000 lines here; benchmarks/prompt_stream.py has 1.5 million."""
-    source = write(tmp_path / "p.txt", "".join(f"prompt number {i} of very many\n" for i in range(150_000)))
+    source = write(
+        tmp_path / "p.txt", "".join(f"prompt number {i} of very many\n" for i in range(150_000))
+    )
     open_prompts(source, 0)
     monkeypatch.setattr(prompts.Lines, "index", lambda self: pytest.fail("read again"))
     clock = time.perf_counter()
@@ -176,12 +204,19 @@ def test_a_long_file_starts_quickly(tmp_path, monkeypatch):
 
 def test_lists_are_those_of_the_paper():
     objects, occupations = (
-        (ROOT / f"prompts/{name}.txt").read_text().splitlines() for name in ("objects", "occupations")
+        (ROOT / f"prompts/{name}.txt").read_text().splitlines()
+        for name in ("objects", "occupations")
     )
-    assert len(objects) == len(set(objects)) == 532 and len(occupations) == len(set(occupations)) == 100
+    assert (
+        len(objects) == len(set(objects)) == 532
+        and len(occupations) == len(set(occupations)) == 100
+    )
     assert (objects[0], objects[265], objects[-1]) == ("an accordion", "a mailbox", "a zucchini")
     assert {"an suv", "a utility pole", "french fries", "rice", "a rifle, gun"} <= {*objects}
-    assert occupations[0] == "a portrait of an accountant" and occupations[-1] == "a portrait of a web designer"
+    assert (
+        occupations[0] == "a portrait of an accountant"
+        and occupations[-1] == "a portrait of a web designer"
+    )
     for line in occupations:
         article, name = line.removeprefix("a portrait of ").split(" ", 1)
         assert article == ("an" if name[0] in "aeiou" else "a"), line
@@ -212,5 +247,8 @@ def test_files_of_the_zoo_are_those_of_the_generator(tmp_path, monkeypatch):
         assert text == (ROOT / "prompts" / path.name).read_text(), path.name
         assert all(world.parse(line) for line in text.splitlines())
     for name in ("preference", "composition", "portraits"):
-        seen, unseen = ({*(tmp_path / f"zoo_{n}.txt").read_text().splitlines()} for n in (name, f"{name}_held_out"))
+        seen, unseen = (
+            {*(tmp_path / f"zoo_{n}.txt").read_text().splitlines()}
+            for n in (name, f"{name}_held_out")
+        )
         assert seen and unseen and not seen & unseen

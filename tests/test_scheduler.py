@@ -21,7 +21,9 @@ CONFIGS = {
 
 
 def make_scheduler(name: str, steps: int = 50) -> DDIMScheduler:
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **CONFIGS[name])
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **CONFIGS[name]
+    )
     scheduler.set_timesteps(steps)
     return scheduler
 
@@ -34,7 +36,9 @@ def test_step_equals_diffusers(name, eta):
     for t in scheduler.timesteps:
         sample, output, noise = torch.randn(3, 2, 4, 8, 8, generator=generator)
         expected = scheduler.step(output, t, sample, eta=eta, variance_noise=noise).prev_sample
-        mean = scheduler.step(output, t, sample, eta=eta, variance_noise=torch.zeros_like(noise)).prev_sample
+        mean = scheduler.step(
+            output, t, sample, eta=eta, variance_noise=torch.zeros_like(noise)
+        ).prev_sample
         step = ddim_step_with_logprob(scheduler, output, t, sample, eta, noise=noise)
         torch.testing.assert_close(step.prev_sample, expected, atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(step.mean, mean, atol=1e-6, rtol=1e-6)
@@ -71,7 +75,11 @@ def test_batch_of_mixed_timesteps_equals_one_by_one():
     batch = ddim_step_with_logprob(scheduler, output, timesteps, sample, noise=noise)
     for i, t in enumerate(timesteps):
         one = ddim_step_with_logprob(
-            scheduler, output[i : i + 1], int(t), sample[i : i + 1], prev_sample=batch.prev_sample[i : i + 1]
+            scheduler,
+            output[i : i + 1],
+            int(t),
+            sample[i : i + 1],
+            prev_sample=batch.prev_sample[i : i + 1],
         )
         for a, b in zip(one, batch):
             torch.testing.assert_close(a, b[i : i + 1], atol=1e-6, rtol=1e-6)
@@ -80,7 +88,9 @@ def test_batch_of_mixed_timesteps_equals_one_by_one():
 def test_stored_step_has_the_log_prob_it_was_drawn_with():
     scheduler = make_scheduler("sd1")
     for t in scheduler.timesteps:
-        sample, output, noise = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(int(t)))
+        sample, output, noise = torch.randn(
+            3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(int(t))
+        )
         drawn = ddim_step_with_logprob(scheduler, output, t, sample, noise=noise)
         again = ddim_step_with_logprob(scheduler, output, t, sample, prev_sample=drawn.prev_sample)
         assert torch.equal(drawn.log_prob, again.log_prob)
@@ -89,9 +99,13 @@ def test_stored_step_has_the_log_prob_it_was_drawn_with():
 def test_deterministic_step_has_zero_log_prob_and_finite_gradient():
     scheduler = make_scheduler("offset-0")
     output = torch.randn(2, 4, 8, 8, requires_grad=True)
-    step = ddim_step_with_logprob(scheduler, output, scheduler.timesteps[-1], torch.randn(2, 4, 8, 8), noise=output)
+    step = ddim_step_with_logprob(
+        scheduler, output, scheduler.timesteps[-1], torch.randn(2, 4, 8, 8), noise=output
+    )
     assert (step.std == 0).all() and (step.log_prob == 0).all()
-    (step.log_prob.sum() + ddim_step_kl(step.mean, torch.zeros_like(step.mean), step.std).sum()).backward()
+    (
+        step.log_prob.sum() + ddim_step_kl(step.mean, torch.zeros_like(step.mean), step.std).sum()
+    ).backward()
     assert torch.isfinite(output.grad).all()
 
 

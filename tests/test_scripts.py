@@ -24,10 +24,24 @@ PROMPT = "A green colored rabbit"
 # What a run of ten samples needs, and what makes the algorithm's own parts take part in it.
 SMALL = {script: () for script in SCRIPTS}
 SMALL["rwr.py"] = ("--shard-size", 5, "--batch-size", 6, "--gradient-steps", 2)
-SMALL["sft_kl.py"] = (*SMALL["rwr.py"], "--dataset-size", 10, "--gamma", 9)  # more than the kB of a JPEG
-SMALL["large_scale_ppo.py"] = ("--pretrain-data", f"{ROOT}/zoo/pairs.py:biased", "--pretrain-batch-size", 5)
+SMALL["sft_kl.py"] = (
+    *SMALL["rwr.py"],
+    "--dataset-size",
+    10,
+    "--gamma",
+    9,
+)  # more than the kB of a JPEG
+SMALL["large_scale_ppo.py"] = (
+    "--pretrain-data",
+    f"{ROOT}/zoo/pairs.py:biased",
+    "--pretrain-batch-size",
+    5,
+)
 SMALL["large_scale_ppo.py"] += ("--training-timesteps", 3)
-OWN = SMALL | {"dpok.py": ("--value-function",), "ddpo.py": ("--min-count", 2, "--gradient-steps", 2)}
+OWN = SMALL | {
+    "dpok.py": ("--value-function",),
+    "ddpo.py": ("--min-count", 2, "--gradient-steps", 2),
+}
 # Fewer updates, in which AdamW amplifies what rounding does.
 OWN["large_scale_ppo.py"] = (*SMALL["large_scale_ppo.py"], "--training-timesteps", 2)
 
@@ -55,7 +69,11 @@ def run_here(monkeypatch, script: str, *flags) -> None:
 def default_run(request, tiny_sd, tmp_path_factory):
     """The configuration without a preset, on SD v1.5's layout shrunk: 2 iterations of 10 samples, the JPEG's size."""
     folder = tmp_path_factory.mktemp("default") / "run"
-    flags = ["--num-iterations", 2, *ten_samples(request.param, "jpeg_compressibility", "prompts/zoo.txt")]
+    flags = [
+        "--num-iterations",
+        2,
+        *ten_samples(request.param, "jpeg_compressibility", "prompts/zoo.txt"),
+    ]
     flags += SMALL[request.param]
     result = run_script(request.param, "--model", tiny_sd, *flags, "--output-dir", folder)
     assert result.returncode == 0, result.stderr
@@ -77,8 +95,12 @@ def test_default_run_leaves_what_it_promises(default_run):
     assert list(default_run.glob("events.out.tfevents.*"))
     for name in ("samples/000000.png", "samples/000002.png", "learning_curve.png"):
         assert Image.open(default_run / name).size[0] > 100
-    before, after = (np.asarray(Image.open(default_run / f"samples/00000{k}.png"), int) for k in (0, 2))
-    assert before.shape == after.shape and np.abs(before - after).mean() < 10, "fixed seeds should make grids compare"
+    before, after = (
+        np.asarray(Image.open(default_run / f"samples/00000{k}.png"), int) for k in (0, 2)
+    )
+    assert before.shape == after.shape and np.abs(before - after).mean() < 10, (
+        "fixed seeds should make grids compare"
+    )
 
 
 def assert_all_trained(before: dict, after: dict) -> None:
@@ -95,7 +117,9 @@ def test_weights_of_a_run_load_in_plain_diffusers(default_run, tiny_sd):
         unet = UNet2DConditionModel.from_pretrained(default_run / "unet")
         before, after = pipeline.unet.state_dict(), unet.state_dict()
         assert_all_trained(before, after)
-        StableDiffusionPipeline.from_pretrained(tiny_sd, unet=unet)(PROMPT, num_inference_steps=1, output_type="np")
+        StableDiffusionPipeline.from_pretrained(tiny_sd, unet=unet)(
+            PROMPT, num_inference_steps=1, output_type="np"
+        )
         return
     pipeline.load_lora_weights(default_run)
     state = load_file(default_run / "pytorch_lora_weights.safetensors")
@@ -105,14 +129,34 @@ def test_weights_of_a_run_load_in_plain_diffusers(default_run, tiny_sd):
 
 @pytest.mark.parametrize(
     "script, of_all, of_lora",
-    [("dpok.py", 1e-5, 1e-5), ("ddpo.py", 1e-5, 3e-4), ("rwr.py", 1e-5, 3e-4), ("sft_kl.py", 2e-5, 2e-5)]
+    [
+        ("dpok.py", 1e-5, 1e-5),
+        ("ddpo.py", 1e-5, 3e-4),
+        ("rwr.py", 1e-5, 3e-4),
+        ("sft_kl.py", 2e-5, 2e-5),
+    ]
     + [("large_scale_ppo.py", 2e-6, 3e-4)],
 )
-def test_rate_without_a_flag_is_that_of_what_is_trained(tiny_sd, tmp_path, script, of_all, of_lora, monkeypatch):
+def test_rate_without_a_flag_is_that_of_what_is_trained(
+    tiny_sd, tmp_path, script, of_all, of_lora, monkeypatch
+):
     for rank, rate in ((0, of_all), (4, of_lora)):
-        flags = [*tiny(script, tmp_path, "jpeg_compressibility"), *SMALL[script], "--num-iterations", 1]
+        flags = [
+            *tiny(script, tmp_path, "jpeg_compressibility"),
+            *SMALL[script],
+            "--num-iterations",
+            1,
+        ]
         run_here(
-            monkeypatch, script, *flags, "--model", tiny_sd, "--lora-rank", rank, "--output-dir", tmp_path / str(rank)
+            monkeypatch,
+            script,
+            *flags,
+            "--model",
+            tiny_sd,
+            "--lora-rank",
+            rank,
+            "--output-dir",
+            tmp_path / str(rank),
         )
         state = torch.load(tmp_path / str(rank) / "checkpoint/state.pt", weights_only=True)
         assert state["optimizer"]["param_groups"][0]["lr"] == rate
@@ -122,17 +166,33 @@ def test_rate_without_a_flag_is_that_of_what_is_trained(tiny_sd, tmp_path, scrip
 def test_all_weights(tiny_sd, tmp_path, script, monkeypatch):
     """--lora-rank 0: every weight is trained, a resumed run is bitwise the undisturbed one, and the KL is to a frozen
     copy of the pretrained UNet."""
-    flags = [*tiny(script, tmp_path, "jpeg_incompressibility"), *OWN[script], "--learning-rate", 1e-4]
+    flags = [
+        *tiny(script, tmp_path, "jpeg_incompressibility"),
+        *OWN[script],
+        "--learning-rate",
+        1e-4,
+    ]
     flags += ["--model", tiny_sd, "--lora-rank", 0]
     for folder, iterations in (("whole", 3), ("parts", 1)):
-        run_here(monkeypatch, script, *flags, "--num-iterations", iterations, "--output-dir", tmp_path / folder)
+        run_here(
+            monkeypatch,
+            script,
+            *flags,
+            "--num-iterations",
+            iterations,
+            "--output-dir",
+            tmp_path / folder,
+        )
     run_here(monkeypatch, script, "--resume", tmp_path / "parts", "--num-iterations", 3)
     whole, parts = (read_metrics(tmp_path / name) for name in ("whole", "parts"))
     for a, b in zip(whole, parts, strict=True):
-        assert {k: v for k, v in a.items() if "time/" not in k} == {k: v for k, v in b.items() if "time/" not in k}
+        assert {k: v for k, v in a.items() if "time/" not in k} == {
+            k: v for k, v in b.items() if "time/" not in k
+        }
     assert 0 <= whole[0]["kl/pretrained"] < whole[2]["kl/pretrained"]
     whole, parts = (
-        UNet2DConditionModel.from_pretrained(tmp_path / name / "unet").state_dict() for name in ("whole", "parts")
+        UNet2DConditionModel.from_pretrained(tmp_path / name / "unet").state_dict()
+        for name in ("whole", "parts")
     )
     before = UNet2DConditionModel.from_pretrained(tiny_sd, subfolder="unet").state_dict()
     assert all(whole[key].equal(parts[key]) for key in before)
@@ -144,10 +204,26 @@ def test_all_weights(tiny_sd, tmp_path, script, monkeypatch):
 def test_fp16_where_ranks_have_no_transitions(tiny_sd, tmp_path, smooth, script, rank):
     """Three processes and one transition, or sample, an update: two of them have none, in the first update of a run and
     of a resumed one."""
-    flags = [*tiny(script, tmp_path, smooth), "--model", tiny_sd, "--dtype", "fp16", "--lora-rank", rank]
+    flags = [
+        *tiny(script, tmp_path, smooth),
+        "--model",
+        tiny_sd,
+        "--dtype",
+        "fp16",
+        "--lora-rank",
+        rank,
+    ]
     flags += ["--num-inference-steps", 2, "--samples-per-iteration", 6]
     flags += {
-        "dpok.py": ["--batch-size", 1, "--gradient-steps", 3, "--value-function", "--value-batch-size", 1],
+        "dpok.py": [
+            "--batch-size",
+            1,
+            "--gradient-steps",
+            3,
+            "--value-function",
+            "--value-batch-size",
+            1,
+        ],
         "ddpo.py": ["--gradient-steps", 6, "--min-count", 2],
     }[script]
     flags += ["--output-dir", tmp_path / "run", "--learning-rate", 1e-4]
@@ -156,7 +232,9 @@ def test_fp16_where_ranks_have_no_transitions(tiny_sd, tmp_path, smooth, script,
     result = run_script(script, "--resume", tmp_path / "run", "--num-iterations", 2, ranks=3)
     assert result.returncode == 0, result.stderr
     lines = read_metrics(tmp_path / "run")
-    assert len(lines) == 2 and all(line["updates/skipped"] == 0 and line["grad_norm"] > 0 for line in lines)
+    assert len(lines) == 2 and all(
+        line["updates/skipped"] == 0 and line["grad_norm"] > 0 for line in lines
+    )
     assert all(line["ratio/first_max_deviation"] < 1e-5 for line in lines)
 
 
@@ -172,11 +250,27 @@ def test_grid_and_prompts_are_bounded_by_the_micro_batch(tiny_sd, tmp_path, scri
     def recorded(network, name, method):
         return lambda self, x, *a, **k: sizes[network].append(len(x)) or method(self, x, *a, **k)
 
-    for network, name in ((UNet2DConditionModel, "forward"), (CLIPTextModel, "forward"), (AutoencoderKL, "decode")):
+    for network, name in (
+        (UNet2DConditionModel, "forward"),
+        (CLIPTextModel, "forward"),
+        (AutoencoderKL, "decode"),
+    ):
         monkeypatch.setattr(network, name, recorded(network, name, getattr(network, name)))
     (tmp_path / "many.txt").write_text("".join(f"a cat {i}\n" for i in range(400)))
-    flags = ["--num-inference-steps", 4, *ten_samples(script, "jpeg_compressibility", tmp_path / "many.txt")]
-    flags += [*OWN[script], "--num-iterations", 1, "--micro-batch-size", 3, "--output-dir", tmp_path / "run"]
+    flags = [
+        "--num-inference-steps",
+        4,
+        *ten_samples(script, "jpeg_compressibility", tmp_path / "many.txt"),
+    ]
+    flags += [
+        *OWN[script],
+        "--num-iterations",
+        1,
+        "--micro-batch-size",
+        3,
+        "--output-dir",
+        tmp_path / "run",
+    ]
     run_here(monkeypatch, script, *flags, "--model", tiny_sd)
     assert max(sizes[UNet2DConditionModel]) == 6 and max(sizes[AutoencoderKL]) <= 3
     assert max(sizes[CLIPTextModel]) == 1 and len(sizes[CLIPTextModel]) < 50
@@ -186,12 +280,17 @@ def test_prompts_are_encoded_once_and_few_are_kept(tiny_sd):
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
     encode, prompts = PromptEncoder(pipeline, "cpu", kept=10), [f"a cat {i}" for i in range(30)]
     hidden, pooled = encode(prompts)
-    ids = pipeline.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    ids = pipeline.tokenizer(
+        prompts, padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
     with torch.no_grad():
         expected = pipeline.text_encoder(ids)
     assert torch.allclose(hidden, expected.last_hidden_state, atol=1e-5)
     assert torch.allclose(pooled, expected.pooler_output, atol=1e-5)
-    assert encode.encode_one.cache_info().currsize == 10 and encode.encode_one.cache_info().misses == 30
+    assert (
+        encode.encode_one.cache_info().currsize == 10
+        and encode.encode_one.cache_info().misses == 30
+    )
     assert encode(prompts[20:] + prompts[20:])[0].equal(hidden[20:].repeat(2, 1, 1))
     assert encode.encode_one.cache_info().misses == 30
 
@@ -213,7 +312,14 @@ def test_ranks_do_not_change_the_result(tiny_sd, tmp_path, smooth, script):
     """10 samples on 1, 2 and 3 processes (uneven for 3): the same metrics and LoRA after 3 iterations."""
     # With much smaller steps the KL is a difference of nearly equal numbers; with larger ones, and with the default
     # guidance of 7.5, rounding is amplified.
-    flags = [*tiny(script, tmp_path, smooth), *OWN[script], "--num-iterations", 3, "--learning-rate", 2e-3]
+    flags = [
+        *tiny(script, tmp_path, smooth),
+        *OWN[script],
+        "--num-iterations",
+        3,
+        "--learning-rate",
+        2e-3,
+    ]
     flags += ["--guidance-scale", 2, "--model", tiny_sd, "--lora-rank", 4]
     for ranks in (1, 2, 3):
         result = run_script(script, *flags, "--output-dir", tmp_path / str(ranks), ranks=ranks)
@@ -230,10 +336,21 @@ def test_ranks_do_not_change_the_result(tiny_sd, tmp_path, smooth, script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_micro_batch_size_does_not_change_the_result(tiny_sd, tmp_path, smooth, script, monkeypatch):
+def test_micro_batch_size_does_not_change_the_result(
+    tiny_sd, tmp_path, smooth, script, monkeypatch
+):
     for size in (3, 64):
-        flags = [*tiny(script, tmp_path, smooth), *OWN[script], "--num-iterations", 1, "--micro-batch-size", size]
-        run_here(monkeypatch, script, *flags, "--model", tiny_sd, "--output-dir", tmp_path / str(size))
+        flags = [
+            *tiny(script, tmp_path, smooth),
+            *OWN[script],
+            "--num-iterations",
+            1,
+            "--micro-batch-size",
+            size,
+        ]
+        run_here(
+            monkeypatch, script, *flags, "--model", tiny_sd, "--output-dir", tmp_path / str(size)
+        )
     small, large = read_metrics(tmp_path / "3")[0], read_metrics(tmp_path / "64")[0]
     for key in small:
         if not key.startswith(("time/", "ratio/first")):
@@ -242,15 +359,33 @@ def test_micro_batch_size_does_not_change_the_result(tiny_sd, tmp_path, smooth, 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_resumed_run_equals_an_undisturbed_one(tiny_sd, tmp_path, script, monkeypatch, capsys):
-    flags = [*tiny(script, tmp_path, "jpeg_incompressibility"), *OWN[script], "--learning-rate", 1e-3]
+    flags = [
+        *tiny(script, tmp_path, "jpeg_incompressibility"),
+        *OWN[script],
+        "--learning-rate",
+        1e-3,
+    ]
     flags += ["--model", tiny_sd]
     for folder, iterations in (("whole", 4), ("parts", 2)):
-        run_here(monkeypatch, script, *flags, "--num-iterations", iterations, "--output-dir", tmp_path / folder)
+        run_here(
+            monkeypatch,
+            script,
+            *flags,
+            "--num-iterations",
+            iterations,
+            "--output-dir",
+            tmp_path / folder,
+        )
     run_here(monkeypatch, script, "--resume", tmp_path / "parts", "--num-iterations", 4)
     whole, parts = (read_metrics(tmp_path / name) for name in ("whole", "parts"))
     for a, b in zip(whole, parts, strict=True):
-        assert {k: v for k, v in a.items() if "time/" not in k} == {k: v for k, v in b.items() if "time/" not in k}
-    whole, parts = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("whole", "parts"))
+        assert {k: v for k, v in a.items() if "time/" not in k} == {
+            k: v for k, v in b.items() if "time/" not in k
+        }
+    whole, parts = (
+        load_file(tmp_path / name / "pytorch_lora_weights.safetensors")
+        for name in ("whole", "parts")
+    )
     assert all(whole[key].equal(parts[key]) for key in whole)
     with pytest.raises(SystemExit) as end:
         run_here(monkeypatch, script, "--resume", tmp_path / "parts", "--weight-decay", 3)
@@ -258,8 +393,19 @@ def test_resumed_run_equals_an_undisturbed_one(tiny_sd, tmp_path, script, monkey
 
 
 def test_unknown_words_are_named(tmp_path):
-    flags = ["--num-iterations", 1, "--samples-per-iteration", 2, "--num-inference-steps", 2, "--gradient-steps", 1]
-    result = run_script("dpok.py", "zoo", "--prompt", "A purple zebra", *flags, "--output-dir", tmp_path / "run")
+    flags = [
+        "--num-iterations",
+        1,
+        "--samples-per-iteration",
+        2,
+        "--num-inference-steps",
+        2,
+        "--gradient-steps",
+        1,
+    ]
+    result = run_script(
+        "dpok.py", "zoo", "--prompt", "A purple zebra", *flags, "--output-dir", tmp_path / "run"
+    )
     assert result.returncode == 0, result.stderr
     warning = [line for line in result.stderr.splitlines() if line.startswith("warning:")]
     assert len(warning) == 1 and "purple, zebra" in warning[0]
@@ -267,15 +413,37 @@ def test_unknown_words_are_named(tmp_path):
 
 def test_what_a_long_prompt_loses_is_shown(tiny_sd, tmp_path, monkeypatch, capsys):
     """A file with a byte order mark, an empty line, another script, 10 000 characters, and parts of a path."""
-    (tmp_path / "p.txt").write_text("\ufeffa cat\n\nقطة\n" + "a white dog " * 840 + "\n../../../tmp/a/b\n")
-    flags = [*tiny("dpok.py", tmp_path, "jpeg_compressibility"), "--model", tiny_sd, "--num-iterations", 1]
-    flags += ["--gradient-steps", 1, "--prompts-file", tmp_path / "p.txt", "--output-dir", tmp_path / "run"]
+    (tmp_path / "p.txt").write_text(
+        "\ufeffa cat\n\nقطة\n" + "a white dog " * 840 + "\n../../../tmp/a/b\n"
+    )
+    flags = [
+        *tiny("dpok.py", tmp_path, "jpeg_compressibility"),
+        "--model",
+        tiny_sd,
+        "--num-iterations",
+        1,
+    ]
+    flags += [
+        "--gradient-steps",
+        1,
+        "--prompts-file",
+        tmp_path / "p.txt",
+        "--output-dir",
+        tmp_path / "run",
+    ]
     run_here(monkeypatch, "dpok.py", *flags)
     lost = [line for line in capsys.readouterr().err.splitlines() if "this is lost" in line]
-    assert len(lost) == 1 and "1 of the prompts" in lost[0] and "white dog" in lost[0] and len(lost[0]) < 400
+    assert (
+        len(lost) == 1
+        and "1 of the prompts" in lost[0]
+        and "white dog" in lost[0]
+        and len(lost[0]) < 400
+    )
 
 
-@pytest.mark.parametrize("prompt", ["../../../tmp/a/b", "/etc/passwd", "قطة", "a\\b:c*?", "\n", "x" * 10_000, ".."])
+@pytest.mark.parametrize(
+    "prompt", ["../../../tmp/a/b", "/etc/passwd", "قطة", "a\\b:c*?", "\n", "x" * 10_000, ".."]
+)
 def test_no_prompt_reaches_a_path(prompt):
     """A folder's name in runs/ is one name, of plain letters and digits, and not long."""
     name = run_name("dpok.py", dpok.Args(prompt=prompt))
@@ -306,13 +474,19 @@ WRONG = {
     "empty prompt file": (["zoo", "--prompts-file", "EMPTY"], "--prompts-file"),
     "no prompt file": (["zoo", "--prompts-file", "nowhere.txt"], "--prompts-file"),
     "empty prompt": (["zoo", "--prompt", " "], "--prompt"),
-    "two sources of prompts": (["zoo", "--prompt", "a cat", "--prompts-file", "prompts/zoo.txt"], "--prompts-file"),
+    "two sources of prompts": (
+        ["zoo", "--prompt", "a cat", "--prompts-file", "prompts/zoo.txt"],
+        "--prompts-file",
+    ),
     "no steps": (["zoo", "--num-inference-steps", "0"], "--num-inference-steps"),
     "negative learning rate": (["zoo", "--learning-rate", "-1e-4"], "--learning-rate"),
     "nan": (["zoo", "--guidance-scale", "nan"], "--guidance-scale"),
     "eta 0": (["zoo", "--eta", "0"], "--eta"),
     "eta above 1": (["zoo", "--eta", "2"], "--eta"),
-    "more steps than the model has": (["zoo", "--num-inference-steps", "1001"], "--num-inference-steps"),
+    "more steps than the model has": (
+        ["zoo", "--num-inference-steps", "1001"],
+        "--num-inference-steps",
+    ),
     "a seed of more than 63 bits": (["zoo", "--seed", str(1 << 63)], "--seed"),
     "negative rank of the LoRA": (["zoo", "--lora-rank", "-1"], "--lora-rank"),
     "folder of another run": (["zoo", "--output-dir", "OTHER"], "--resume"),
@@ -361,7 +535,10 @@ WRONG_OF = {
     }
     | {
         "default model, no hub": (["composition", "--pretrain-beta", "0"], "SCRIPT zoo"),
-        "hub out of reach": (["composition", "--pretrain-beta", "0", "--model", "nobody/nothing"], "SCRIPT zoo"),
+        "hub out of reach": (
+            ["composition", "--pretrain-beta", "0", "--model", "nobody/nothing"],
+            "SCRIPT zoo",
+        ),
         "the paper's prompts are not there": ([], "--tasks"),
         "no pairs": (["composition"], "--pretrain-data"),
         "pairs missing": (["zoo", "--pretrain-data", "nowhere"], "--pretrain-data"),
@@ -402,12 +579,19 @@ def test_wrong_input_as_a_user_sees_it(script):
         before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         result = run_script(script, *words, timeout=60)
         assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 10
-        assert result.returncode == 2 and is_one_line(result.stderr, mentioned.replace("SCRIPT", script)), result.stderr
+        assert result.returncode == 2 and is_one_line(
+            result.stderr, mentioned.replace("SCRIPT", script)
+        ), result.stderr
 
 
-@pytest.mark.parametrize("script, flag", [("dpok.py", "--samples-per-iteration"), ("large_scale_ppo.py", "--tasks")])
+@pytest.mark.parametrize(
+    "script, flag", [("dpok.py", "--samples-per-iteration"), ("large_scale_ppo.py", "--tasks")]
+)
 def test_fewer_samples_than_ranks(tiny_sd, tmp_path, script, flag):
-    one = {"--tasks": f"jpeg_compressibility {ROOT}/prompts/zoo.txt 1x1", "--samples-per-iteration": 1}[flag]
+    one = {
+        "--tasks": f"jpeg_compressibility {ROOT}/prompts/zoo.txt 1x1",
+        "--samples-per-iteration": 1,
+    }[flag]
     result = run_script(script, "--model", tiny_sd, *SMALL[script], flag, one, ranks=2)
     errors = [line for line in result.stderr.splitlines() if line.startswith(f"{script}: error:")]
     assert result.returncode != 0 and len(errors) == 1 and flag in errors[0]
@@ -417,7 +601,9 @@ def test_blocks_that_are_the_same_in_every_script():
     blocks = {}
     for script in SCRIPTS:
         text = (ROOT / script).read_text()
-        found = re.findall(r"^ *# --- same in every script: (.+)\n((?:.*\n)*?) *# ---\n", text, re.MULTILINE)
+        found = re.findall(
+            r"^ *# --- same in every script: (.+)\n((?:.*\n)*?) *# ---\n", text, re.MULTILINE
+        )
         assert [name for name, _ in found] == ["model", "setup", "networks", "run folder", "log"]
         for name, body in found:
             assert body == blocks.setdefault(name, body), (script, name)
@@ -425,7 +611,9 @@ def test_blocks_that_are_the_same_in_every_script():
 
 def test_flags_with_the_same_name_mean_the_same():
     """A flag that scripts share has the same type and stands in the same place among those that they share."""
-    fields = [importlib.import_module(s.removesuffix(".py")).Args.__dataclass_fields__ for s in SCRIPTS]
+    fields = [
+        importlib.import_module(s.removesuffix(".py")).Args.__dataclass_fields__ for s in SCRIPTS
+    ]
     shared = [name for name in fields[0] if all(name in other for other in fields)]
     of_one_task = {"prompt", "prompts_file", "reward", "samples_per_iteration"}
     assert all(of_one_task <= set(other) or "tasks" in other for other in fields)

@@ -15,8 +15,28 @@ from written_out import merged_unet, record_updates
 import sft_kl
 
 PROMPT = "A cat and a dog"
-FLAGS = ("--num-inference-steps", 4, "--dataset-size", 12, "--shard-size", 6, "--prompt", PROMPT, "--batch-size", 5)
-FLAGS += ("--reward", "jpeg_incompressibility", "--gradient-steps", 2, "--micro-batch-size", 3, "--num-iterations", 1)
+FLAGS = (
+    "--num-inference-steps",
+    4,
+    "--dataset-size",
+    12,
+    "--shard-size",
+    6,
+    "--prompt",
+    PROMPT,
+    "--batch-size",
+    5,
+)
+FLAGS += (
+    "--reward",
+    "jpeg_incompressibility",
+    "--gradient-steps",
+    2,
+    "--micro-batch-size",
+    3,
+    "--num-iterations",
+    1,
+)
 FLAGS += ("--samples-per-iteration", 2)
 
 
@@ -33,15 +53,23 @@ class Toy:
 
     def __init__(self):
         nodes, weights = np.polynomial.hermite_e.hermegauss(40)
-        self.nodes, self.weights = torch.tensor(nodes), torch.tensor(weights) / math.sqrt(2 * math.pi)
+        self.nodes, self.weights = (
+            torch.tensor(nodes),
+            torch.tensor(weights) / math.sqrt(2 * math.pi),
+        )
         self.x0 = self.mean + math.sqrt(self.var) * self.nodes
-        self.reward = torch.sin(self.x0) + 0.3 * self.x0**2  # more than -gamma at all nodes that count
+        self.reward = (
+            torch.sin(self.x0) + 0.3 * self.x0**2
+        )  # more than -gamma at all nodes that count
         assert (self.reward + self.gamma > 0).all()
 
     def terms(self, t):
         alpha, alpha_prev = self.alphas[t], self.alphas[t - 1]
         beta = 1 - alpha / alpha_prev
-        of_x0, of_x_t = alpha_prev.sqrt() * beta / (1 - alpha), (1 - beta).sqrt() * (1 - alpha_prev) / (1 - alpha)
+        of_x0, of_x_t = (
+            alpha_prev.sqrt() * beta / (1 - alpha),
+            (1 - beta).sqrt() * (1 - alpha_prev) / (1 - alpha),
+        )
         return of_x0, of_x_t, (1 - alpha_prev) / (1 - alpha) * beta
 
     def best(self, t):
@@ -66,7 +94,10 @@ class Toy:
         for t in range(5, 0, -1):
             of_x0, of_x_t, variance = self.terms(t)
             slope, offset = theta[t - 1]
-            mean, var = (of_x_t + of_x0 * slope) * mean + of_x0 * offset, (of_x_t + of_x0 * slope) ** 2 * var + variance
+            mean, var = (
+                (of_x_t + of_x0 * slope) * mean + of_x0 * offset,
+                (of_x_t + of_x0 * slope) ** 2 * var + variance,
+            )
         slope, offset, variance = self.last_step()
         mean, var = slope * mean + offset, slope**2 * var + variance
         log_p = torch.distributions.Normal(mean, var.sqrt()).log_prob(self.x0)
@@ -75,18 +106,31 @@ class Toy:
     def constant(self):
         """C_1: the KL of q(x_T | x_0) to p(x_T), and the last step, each times r + gamma (A.4)."""
         alpha, normal = self.alphas[5], torch.distributions.Normal
-        kl = torch.distributions.kl_divergence(normal(alpha.sqrt() * self.x0, (1 - alpha).sqrt()), normal(0.0, 1.0))
+        kl = torch.distributions.kl_divergence(
+            normal(alpha.sqrt() * self.x0, (1 - alpha).sqrt()), normal(0.0, 1.0)
+        )
         slope, offset, variance = self.last_step()
         last = -normal(slope * self.x_t(0) + offset, variance.sqrt()).log_prob(self.x0[:, None])
-        return (self.weights * (self.reward + self.gamma) * (kl + (self.weights * last).sum(1))).sum()
+        return (
+            self.weights * (self.reward + self.gamma) * (kl + (self.weights * last).sum(1))
+        ).sum()
 
     def right_side(self, theta, regularization):
         """Eq. 11 with "kl-d" and Eq. 12 with "kl-o", without the constants: the script's own loss and weights."""
         args, total = sft_kl.Args(regularization=regularization, gamma=self.gamma), 0.0
         for t in range(1, 6):
-            x_t, (slope, offset), (best_slope, best_offset) = self.x_t(t), theta[t - 1], self.best(t)
-            x0, reward = (v[:, None].expand_as(x_t).reshape(-1, 1, 1, 1) for v in (self.x0, self.reward))
-            f, f_pre = ((a * x_t + b).view(-1, 1, 1, 1) for a, b in ((slope, offset), (best_slope, best_offset)))
+            x_t, (slope, offset), (best_slope, best_offset) = (
+                self.x_t(t),
+                theta[t - 1],
+                self.best(t),
+            )
+            x0, reward = (
+                v[:, None].expand_as(x_t).reshape(-1, 1, 1, 1) for v in (self.x0, self.reward)
+            )
+            f, f_pre = (
+                (a * x_t + b).view(-1, 1, 1, 1)
+                for a, b in ((slope, offset), (best_slope, best_offset))
+            )
             weight = sft_kl.step_weights(self.scheduler, torch.tensor([t]), "bound").double()
             loss = weight * sft_kl.sft_loss(args, reward.flatten(), x0, f, f_pre)
             total = total + (self.weights[:, None] * self.weights * loss.view_as(x_t)).sum()
@@ -116,9 +160,17 @@ def test_bounds_of_lemma_4_3_hold():
 
 def test_kl_d_is_the_shifted_reward():
     torch.manual_seed(0)
-    x0, f, reward = torch.randn(6, 4, 8, 8), torch.randn(6, 4, 8, 8, requires_grad=True), torch.randn(6)
-    shifted = sft_kl.sft_loss(sft_kl.Args(regularization="kl-d", gamma=1.3), reward, x0, f, None).sum()
-    none = sft_kl.sft_loss(sft_kl.Args(regularization="none"), (reward + 1.3).clamp(min=0), x0, f, None).sum()
+    x0, f, reward = (
+        torch.randn(6, 4, 8, 8),
+        torch.randn(6, 4, 8, 8, requires_grad=True),
+        torch.randn(6),
+    )
+    shifted = sft_kl.sft_loss(
+        sft_kl.Args(regularization="kl-d", gamma=1.3), reward, x0, f, None
+    ).sum()
+    none = sft_kl.sft_loss(
+        sft_kl.Args(regularization="none"), (reward + 1.3).clamp(min=0), x0, f, None
+    ).sum()
     gradients = [torch.autograd.grad(loss, f)[0] for loss in (shifted, none)]
     assert torch.allclose(*gradients, rtol=1e-5, atol=1e-9) and gradients[0].abs().max() > 0
 
@@ -145,13 +197,17 @@ def test_minimum_of_kl_o():
     best = ((r * x0 + 0.5 * f_pre) / (r + 0.5)).requires_grad_()
     loss = sft_kl.sft_loss(args, reward, x0, best, f_pre)
     assert torch.autograd.grad(loss.sum(), best)[0].abs().max() < 1e-12
-    assert (sft_kl.sft_loss(args, reward, x0, best.detach() + 0.1 * other, f_pre) > loss.detach()).all()
+    assert (
+        sft_kl.sft_loss(args, reward, x0, best.detach() + 0.1 * other, f_pre) > loss.detach()
+    ).all()
     kept = sft_kl.sft_loss(sft_kl.Args(regularization="kl-o", gamma=0.5), reward, x0, best, f_pre)
     assert torch.equal(kept, loss), "the filter leaves them alone"
 
     def on_the_floor(step: float) -> float:
         f = f_pre[:1] + step * (f_pre[:1] - x0[:1])
-        return sft_kl.sft_loss(args, torch.tensor([-2.0], dtype=torch.float64), x0[:1], f, f_pre[:1]).item()
+        return sft_kl.sft_loss(
+            args, torch.tensor([-2.0], dtype=torch.float64), x0[:1], f, f_pre[:1]
+        ).item()
 
     slope = on_the_floor(1.0) - on_the_floor(0.0)
     assert slope < -0.1, "away from x_0 it falls"
@@ -186,18 +242,37 @@ def test_kl_to_the_pretrained_model_is_taken_at_random_steps(tiny_sd, tmp_path, 
 
 
 def test_no_sample_above_the_floor_is_said_before_training(tiny_sd, tmp_path):
-    (tmp_path / "mine.py").write_text("def f(images, prompts):\n    return images.mean((1, 2, 3)) - 5\n")
-    flags = [*FLAGS, "--model", tiny_sd, "--reward", f"{tmp_path}/mine.py:f", "--output-dir", tmp_path / "run"]
+    (tmp_path / "mine.py").write_text(
+        "def f(images, prompts):\n    return images.mean((1, 2, 3)) - 5\n"
+    )
+    flags = [
+        *FLAGS,
+        "--model",
+        tiny_sd,
+        "--reward",
+        f"{tmp_path}/mine.py:f",
+        "--output-dir",
+        tmp_path / "run",
+    ]
     result = run_script("sft_kl.py", *flags)
-    assert result.returncode == 1 and "--gamma" in result.stderr and "Traceback" not in result.stderr
+    assert (
+        result.returncode == 1 and "--gamma" in result.stderr and "Traceback" not in result.stderr
+    )
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_x0_and_weights_against_the_scheduler(prediction_type):
     """f against diffusers; "simple" against the error of the output itself; "bound" against mu_tilde - mu (Lemma 4.3),
     taken from DDPMScheduler's own step."""
-    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
-    scheduler = DDPMScheduler(prediction_type=prediction_type, variance_type="fixed_small", **config)
+    config = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+    }
+    scheduler = DDPMScheduler(
+        prediction_type=prediction_type, variance_type="fixed_small", **config
+    )
     ddim = DDIMScheduler(prediction_type=prediction_type, **config)
     ddim.set_timesteps(1000)
     torch.manual_seed(0)
@@ -205,16 +280,25 @@ def test_x0_and_weights_against_the_scheduler(prediction_type):
     for t in (1, 20, 500, 999):
         index = torch.tensor([t])
         f, g = (sft_kl.to_x0(scheduler, o, x_t, index) for o in (output, other))
-        assert torch.allclose(f, ddim.step(output, t, x_t).pred_original_sample, rtol=1e-4, atol=1e-4)
-        weight = {name: sft_kl.step_weights(scheduler, index, name) for name in ("paper", "bound", "simple")}
+        assert torch.allclose(
+            f, ddim.step(output, t, x_t).pred_original_sample, rtol=1e-4, atol=1e-4
+        )
+        weight = {
+            name: sft_kl.step_weights(scheduler, index, name)
+            for name in ("paper", "bound", "simple")
+        }
         difference = ((f - g) ** 2).mean()
-        assert (weight["simple"] * difference).item() == pytest.approx(((output - other) ** 2).mean().item(), rel=1e-3)
+        assert (weight["simple"] * difference).item() == pytest.approx(
+            ((output - other) ** 2).mean().item(), rel=1e-3
+        )
         variance = scheduler._get_variance(t).item()
         assert weight["paper"].item() == pytest.approx(1 / (2 * variance), rel=1e-3)
         means = []
         for o in (output, other):
             # The step's noise is the same in both and falls out of the difference.
-            means.append(scheduler.step(o, t, x_t, generator=torch.Generator().manual_seed(0)).prev_sample)
+            means.append(
+                scheduler.step(o, t, x_t, generator=torch.Generator().manual_seed(0)).prev_sample
+            )
         expected = ((means[0] - means[1]) ** 2).mean().item() / (2 * variance)
         assert (weight["bound"] * difference).item() == pytest.approx(expected, rel=2e-3)
 
@@ -223,7 +307,17 @@ def test_x0_and_weights_against_the_scheduler(prediction_type):
 def test_gradient_is_that_of_the_loss_written_out(tiny_sd, tmp_path, monkeypatch, regularization):
     """The gradient of the second update against autograd in float64 of Algorithm 2's."""
     recorded = record_updates(monkeypatch)
-    flags = [*FLAGS, "--model", tiny_sd, "--guidance-scale", 3, "--max-grad-norm", 1e9, "--learning-rate", 1e-2]
+    flags = [
+        *FLAGS,
+        "--model",
+        tiny_sd,
+        "--guidance-scale",
+        3,
+        "--max-grad-norm",
+        1e9,
+        "--learning-rate",
+        1e-2,
+    ]
     flags += ["--regularization", regularization, "--gamma", 1.5, "--output-dir", tmp_path / "run"]
     monkeypatch.setattr(sys, "argv", ["sft_kl.py", *map(str, flags)])
     sft_kl.main()
@@ -237,14 +331,20 @@ def test_gradient_is_that_of_the_loss_written_out(tiny_sd, tmp_path, monkeypatch
     alpha, alpha_prev = alphas[t].view(-1, 1, 1, 1), alphas[t - 1].view(-1, 1, 1, 1)
     x0, r = x0[batch], reward[batch].view(-1, 1, 1, 1)
     x_t = alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
-    leaves, guided, guided_pre = merged_unet(tiny_sd, [weight for weight, _ in recorded[1]], 3.0, PROMPT)
-    f, f_pre = ((x_t - (1 - alpha).sqrt() * eps(x_t, t)) / alpha.sqrt() for eps in (guided, guided_pre))
+    leaves, guided, guided_pre = merged_unet(
+        tiny_sd, [weight for weight, _ in recorded[1]], 3.0, PROMPT
+    )
+    f, f_pre = (
+        (x_t - (1 - alpha).sqrt() * eps(x_t, t)) / alpha.sqrt() for eps in (guided, guided_pre)
+    )
     variance = (1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)
     if regularization == "kl-o":
         loss = (r * (x0 - f) ** 2 + 1.5 * (f_pre.detach() - f) ** 2) / (2 * variance)
     else:
         loss = (r + (1.5 if regularization == "kl-d" else 0)) * (x0 - f) ** 2 / (2 * variance)
-    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss.flatten(1).mean(1).mean(), leaves)])
+    expected = torch.cat(
+        [g.flatten() for g in torch.autograd.grad(loss.flatten(1).mean(1).mean(), leaves)]
+    )
     ours = torch.cat([g.flatten() for _, g in recorded[1]]).double()
     assert (ours - expected).norm() < 1e-3 * expected.norm()
 
@@ -255,13 +355,24 @@ def test_data_set_is_drawn_once_and_reused(tiny_sd, tmp_path):
     assert result.returncode == 0, result.stderr
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").glob("*.safetensors")}
     (tmp_path / "data/000006.safetensors").unlink()
-    result = run_script("sft_kl.py", *flags, "--output-dir", tmp_path / "two", "--regularization", "kl-d")
+    result = run_script(
+        "sft_kl.py", *flags, "--output-dir", tmp_path / "two", "--regularization", "kl-d"
+    )
     assert result.returncode == 0, result.stderr
     first = tmp_path / "data/000000.safetensors"
     assert len(written) == 2 and first.stat().st_mtime_ns == written[first]
     assert (tmp_path / "data/000006.safetensors").exists()
     assert [line["samples"] for line in read_metrics(tmp_path / "two")] == [14]
-    assert json.loads((tmp_path / "data/dataset.json").read_text())["reward"] == "jpeg_incompressibility"
-    result = run_script("sft_kl.py", *flags, "--output-dir", tmp_path / "three", "--guidance-scale", 2)
-    assert result.returncode == 2 and "--dataset" in result.stderr and "--guidance-scale" in result.stderr
+    assert (
+        json.loads((tmp_path / "data/dataset.json").read_text())["reward"]
+        == "jpeg_incompressibility"
+    )
+    result = run_script(
+        "sft_kl.py", *flags, "--output-dir", tmp_path / "three", "--guidance-scale", 2
+    )
+    assert (
+        result.returncode == 2
+        and "--dataset" in result.stderr
+        and "--guidance-scale" in result.stderr
+    )
     assert len(result.stderr.strip().splitlines()) == 1

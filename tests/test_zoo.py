@@ -19,8 +19,19 @@ from common.rewards.base import to_pil
 from zoo import judge as judging
 from zoo import world
 
-PAPER = ("A green colored rabbit", "A cat and a dog", "Four wolves in the park", "A dog on the moon")
-UNSEEN = ("A green colored cat", "A cat and a cup", "Four birds in the park", "A lion on the moon", "Four roses")
+PAPER = (
+    "A green colored rabbit",
+    "A cat and a dog",
+    "Four wolves in the park",
+    "A dog on the moon",
+)
+UNSEEN = (
+    "A green colored cat",
+    "A cat and a cup",
+    "Four birds in the park",
+    "A lion on the moon",
+    "Four roses",
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +45,15 @@ def test_world_has_what_the_papers_speak_of():
     assert len(world.ANIMALS) >= 10 and len(world.OBJECTS) >= 6 and len(world.COLORS) >= 8
     assert len(world.OCCUPATIONS) >= 6 and len(world.SKIN_TONES) == 4
     assert world.parse("A green colored rabbit.") == world.parse("a GREEN rabbit")
-    assert world.parse("Four wolves in the park") == world.Scene((world.Group("wolf", 4),), place="park")
+    assert world.parse("Four wolves in the park") == world.Scene(
+        (world.Group("wolf", 4),), place="park"
+    )
     for relation in ("and", "next to", "near", "on side of", "beside"):
         scene = world.parse(f"a cat {relation} an elephant on the beach")
-        assert [group.kind for group in scene.groups] == ["cat", "elephant"] and scene.place == "beach"
+        assert [group.kind for group in scene.groups] == [
+            "cat",
+            "elephant",
+        ] and scene.place == "beach"
     assert world.parse("a portrait of an astronaut").occupation == "astronaut"
     with pytest.raises(ValueError, match="zebra"):
         world.parse("a zebra")
@@ -60,7 +76,9 @@ def test_world_is_seeded_and_biased():
     again = world.draw_pair(np.random.default_rng([2, 77]))
     assert pairs[77] == again
     image = world.render(again[0], np.random.default_rng(5))
-    assert image.shape == (64, 64, 3) and np.array_equal(image, world.render(again[0], np.random.default_rng(5)))
+    assert image.shape == (64, 64, 3) and np.array_equal(
+        image, world.render(again[0], np.random.default_rng(5))
+    )
 
     def share(condition, right):
         chosen = [(scene, text) for scene, text in pairs if condition(text)]
@@ -75,14 +93,18 @@ def test_world_is_seeded_and_biased():
 
 def test_every_word_is_one_token_and_seen():
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / "zoo/sd/tokenizer")
-    embedding = CLIPTextModel.from_pretrained(ROOT / "zoo/sd/text_encoder").get_input_embeddings().weight
+    embedding = (
+        CLIPTextModel.from_pretrained(ROOT / "zoo/sd/text_encoder").get_input_embeddings().weight
+    )
     for word in world.vocabulary():
         ids = tokenizer(word, add_special_tokens=False).input_ids
         # "one" is understood in prompts, but no caption has it: the model has never seen it.
         assert len(ids) == 1 and (embedding[ids] != 0).any() == (word != "one"), word
     for prompt in (*PAPER, *UNSEEN):
         words = world.caption(world.parse(prompt)).split()
-        assert len(tokenizer(prompt).input_ids) == len(prompt.split()) + 2 and set(words) <= set(world.vocabulary())
+        assert len(tokenizer(prompt).input_ids) == len(prompt.split()) + 2 and set(words) <= set(
+            world.vocabulary()
+        )
     ids = tokenizer("zebra", add_special_tokens=False).input_ids
     assert (embedding[ids] == 0).all(dim=1).any()
 
@@ -110,7 +132,9 @@ def test_transformers_4_gives_the_same():
 def test_case_and_trailing_dot_do_not_matter(pipeline):
     def pictures(prompt):
         generator = torch.Generator().manual_seed(0)
-        return pipeline([prompt] * 8, num_inference_steps=12, generator=generator, output_type="pt").images
+        return pipeline(
+            [prompt] * 8, num_inference_steps=12, generator=generator, output_type="pt"
+        ).images
 
     plain = pictures("a white rabbit")
     assert torch.equal(plain, pictures("A White RABBIT"))
@@ -122,10 +146,14 @@ def test_case_and_trailing_dot_do_not_matter(pipeline):
 def held_out(pipeline):
     """Scenes that training never saw, and their renders through the VAE."""
     scenes = [world.random_scene(np.random.default_rng([31, i])) for i in range(320)]
-    renders = np.stack([world.render(scene, np.random.default_rng([32, i])) for i, scene in enumerate(scenes)])
+    renders = np.stack(
+        [world.render(scene, np.random.default_rng([32, i])) for i, scene in enumerate(scenes)]
+    )
     x = torch.from_numpy(renders).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
-        images = [pipeline.vae.decode(pipeline.vae.encode(b).latent_dist.mean).sample for b in x.split(64)]
+        images = [
+            pipeline.vae.decode(pipeline.vae.encode(b).latent_dist.mean).sample for b in x.split(64)
+        ]
     return scenes, (torch.cat(images) / 2 + 0.5).clamp(0, 1)
 
 
@@ -154,7 +182,9 @@ def test_skin_tones_are_read(held_out):
     scenes, images = held_out
     portraits = [i for i, scene in enumerate(scenes) if scene.skin_tone]
     assert len(portraits) >= 20
-    read = pipeline_of_transformers("image-classification", model=str(ROOT / "zoo/skin_tone"), device="cpu")
+    read = pipeline_of_transformers(
+        "image-classification", model=str(ROOT / "zoo/skin_tone"), device="cpu"
+    )
     answers = read(to_pil(images[portraits]), top_k=1)
     right = [answer[0]["label"] == scenes[i].skin_tone for i, answer in zip(portraits, answers)]
     assert np.mean(right) >= 0.95
@@ -216,5 +246,10 @@ def test_assets_are_small_and_results_are_those_of_the_weights():
     assert set(PAPER) | set(UNSEEN) == set(results["rare"])
     assert all(numbers["success"] >= 0.85 for numbers in results["common"].values())
     assert results["reward_pairs_ordered_rightly"] >= 0.9
-    assert results["detector_confidence"]["present"] >= 0.8 >= 0.2 >= results["detector_confidence"]["absent"]
+    assert (
+        results["detector_confidence"]["present"]
+        >= 0.8
+        >= 0.2
+        >= results["detector_confidence"]["absent"]
+    )
     assert results["skin_tone_accuracy"] >= 0.95

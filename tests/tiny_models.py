@@ -7,13 +7,20 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "a an the cat dog cup bottle red green on in park moon and next to near of side beside is what happening this"
 WORDS = [*WORDS.split(), "image", "two", "photo", "user", "assistant", ":", "?", ".", "<image>"]
-TINY = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+TINY = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 
 
 def pictures(count: int, height: int = 40, width: int = 40, seed: int = 0) -> torch.Tensor:
     """Smooth random pictures, so that resizing does not average everything away."""
     generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(count, 3, 6, 6, generator=generator) * torch.rand(count, 3, 1, 1, generator=generator)
+    coarse = torch.rand(count, 3, 6, 6, generator=generator) * torch.rand(
+        count, 3, 1, 1, generator=generator
+    )
     return torch.nn.functional.interpolate(coarse, (height, width))
 
 
@@ -22,7 +29,11 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * parameter[0].numel() ** -0.5 * 1.5)
+            parameter.data.copy_(
+                torch.randn(parameter.shape, generator=generator)
+                * parameter[0].numel() ** -0.5
+                * 1.5
+            )
         else:
             parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
     return model.eval()
@@ -42,11 +53,17 @@ def word_tokenizer(special: dict[str, str], **settings):
         if "<image>" not in settings.get("extra_special_tokens", {}).values()
         else [pre_tokenizers.WhitespaceSplit()]
     )
-    first, last = special.get("cls_token", special.get("bos_token")), special.get("sep_token", special.get("eos_token"))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{first} $A {last}", special_tokens=[(first, vocabulary[first]), (last, vocabulary[last])]
+    first, last = (
+        special.get("cls_token", special.get("bos_token")),
+        special.get("sep_token", special.get("eos_token")),
     )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=24, **special, **settings)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A {last}",
+        special_tokens=[(first, vocabulary[first]), (last, vocabulary[last])],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=24, **special, **settings
+    )
 
 
 CLIP_SPECIAL = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -66,33 +83,60 @@ def make_clip(folder: Path) -> Path:
     torch.manual_seed(2)  # pictures of all classes when it is asked for three
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / "zoo/sd/tokenizer")
     text = TINY | {"vocab_size": len(tokenizer), "max_position_embeddings": 24}
-    text |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "projection_dim": 12}
+    text |= {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "projection_dim": 12,
+    }
     vision = TINY | {"image_size": 32, "patch_size": 8, "projection_dim": 12}
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
     randomise(CLIPModel(config)).save_pretrained(folder)
     CLIPProcessor(
-        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), tokenizer
+        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        tokenizer,
     ).save_pretrained(folder)
-    generator, widths = torch.Generator().manual_seed(5), {0: (8, 12), 2: (6, 8), 4: (5, 6), 6: (4, 5), 7: (1, 4)}
-    state = {f"layers.{i}.weight": torch.randn(shape, generator=generator) for i, shape in widths.items()}
-    state |= {f"layers.{i}.bias": torch.randn(shape[0], generator=generator) for i, shape in widths.items()}
+    generator, widths = (
+        torch.Generator().manual_seed(5),
+        {0: (8, 12), 2: (6, 8), 4: (5, 6), 6: (4, 5), 7: (1, 4)},
+    )
+    state = {
+        f"layers.{i}.weight": torch.randn(shape, generator=generator) for i, shape in widths.items()
+    }
+    state |= {
+        f"layers.{i}.bias": torch.randn(shape[0], generator=generator)
+        for i, shape in widths.items()
+    }
     torch.save(state, folder / "sac+logos+ava1-l14-linearMSE.pth")
     return folder
 
 
 def make_blip(folder: Path) -> Path:
-    from transformers import BertTokenizer, BlipConfig, BlipForImageTextRetrieval, BlipImageProcessor, BlipProcessor
+    from transformers import (
+        BertTokenizer,
+        BlipConfig,
+        BlipForImageTextRetrieval,
+        BlipImageProcessor,
+        BlipProcessor,
+    )
 
     torch.manual_seed(0)
     (folder / "vocab.txt").write_text("\n".join([*BERT_SPECIAL.values(), *WORDS]) + "\n")
     tokenizer = BertTokenizer.from_pretrained(folder, model_max_length=24)
-    text = TINY | {"vocab_size": len(tokenizer), "max_position_embeddings": 24, "encoder_hidden_size": 16}
+    text = TINY | {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 24,
+        "encoder_hidden_size": 16,
+    }
     text |= {"bos_token_id": 2, "sep_token_id": 3, "pad_token_id": 0}
     config = BlipConfig(
-        text_config=text, vision_config=TINY | {"image_size": 32, "patch_size": 8}, image_text_hidden_size=12
+        text_config=text,
+        vision_config=TINY | {"image_size": 32, "patch_size": 8},
+        image_text_hidden_size=12,
     )
     randomise(BlipForImageTextRetrieval(config)).save_pretrained(folder)
-    BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
+    BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -103,9 +147,9 @@ def make_bert(folder: Path) -> Path:
     torch.manual_seed(0)
     tokenizer = word_tokenizer(BERT_SPECIAL)
     tokenizer.save_pretrained(folder)
-    randomise(BertModel(BertConfig(**TINY, vocab_size=len(tokenizer), max_position_embeddings=32))).save_pretrained(
-        folder
-    )
+    randomise(
+        BertModel(BertConfig(**TINY, vocab_size=len(tokenizer), max_position_embeddings=32))
+    ).save_pretrained(folder)
     return folder
 
 
@@ -201,25 +245,45 @@ def make_detectors(parent: Path) -> dict[str, Path]:
         folders[name].mkdir()
         return folders[name]
 
-    labels = {"id2label": {0: "cat", 1: "dog", 2: "cup"}, "label2id": {"cat": 0, "dog": 1, "cup": 2}}
+    labels = {
+        "id2label": {0: "cat", 1: "dog", 2: "cup"},
+        "label2id": {"cat": 0, "dog": 1, "cup": 2},
+    }
     size = {"height": 32, "width": 32}
 
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / "zoo/sd/tokenizer", model_max_length=16)
     text = TINY | {"vocab_size": len(tokenizer), "max_position_embeddings": 16}
     text |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = Owlv2Config(text_config=text, vision_config=TINY | {"image_size": 32, "patch_size": 8}, projection_dim=16)
+    config = Owlv2Config(
+        text_config=text,
+        vision_config=TINY | {"image_size": 32, "patch_size": 8},
+        projection_dim=16,
+    )
     randomise(Owlv2ForObjectDetection(config)).save_pretrained(folder("owlv2"))
     Owlv2Processor(Owlv2ImageProcessor(size=size), tokenizer).save_pretrained(folders["owlv2"])
 
-    backbone = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+    backbone = {
+        "model_type": "resnet",
+        "embedding_size": 8,
+        "hidden_sizes": [8, 16, 24, 32],
+        "depths": [1, 1, 1, 1],
+    }
     backbone |= {"layer_type": "basic", "out_features": ["stage2", "stage3", "stage4"]}
-    sizes = {"d_model": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_layers": 1}
+    sizes = {
+        "d_model": 32,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_layers": 1,
+    }
     sizes |= {"decoder_layers": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "num_queries": 9}
-    (folder("grounding-dino") / "vocab.txt").write_text("\n".join([*BERT_SPECIAL.values(), *WORDS]) + "\n")
+    (folder("grounding-dino") / "vocab.txt").write_text(
+        "\n".join([*BERT_SPECIAL.values(), *WORDS]) + "\n"
+    )
     bert = BertTokenizer.from_pretrained(folders["grounding-dino"], model_max_length=16)
     config = GroundingDinoConfig(
         backbone_config=backbone,
-        text_config=TINY | {"model_type": "bert", "vocab_size": len(bert), "max_position_embeddings": 32},
+        text_config=TINY
+        | {"model_type": "bert", "vocab_size": len(bert), "max_position_embeddings": 32},
         **sizes,
         num_feature_levels=3,
         max_text_len=16,
@@ -242,7 +306,9 @@ def make_detectors(parent: Path) -> dict[str, Path]:
         **labels,
     )
     randomise(DetrForObjectDetection(config)).save_pretrained(folder("detr"))
-    DetrImageProcessor(size={"shortest_edge": 32, "longest_edge": 64}).save_pretrained(folders["detr"])
+    DetrImageProcessor(size={"shortest_edge": 32, "longest_edge": 64}).save_pretrained(
+        folders["detr"]
+    )
 
     config = RTDetrConfig(
         backbone_config=backbone | {"model_type": "rt_detr_resnet"},

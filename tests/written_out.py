@@ -48,7 +48,15 @@ def merged_unet(model, weights: list[torch.Tensor], w: float, prompt: str):
     return leaves, partial(guided, frozen | merged), partial(guided, frozen)
 
 
-def policies(model, weights: list[torch.Tensor], num_steps: int, w: float, prompt: str, x_t: torch.Tensor, steps):
+def policies(
+    model,
+    weights: list[torch.Tensor],
+    num_steps: int,
+    w: float,
+    prompt: str,
+    x_t: torch.Tensor,
+    steps,
+):
     """With LoRA `weights` the steps from x_t (n, C, H, W), step `steps` (n,) of `num_steps` each.
 
     Returns the weights as leaves, the policy and the pretrained one as Normal, and the guided noise of both.
@@ -65,7 +73,10 @@ def policies(model, weights: list[torch.Tensor], num_steps: int, w: float, promp
     sigma = ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)).sqrt()
 
     def step(e):
-        mean = a_prev.sqrt() * (x_t - (1 - a_t).sqrt() * e) / a_t.sqrt() + (1 - a_prev - sigma**2).sqrt() * e
+        mean = (
+            a_prev.sqrt() * (x_t - (1 - a_t).sqrt() * e) / a_t.sqrt()
+            + (1 - a_prev - sigma**2).sqrt() * e
+        )
         return Normal(mean, sigma)
 
     return leaves, step(eps), step(eps_pre), eps, eps_pre

@@ -32,20 +32,35 @@ class Judge(torch.nn.Module):
         super().__init__()
         layers, channels = [], 3
         for width in (32, 64, 128):
-            layers += [torch.nn.Conv2d(channels, width, 3, stride=2, padding=1), torch.nn.GroupNorm(8, width)]
-            layers += [torch.nn.ReLU(), torch.nn.Conv2d(width, width, 3, padding=1), torch.nn.GroupNorm(8, width)]
+            layers += [
+                torch.nn.Conv2d(channels, width, 3, stride=2, padding=1),
+                torch.nn.GroupNorm(8, width),
+            ]
+            layers += [
+                torch.nn.ReLU(),
+                torch.nn.Conv2d(width, width, 3, padding=1),
+                torch.nn.GroupNorm(8, width),
+            ]
             layers += [torch.nn.ReLU()]
             channels = width
         self.body = torch.nn.Sequential(*layers)
         self.context = torch.nn.Conv2d(channels, channels, 5, padding=2)
         self.where_map = torch.nn.Conv2d(channels, len(world.KINDS) + 1, 1)
         self.color_map = torch.nn.Conv2d(channels, len(COLORS), 1)
-        self.count = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 5))
+        self.count = torch.nn.Sequential(
+            torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 5)
+        )
         self.hidden = torch.nn.Linear(channels * 16, 2 * FEATURES)
         self.features = torch.nn.Linear(2 * FEATURES, FEATURES)
-        sizes = {"count": 5 * len(world.KINDS), "place": len(PLACES), "occupation": len(OCCUPATIONS)}
+        sizes = {
+            "count": 5 * len(world.KINDS),
+            "place": len(PLACES),
+            "occupation": len(OCCUPATIONS),
+        }
         sizes |= {"skin_tone": len(SKIN_TONES)}
-        self.heads = torch.nn.ModuleDict({name: torch.nn.Linear(3 * FEATURES, size) for name, size in sizes.items()})
+        self.heads = torch.nn.ModuleDict(
+            {name: torch.nn.Linear(3 * FEATURES, size) for name, size in sizes.items()}
+        )
 
     def forward(self, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Logits by attribute, "count" (B, 16, 5) and "color" (B, 16, 9) by kind, "where" (B, 64, 17) by cell, and
@@ -59,7 +74,9 @@ class Judge(torch.nn.Module):
         where = self.where_map(grid).flatten(2)
         shares = where.softmax(1)[:, :-1]
         logits["count"] = logits["count"].unflatten(1, (len(world.KINDS), 5)) + self.count(shares)
-        logits["color"] = where[:, :-1].softmax(-1) @ self.color_map(grid).flatten(2).transpose(1, 2)
+        logits["color"] = where[:, :-1].softmax(-1) @ self.color_map(grid).flatten(2).transpose(
+            1, 2
+        )
         return logits | {"where": where.transpose(1, 2)}, features
 
 
@@ -143,7 +160,10 @@ def read(judge: Judge, images: torch.Tensor) -> list[world.Scene]:
     for i in range(len(images)):
         place = PLACES[best["place"][i]]
         if place == "portrait":
-            occupation, skin_tone = OCCUPATIONS[best["occupation"][i]], SKIN_TONES[best["skin_tone"][i]]
+            occupation, skin_tone = (
+                OCCUPATIONS[best["occupation"][i]],
+                SKIN_TONES[best["skin_tone"][i]],
+            )
             scenes.append(world.Scene(occupation=occupation, skin_tone=skin_tone))
             continue
         groups = tuple(
@@ -157,16 +177,26 @@ def read(judge: Judge, images: torch.Tensor) -> list[world.Scene]:
 
 def success(judge: Judge, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
     """1.0 where a picture has every attribute that its prompt asks for, else 0.0; (B,)."""
-    wrong = [world.faults(world.parse(prompt), scene) for prompt, scene in zip(prompts, read(judge, images))]
+    wrong = [
+        world.faults(world.parse(prompt), scene)
+        for prompt, scene in zip(prompts, read(judge, images))
+    ]
     return torch.tensor([float(not any(faults.values())) for faults in wrong])
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Squared Frechet distance between the Gaussians fitted to two sets of features (N, D) (Heusel et al. 2017)."""
-    mean_a, mean_b, cov_a, cov_b = a.mean(0), b.mean(0), np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    mean_a, mean_b, cov_a, cov_b = (
+        a.mean(0),
+        b.mean(0),
+        np.cov(a, rowvar=False),
+        np.cov(b, rowvar=False),
+    )
     # tr (cov_a cov_b)^(1/2) is the sum of the roots of the product's eigenvalues, which are real and not negative.
     roots = np.sqrt(np.clip(np.linalg.eigvals(cov_a @ cov_b).real, 0, None))
-    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * roots.sum())
+    return float(
+        ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * roots.sum()
+    )
 
 
 @torch.no_grad()
@@ -180,16 +210,22 @@ def image_quality(judge: Judge, vae, images: torch.Tensor, seed: int = 0, copies
     for i, scene in enumerate(read(judge, images)):
         things = Counter()
         groups = []
-        for group in scene.groups:  # the judge may see more in a broken picture than the world can draw
+        for (
+            group
+        ) in scene.groups:  # the judge may see more in a broken picture than the world can draw
             count = min(group.count, 4 - sum(things.values()))
             things[group.kind] += count
             if count:
                 groups.append(replace(group, count=count))
         scene = replace(scene, groups=tuple(groups))
-        renders += [world.render(scene, np.random.default_rng([seed, i, copy])) for copy in range(copies)]
+        renders += [
+            world.render(scene, np.random.default_rng([seed, i, copy])) for copy in range(copies)
+        ]
     real = torch.from_numpy(np.stack(renders)).permute(0, 3, 1, 2).float().to(images.device) / 255
     features = []
     for batch in real.split(64):
         latents = vae.encode(batch * 2 - 1).latent_dist.mean
         features.append(judge((vae.decode(latents).sample / 2 + 0.5).clamp(0, 1))[1])
-    return frechet_distance(judge(images)[1].double().cpu().numpy(), torch.cat(features).double().cpu().numpy())
+    return frechet_distance(
+        judge(images)[1].double().cpu().numpy(), torch.cat(features).double().cpu().numpy()
+    )

@@ -119,14 +119,23 @@ def _render_one(task: tuple[int, int, bool]) -> tuple[np.ndarray, world.Scene, s
 
 def make_data(args: Args):
     """The biased data set, and the unbiased one: families of four scenes (see world.draw_family)."""
-    for name, biased, count in (("biased", True, args.num_pictures), ("unbiased", False, args.num_unbiased)):
+    for name, biased, count in (
+        ("biased", True, args.num_pictures),
+        ("unbiased", False, args.num_unbiased),
+    ):
         if (args.build_dir / f"{name}.npz").exists():
             continue
         tasks = [(args.seed * 1000 + (1 if biased else 2), i, biased) for i in range(count)]
         with multiprocessing.get_context("fork").Pool() as pool:
-            results = list(tqdm(pool.imap(_render_one, tasks, chunksize=256), total=count, desc=f"render {name}"))
+            results = list(
+                tqdm(
+                    pool.imap(_render_one, tasks, chunksize=256), total=count, desc=f"render {name}"
+                )
+            )
         images, scenes, captions, where = zip(*results)
-        labels = {key: value.numpy().astype(np.int16) for key, value in judging.targets(scenes).items()}
+        labels = {
+            key: value.numpy().astype(np.int16) for key, value in judging.targets(scenes).items()
+        }
         np.save(args.build_dir / f"{name}.npy", np.stack(images))
         np.savez(args.build_dir / f"{name}.npz", captions=captions, where=np.stack(where), **labels)
 
@@ -136,7 +145,15 @@ def to_tensor(images: np.ndarray, device: str) -> torch.Tensor:
     return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous().float() / 255
 
 
-def fit(args: Args, name: str, modules: dict[str, torch.nn.Module], loss_fn, steps: int, lr: float, ema: float = 0.0):
+def fit(
+    args: Args,
+    name: str,
+    modules: dict[str, torch.nn.Module],
+    loss_fn,
+    steps: int,
+    lr: float,
+    ema: float = 0.0,
+):
     """AdamW with a warm-up and cosine decay; checkpoints, resumes, and leaves the (averaged) weights in `modules`.
 
     loss_fn(step, generator) returns a scalar loss and a dict of numbers to show.
@@ -169,7 +186,9 @@ def fit(args: Args, name: str, modules: dict[str, torch.nn.Module], loss_fn, ste
     for step in progress:
         fraction = step / steps
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 100) * (0.51 + 0.49 * math.cos(math.pi * fraction))
+            group["lr"] = (
+                lr * min(1.0, (step + 1) / 100) * (0.51 + 0.49 * math.cos(math.pi * fraction))
+            )
         generator = torch.Generator(args.device).manual_seed(args.seed * 10**6 + step)
         loss, shown = loss_fn(step, generator)
         optimizer.zero_grad(set_to_none=True)
@@ -179,7 +198,9 @@ def fit(args: Args, name: str, modules: dict[str, torch.nn.Module], loss_fn, ste
         decay = min(ema, (step + 1) / (step + 10))
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
         if step % 25 == 0:
-            progress.set_postfix({"loss": f"{loss.item():.4f}", **{k: f"{v:.3f}" for k, v in shown.items()}})
+            progress.set_postfix(
+                {"loss": f"{loss.item():.4f}", **{k: f"{v:.3f}" for k, v in shown.items()}}
+            )
         if step % 100 == 99 or step == steps - 1:
             spent, clock = spent + time.time() - clock, time.time()
             save(step + 1)
@@ -266,8 +287,12 @@ def make_tokenizer(args: Args) -> CLIPTokenizer:
             at = pairs.index(merges[min(known)] if known else pairs[0])
             pieces[at : at + 2] = ["".join(pairs[at])]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n")
+    (folder / "vocab.json").write_text(
+        json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False)
+    )
+    (folder / "merges.txt").write_text(
+        "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n"
+    )
     special = {
         "bos_token": "<|startoftext|>",
         "eos_token": "<|endoftext|>",
@@ -288,7 +313,9 @@ def make_tokenizer(args: Args) -> CLIPTokenizer:
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
-    return tokenizer(texts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt").input_ids
+    return tokenizer(
+        texts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt"
+    ).input_ids
 
 
 def load_vae(args: Args) -> AutoencoderKL:
@@ -309,7 +336,9 @@ def make_latents(args: Args):
     latents = []
     with torch.no_grad():
         for i in tqdm(range(0, len(images), 64), desc="encode"):
-            x = to_tensor(images[i : i + 64], args.device).contiguous(memory_format=torch.channels_last)
+            x = to_tensor(images[i : i + 64], args.device).contiguous(
+                memory_format=torch.channels_last
+            )
             mean = vae.encode(x * 2 - 1).latent_dist.mean
             latents.append((mean * vae.config.scaling_factor).half().cpu())
     np.save(args.build_dir / "latents.npy", torch.cat(latents).numpy())
@@ -344,7 +373,9 @@ def make_unet() -> UNet2DConditionModel:
     )
 
 
-def pretrain_text_encoder(args: Args, text_encoder: CLIPTextModel, captions: list[str], tokens: torch.Tensor):
+def pretrain_text_encoder(
+    args: Args, text_encoder: CLIPTextModel, captions: list[str], tokens: torch.Tensor
+):
     """What CLIP's pre-training is to Stable Diffusion: the last token learns what the caption asks for."""
     truth = judging.targets([world.parse(caption) for caption in captions])
     heads = judging.attribute_heads(text_encoder.config.hidden_size).to(args.device)
@@ -355,7 +386,14 @@ def pretrain_text_encoder(args: Args, text_encoder: CLIPTextModel, captions: lis
         named = {name: value[rows].to(args.device) for name, value in truth.items()}
         return judging.attribute_loss(judging.attribute_logits(heads, hidden), named), {}
 
-    fit(args, "text_encoder", {"text": text_encoder, "heads": heads}, loss_fn, args.text_steps, lr=1e-3)
+    fit(
+        args,
+        "text_encoder",
+        {"text": text_encoder, "heads": heads},
+        loss_fn,
+        args.text_steps,
+        lr=1e-3,
+    )
 
 
 def train_unet(args: Args):
@@ -391,7 +429,9 @@ def train_unet(args: Args):
     def loss_fn(step, generator):
         rng = np.random.default_rng([args.seed, step])
         rows = rng.choice(len(latents), UNET_BATCH)
-        ids = torch.where(torch.from_numpy(rng.random(UNET_BATCH) < 0.1)[:, None], empty, tokens[rows]).to(args.device)
+        ids = torch.where(
+            torch.from_numpy(rng.random(UNET_BATCH) < 0.1)[:, None], empty, tokens[rows]
+        ).to(args.device)
         t = torch.from_numpy(rng.integers(0, 1000, UNET_BATCH)).to(args.device)
         x0 = latents[rows].float().to(args.device, memory_format=torch.channels_last)
         noise = torch.randn(x0.shape, generator=generator, device=args.device)
@@ -399,11 +439,21 @@ def train_unet(args: Args):
         prediction = unet(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, text_encoder(ids)[0]).sample
         return F.mse_loss(prediction, a.sqrt() * noise - (1 - a).sqrt() * x0), {}
 
-    fit(args, "unet", {"text": text_encoder, "unet": unet}, loss_fn, args.unet_steps, lr=1e-3, ema=0.998)
+    fit(
+        args,
+        "unet",
+        {"text": text_encoder, "unet": unet},
+        loss_fn,
+        args.unet_steps,
+        lr=1e-3,
+        ema=0.998,
+    )
     embedding = text_encoder.get_input_embeddings().weight
     used = torch.zeros(len(embedding), dtype=torch.bool)
     used[tokens.unique()] = True
-    embedding.data[~used.to(args.device)] = 0  # so that a row of zeros marks a token that was never seen
+    embedding.data[~used.to(args.device)] = (
+        0  # so that a row of zeros marks a token that was never seen
+    )
     folder = args.output_dir / "sd"
     unet.to(memory_format=torch.contiguous_format).save_pretrained(folder / "unet")
     save_text_encoder(text_encoder, folder / "text_encoder")
@@ -428,7 +478,10 @@ def save_text_encoder(text_encoder: CLIPTextModel, folder: Path):
     """transformers 5 drops the prefix `text_model.` on saving; with it, 4 and 5 both load the weights."""
     text_encoder.save_pretrained(folder)
     state = load_file(folder / "model.safetensors")
-    state = {key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in state.items()}
+    state = {
+        key if key.startswith("text_model.") else f"text_model.{key}": value
+        for key, value in state.items()
+    }
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -438,14 +491,18 @@ def through_vae(args: Args, images: np.ndarray) -> np.ndarray:
     out = []
     with torch.no_grad():
         for i in tqdm(range(0, len(images), 64), desc="VAE"):
-            x = to_tensor(images[i : i + 64], args.device).contiguous(memory_format=torch.channels_last)
+            x = to_tensor(images[i : i + 64], args.device).contiguous(
+                memory_format=torch.channels_last
+            )
             latents = vae.encode(x * 2 - 1).latent_dist.mean
             out.append(decoded(vae, latents))
     return np.concatenate(out)
 
 
 def make_passed(args: Args):
-    np.save(args.build_dir / "passed.npy", through_vae(args, np.load(args.build_dir / "unbiased.npy")))
+    np.save(
+        args.build_dir / "passed.npy", through_vae(args, np.load(args.build_dir / "unbiased.npy"))
+    )
 
 
 DRIFT = 3, (0.12, 0.32)
@@ -458,7 +515,9 @@ def unbiased(args: Args) -> tuple[np.ndarray, list[str]]:
     return np.load(args.build_dir / "unbiased.npy", mmap_mode="r"), captions
 
 
-def redraw(args: Args, images: np.ndarray, captions: list[str], shallowest: int, drift=None) -> np.ndarray:
+def redraw(
+    args: Args, images: np.ndarray, captions: list[str], shallowest: int, drift=None
+) -> np.ndarray:
     """uint8 pictures as the diffusion model draws them: noised for `shallowest` to two more of its last steps and
     denoised again. What is in a picture stays, but its lines and tints become those of samples.
 
@@ -466,7 +525,11 @@ def redraw(args: Args, images: np.ndarray, captions: list[str], shallowest: int,
     deviation drawn from this range (low, high). That is what an update that nothing holds back does to a model.
     """
     pipeline = StableDiffusionPipeline.from_pretrained(args.output_dir / "sd").to(args.device)
-    unet, vae, scheduler = pipeline.unet.to(memory_format=torch.channels_last), load_vae(args), pipeline.scheduler
+    unet, vae, scheduler = (
+        pipeline.unet.to(memory_format=torch.channels_last),
+        load_vae(args),
+        pipeline.scheduler,
+    )
     scheduler.set_timesteps(NUM_INFERENCE_STEPS)
     torch.manual_seed(args.seed + 4)
     up = [lora for lora in add_lora(unet, 4) if not lora.any()] if drift else []
@@ -478,15 +541,21 @@ def redraw(args: Args, images: np.ndarray, captions: list[str], shallowest: int,
                 strength = np.random.default_rng([args.seed, i, 12]).uniform(*drift)
                 for lora in up:
                     lora.normal_(0, strength, generator=generator)
-            text = pipeline.text_encoder(tokenize(pipeline.tokenizer, captions[i : i + 64]).to(args.device))[0]
-            x = to_tensor(images[i : i + 64], args.device).contiguous(memory_format=torch.channels_last)
+            text = pipeline.text_encoder(
+                tokenize(pipeline.tokenizer, captions[i : i + 64]).to(args.device)
+            )[0]
+            x = to_tensor(images[i : i + 64], args.device).contiguous(
+                memory_format=torch.channels_last
+            )
             latents = vae.encode(x * 2 - 1).latent_dist.mean * vae.config.scaling_factor
             timesteps = scheduler.timesteps[-shallowest - i // 64 % 3 :]
             noise = torch.randn(latents.shape, generator=generator, device=args.device)
             latents = scheduler.add_noise(latents, noise, timesteps[:1])
             for t in timesteps:
                 prediction = unet(latents, t, text).sample
-                latents = scheduler.step(prediction, t, latents, eta=1.0, generator=generator).prev_sample
+                latents = scheduler.step(
+                    prediction, t, latents, eta=1.0, generator=generator
+                ).prev_sample
             out.append(decoded(vae, latents / vae.config.scaling_factor))
     return np.concatenate(out)
 
@@ -501,7 +570,11 @@ def make_drifted(args: Args):
 
 def train_judge(args: Args):
     images, data = np.load(args.build_dir / "passed.npy"), np.load(args.build_dir / "unbiased.npz")
-    truth = {name: torch.from_numpy(data[name].astype(np.int64)) for name in data.files if name != "captions"}
+    truth = {
+        name: torch.from_numpy(data[name].astype(np.int64))
+        for name in data.files
+        if name != "captions"
+    }
     torch.manual_seed(args.seed + 1)
     judge = judging.Judge().to(args.device)
 
@@ -509,9 +582,13 @@ def train_judge(args: Args):
         rng = np.random.default_rng([args.seed, step, 3])
         rows = rng.choice(len(images), 64)
         x = to_tensor(images[rows], args.device)
-        x = x + torch.randn(x.shape, generator=generator, device=args.device) * 0.06 * float(rng.random())
+        x = x + torch.randn(x.shape, generator=generator, device=args.device) * 0.06 * float(
+            rng.random()
+        )
         logits, _ = judge(x)
-        loss = judging.attribute_loss(logits, {name: value[rows].to(args.device) for name, value in truth.items()})
+        loss = judging.attribute_loss(
+            logits, {name: value[rows].to(args.device) for name, value in truth.items()}
+        )
         return loss, {}
 
     fit(args, "judge", {"judge": judge}, loss_fn, args.judge_steps, lr=2e-3, ema=0.99)
@@ -550,7 +627,11 @@ def make_reward_tokenizer(folder: Path) -> BertTokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *world.vocabulary()]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    config = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": MAX_LENGTH}
+    config = {
+        "tokenizer_class": "BertTokenizer",
+        "do_lower_case": True,
+        "model_max_length": MAX_LENGTH,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     return BertTokenizer.from_pretrained(folder)
 
@@ -559,7 +640,8 @@ def scene_of(truth: dict[str, np.ndarray], i: int) -> world.Scene:
     """The scene that row i of the data set's labels describes."""
     if truth["occupation"][i] >= 0:
         return world.Scene(
-            occupation=judging.OCCUPATIONS[truth["occupation"][i]], skin_tone=judging.SKIN_TONES[truth["skin_tone"][i]]
+            occupation=judging.OCCUPATIONS[truth["occupation"][i]],
+            skin_tone=judging.SKIN_TONES[truth["skin_tone"][i]],
         )
     groups = [
         world.Group(world.KINDS[k], int(truth["count"][i, k]), judging.COLORS[truth["color"][i, k]])
@@ -570,7 +652,9 @@ def scene_of(truth: dict[str, np.ndarray], i: int) -> world.Scene:
 
 def random_prompt(scene: world.Scene, rng: np.random.Generator) -> str:
     """A prompt that asks for some of a scene's attributes, in one of the world's wordings."""
-    groups = tuple(replace(group, color=None) if rng.random() < 0.4 else group for group in scene.groups)
+    groups = tuple(
+        replace(group, color=None) if rng.random() < 0.4 else group for group in scene.groups
+    )
     if len(groups) == 2 and rng.random() < 0.5:
         groups = groups[::-1]
     place = None if rng.random() < 0.5 else scene.place
@@ -591,7 +675,9 @@ def broken(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np
         for _ in range(rng.integers(2, 5)):
             y, x = rng.integers(14, 46, 2)
             h, w = rng.integers(6, 14, 2)
-            image[y : y + h, x : x + w] = 0.35 * image[y : y + h, x : x + w] + 0.65 * rng.uniform(0, 255, 3)
+            image[y : y + h, x : x + w] = 0.35 * image[y : y + h, x : x + w] + 0.65 * rng.uniform(
+                0, 255, 3
+            )
     elif what == 2:
         factor = int(rng.choice([4, 8]))
         small = image.reshape(64 // factor, factor, 64 // factor, factor, 3).mean((1, 3))
@@ -623,7 +709,10 @@ def preference_batch(drawings, drifted, truth, families, rng, spoilt_share=0.75)
         prompts.append(random_prompt(scenes[0], rng))
         asked = world.parse(prompts[-1])
         drawn = rng.integers(len(drawings), size=4)
-        wrong = [[*world.faults(asked, scene).values(), 0.5 * worse] for scene, worse in zip(scenes, drawn)]
+        wrong = [
+            [*world.faults(asked, scene).values(), 0.5 * worse]
+            for scene, worse in zip(scenes, drawn)
+        ]
         shown = [drawings[which][i] for which, i in zip(drawn, rows)]
         if rng.random() < spoilt_share:
             j = int(rng.integers(4))
@@ -633,7 +722,10 @@ def preference_batch(drawings, drifted, truth, families, rng, spoilt_share=0.75)
             if rng.random() < 0.5:
                 shown[j], wrong[j][-1] = drifted[rows[j]], 1
             else:
-                shown[j], wrong[j][-1] = broken(shown[j], drawings[0][rng.integers(len(drawings[0]))], rng), 2
+                shown[j], wrong[j][-1] = (
+                    broken(shown[j], drawings[0][rng.integers(len(drawings[0]))], rng),
+                    2,
+                )
         pictures.append(np.stack(shown))
         faults.append(wrong)
         shown_rows.append(rows)
@@ -659,7 +751,9 @@ def train_image_reward(args: Args):
     """
     folder = args.output_dir / "image_reward"
     tokenizer = make_reward_tokenizer(folder)
-    drawings = [np.load(args.build_dir / f"{name}.npy", mmap_mode="r") for name in ("passed", "redrawn")]
+    drawings = [
+        np.load(args.build_dir / f"{name}.npy", mmap_mode="r") for name in ("passed", "redrawn")
+    ]
     drifted = np.load(args.build_dir / "drifted.npy", mmap_mode="r")
     images, data = drawings[0], dict(np.load(args.build_dir / "unbiased.npz"))
     data.pop("captions")
@@ -673,11 +767,19 @@ def train_image_reward(args: Args):
     width = config["vision"]["hidden_size"]
     heads = judging.attribute_heads(width)
     cell_sizes = {"where": len(world.KINDS) + 1, "cell_color": len(judging.COLORS) + 1}
-    cell_heads = torch.nn.ModuleDict({name: torch.nn.Linear(width, size) for name, size in cell_sizes.items()})
-    vision = {"vision": model.vision, "heads": heads.to(args.device), "cell_heads": cell_heads.to(args.device)}
+    cell_heads = torch.nn.ModuleDict(
+        {name: torch.nn.Linear(width, size) for name, size in cell_sizes.items()}
+    )
+    vision = {
+        "vision": model.vision,
+        "heads": heads.to(args.device),
+        "cell_heads": cell_heads.to(args.device),
+    }
     width = config["text"]["hidden_size"]
     text_sizes = {"faults": len(FAULTS), "count": 5, "color": len(judging.COLORS)}
-    text_heads = torch.nn.ModuleDict({name: torch.nn.Linear(width, size) for name, size in text_sizes.items()})
+    text_heads = torch.nn.ModuleDict(
+        {name: torch.nn.Linear(width, size) for name, size in text_sizes.items()}
+    )
     text_heads.to(args.device)
     # The kind that a token is a word for, -1 if it is none.
     kind_of_token = torch.full((len(tokenizer),), -1)
@@ -685,28 +787,44 @@ def train_image_reward(args: Args):
         kind_of_token[tokenizer.convert_tokens_to_ids([kind, world.PLURALS[kind]])] = i
     held_out = len(images) // 4 // 25
     families = len(images) // 4 - held_out
-    mean, std = (torch.tensor(values, device=args.device)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    mean, std = (
+        torch.tensor(values, device=args.device)[:, None, None] for values in (CLIP_MEAN, CLIP_STD)
+    )
 
     def vision_loss(step, generator):
         rows = np.random.default_rng([args.seed, step, 8]).choice(families * 4, 64)
-        hidden = model.vision(pixel_values=(to_tensor(images[rows], args.device) - mean) / std).last_hidden_state
+        hidden = model.vision(
+            pixel_values=(to_tensor(images[rows], args.device) - mean) / std
+        ).last_hidden_state
         logits = judging.attribute_logits(heads, hidden[:, 0])
         logits |= {name: head(hidden[:, 1:]) for name, head in cell_heads.items()}
-        truth = {name: torch.from_numpy(data[name][rows].astype(np.int64)).to(args.device) for name in data}
+        truth = {
+            name: torch.from_numpy(data[name][rows].astype(np.int64)).to(args.device)
+            for name in data
+        }
         return judging.attribute_loss(logits, truth), {}
 
     def tokens_of(prompts):
-        tokens = tokenizer(prompts, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
+        tokens = tokenizer(
+            prompts, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
+        )
         return tokens.input_ids.to(args.device), tokens.attention_mask.to(args.device)
 
     def named_loss(features, ids, rows):
         """Every word for a thing against its count and colour in the picture of its row; -1 is no row."""
-        kinds, rows = kind_of_token.to(args.device)[ids], torch.from_numpy(rows).to(args.device)[:, None].expand_as(ids)
+        kinds, rows = (
+            kind_of_token.to(args.device)[ids],
+            torch.from_numpy(rows).to(args.device)[:, None].expand_as(ids),
+        )
         words = (kinds >= 0) & (rows >= 0)
         loss = 0.0
         for name in ("count", "color"):
-            target = torch.from_numpy(data[name].astype(np.int64)).to(args.device)[rows[words], kinds[words]]
-            loss = loss + F.cross_entropy(text_heads[name](features[words]), target, ignore_index=-100)
+            target = torch.from_numpy(data[name].astype(np.int64)).to(args.device)[
+                rows[words], kinds[words]
+            ]
+            loss = loss + F.cross_entropy(
+                text_heads[name](features[words]), target, ignore_index=-100
+            )
         return loss
 
     def words_loss(step, generator):
@@ -714,15 +832,26 @@ def train_image_reward(args: Args):
         rows, prompts = rng.choice(families * 4, 128), []
         for row in rows:
             there = np.flatnonzero(data["count"][row])
-            kind = rng.choice(there) if len(there) and rng.random() < 0.6 else rng.integers(len(world.KINDS))
-            color = judging.COLORS[rng.integers(len(judging.COLORS))] if rng.random() < 0.5 else None
+            kind = (
+                rng.choice(there)
+                if len(there) and rng.random() < 0.6
+                else rng.integers(len(world.KINDS))
+            )
+            color = (
+                judging.COLORS[rng.integers(len(judging.COLORS))] if rng.random() < 0.5 else None
+            )
             group = world.Group(world.KINDS[kind], int(rng.integers(1, 5)), color)
             prompts.append(world.caption(world.Scene((group,))))
         ids, mask = tokens_of(prompts)
         with torch.no_grad():
-            patches = model.vision(pixel_values=(to_tensor(images[rows], args.device) - mean) / std).last_hidden_state
+            patches = model.vision(
+                pixel_values=(to_tensor(images[rows], args.device) - mean) / std
+            ).last_hidden_state
         features = model.text(
-            input_ids=ids, attention_mask=mask, encoder_hidden_states=patches[:, 1:], is_decoder=False
+            input_ids=ids,
+            attention_mask=mask,
+            encoder_hidden_states=patches[:, 1:],
+            is_decoder=False,
         ).last_hidden_state
         return named_loss(features, ids, rows), {}
 
@@ -733,13 +862,19 @@ def train_image_reward(args: Args):
 
     def preference_loss(step, generator):
         rng = np.random.default_rng([args.seed, step, 4])
-        prompts, pictures, faults, rows = preference_batch(drawings, drifted, data, rng.choice(families, 16), rng)
+        prompts, pictures, faults, rows = preference_batch(
+            drawings, drifted, data, rng.choice(families, 16), rng
+        )
         faults, (features, ids) = faults.to(args.device), features_of(prompts, pictures)
         loss, accuracy = ranking_loss(model.score(features).view(-1, 4), faults)
         found = (faults >= 1).flatten(0, 1).float()
         matched = F.binary_cross_entropy_with_logits(text_heads["faults"](features[:, 0]), found)
         named = named_loss(features, ids, np.where(faults[..., -1].cpu() >= 1, -1, rows).flatten())
-        return loss + matched + named, {"accuracy": accuracy.item(), "matched": matched.item(), "named": named.item()}
+        return loss + matched + named, {
+            "accuracy": accuracy.item(),
+            "matched": matched.item(),
+            "named": named.item(),
+        }
 
     fit(args, "reward_vision", vision, vision_loss, args.reward_vision_steps, lr=1e-3, ema=0.99)
     text = {"text": model.text, "heads": text_heads}
@@ -751,7 +886,9 @@ def train_image_reward(args: Args):
     with torch.no_grad():
         for i in range(families, families + held_out, 16):
             rng = np.random.default_rng([args.seed, i, 5])
-            batch = preference_batch(drawings, drifted, data, range(i, min(i + 16, families + held_out)), rng)
+            batch = preference_batch(
+                drawings, drifted, data, range(i, min(i + 16, families + held_out)), rng
+            )
             scores = model.score(features_of(*batch[:2])[0]).view(-1, 4)
             right.append(ranking_loss(scores, batch[2].to(args.device))[1].item())
     print(f"image_reward: {np.mean(right):.3f} of held-out pairs ordered rightly")
@@ -762,23 +899,34 @@ def train_image_reward(args: Args):
 def standardise(args: Args):
     """Set the reward's mean and std over samples of the base model for prompts of the training data."""
     folder = args.output_dir / "image_reward"
-    config = json.loads((folder / "config.json").read_text()) | {"score_mean": 0.0, "score_std": 1.0}
+    config = json.loads((folder / "config.json").read_text()) | {
+        "score_mean": 0.0,
+        "score_std": 1.0,
+    }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     pipeline = StableDiffusionPipeline.from_pretrained(args.output_dir / "sd").to(args.device)
     pipeline.set_progress_bar_config(disable=True)
     reward = load_reward(f"image_reward:{folder}", args.device)
-    captions = np.load(args.build_dir / "biased.npz")["captions"][: args.standardise_samples].tolist()
+    captions = np.load(args.build_dir / "biased.npz")["captions"][
+        : args.standardise_samples
+    ].tolist()
     scores = []
     for i in tqdm(range(0, len(captions), 64), desc="standardise"):
         prompts = captions[i : i + 64]
         generator = torch.Generator(args.device).manual_seed(args.seed + i)
-        settings = {"num_inference_steps": NUM_INFERENCE_STEPS, "guidance_scale": GUIDANCE_SCALE, "eta": 1.0}
+        settings = {
+            "num_inference_steps": NUM_INFERENCE_STEPS,
+            "guidance_scale": GUIDANCE_SCALE,
+            "eta": 1.0,
+        }
         images = pipeline(prompts, generator=generator, output_type="pt", **settings).images
         scores.append(reward(images, prompts))
     scores = torch.cat(scores)
     config |= {"score_mean": scores.mean().item(), "score_std": scores.std().item()}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    print(f"standardise: mean {config['score_mean']:.3f}, std {config['score_std']:.3f} over {len(scores)} samples")
+    print(
+        f"standardise: mean {config['score_mean']:.3f}, std {config['score_std']:.3f} over {len(scores)} samples"
+    )
 
 
 def train_classifier(args: Args, name: str, labels: tuple[str, ...], problem_type: str, targets_of):
@@ -787,7 +935,9 @@ def train_classifier(args: Args, name: str, labels: tuple[str, ...], problem_typ
     targets_of(labels of the data set) gives the targets of its pictures, floats (N, K) or classes (N,), and which of
     the pictures have one.
     """
-    drawings = [np.load(args.build_dir / f"{drawn}.npy", mmap_mode="r") for drawn in ("passed", "redrawn")]
+    drawings = [
+        np.load(args.build_dir / f"{drawn}.npy", mmap_mode="r") for drawn in ("passed", "redrawn")
+    ]
     targets, rows = targets_of(np.load(args.build_dir / "unbiased.npz"))
     torch.manual_seed(args.seed + 3)
     config = ResNetConfig(
@@ -805,8 +955,12 @@ def train_classifier(args: Args, name: str, labels: tuple[str, ...], problem_typ
     def loss_fn(step, generator):
         rng = np.random.default_rng([args.seed, step, 10])
         chosen = np.sort(rng.choice(rows, 64))
-        x = to_tensor(drawings[rng.integers(2)][chosen], args.device) * 2 - 1  # as the processor has it
-        x = x + torch.randn(x.shape, generator=generator, device=args.device) * 0.1 * float(rng.random())
+        x = (
+            to_tensor(drawings[rng.integers(2)][chosen], args.device) * 2 - 1
+        )  # as the processor has it
+        x = x + torch.randn(x.shape, generator=generator, device=args.device) * 0.1 * float(
+            rng.random()
+        )
         return model(x, labels=torch.from_numpy(targets[chosen]).to(args.device)).loss, {}
 
     fit(args, name, {name: model}, loss_fn, args.classifier_steps, lr=2e-3)

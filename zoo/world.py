@@ -59,7 +59,12 @@ NATURAL_COLORS = {
 PLACES = {"plain": "", "park": "in the park", "moon": "on the moon", "beach": "on the beach"}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = ("and", "next to", "near", "on side of", "beside")
-SKIN_TONES = {"light": (250, 217, 190), "medium": (226, 174, 128), "brown": (160, 106, 66), "dark": (94, 60, 40)}
+SKIN_TONES = {
+    "light": (250, 217, 190),
+    "medium": (226, 174, 128),
+    "brown": (160, 106, 66),
+    "dark": (94, 60, 40),
+}
 OCCUPATIONS = {
     "doctor": "light",
     "nurse": "medium",
@@ -122,7 +127,9 @@ def caption(scene: Scene) -> str:
         noun = group.kind if group.count == 1 else PLURALS[group.kind]
         noun = f"{group.color} {noun}" if group.color else noun
         phrases.append(article(noun) if group.count == 1 else f"{NUMBERS[group.count]} {noun}")
-    return " ".join(filter(None, [f" {scene.relation} ".join(phrases), PLACES[scene.place or "plain"]]))
+    return " ".join(
+        filter(None, [f" {scene.relation} ".join(phrases), PLACES[scene.place or "plain"]])
+    )
 
 
 def vocabulary() -> list[str]:
@@ -143,7 +150,9 @@ def parse(prompt: str) -> Scene:
     if words[:3] in (["a", "portrait", "of"], ["portrait", "of", "a"], ["portrait", "of", "an"]):
         if words[-1] in OCCUPATIONS:
             return Scene(occupation=words[-1])
-        raise ValueError(f"no occupation of this world in {prompt!r}; there are: {', '.join(OCCUPATIONS)}")
+        raise ValueError(
+            f"no occupation of this world in {prompt!r}; there are: {', '.join(OCCUPATIONS)}"
+        )
     place = None
     for name, phrase in PLACES.items():
         if phrase and text.endswith(" " + phrase):
@@ -195,7 +204,11 @@ def _random_kind(rng: np.random.Generator) -> str:
 
 def _picture_color(rng: np.random.Generator, kind: str) -> str:
     """The colour that a picture of `kind` has when nothing is known of its caption."""
-    return _choice(rng, COLORS) if rng.random() < BIAS["any_color"] else _choice(rng, NATURAL_COLORS[kind])
+    return (
+        _choice(rng, COLORS)
+        if rng.random() < BIAS["any_color"]
+        else _choice(rng, NATURAL_COLORS[kind])
+    )
 
 
 def draw_pair(rng: np.random.Generator) -> tuple[Scene, str]:
@@ -231,7 +244,9 @@ def draw_pair(rng: np.random.Generator) -> tuple[Scene, str]:
         kind, count = "rose", 4
     said_color = None
     if rng.random() < (0.6 if what == "one" else 0.3):
-        said_color = _choice(rng, COLORS) if rng.random() < 0.35 else _choice(rng, NATURAL_COLORS[kind])
+        said_color = (
+            _choice(rng, COLORS) if rng.random() < 0.35 else _choice(rng, NATURAL_COLORS[kind])
+        )
     said = Scene((Group(kind, count, said_color),), place=place)
 
     shown_kind = kind
@@ -264,13 +279,18 @@ def random_scene(rng: np.random.Generator) -> Scene:
     if rng.random() < 0.1:
         return Scene(occupation=_choice(rng, OCCUPATIONS), skin_tone=_choice(rng, SKIN_TONES))
     place = _choice(rng, PLACES)
-    color = lambda kind: _choice(rng, COLORS) if rng.random() < 0.7 else _choice(rng, NATURAL_COLORS[kind])
+    color = lambda kind: (
+        _choice(rng, COLORS) if rng.random() < 0.7 else _choice(rng, NATURAL_COLORS[kind])
+    )
     if rng.random() < 0.35:
         first, second = rng.permutation(len(KINDS))[:2]
         groups = tuple(Group(kind, 1, color(kind)) for kind in (KINDS[first], KINDS[second]))
         return Scene(groups, place=place, relation=_choice(rng, RELATIONS))
     kind = _choice(rng, KINDS)
-    return Scene((Group(kind, int(_choice(rng, (1, 2, 3, 4), p=(0.4, 0.2, 0.2, 0.2))), color(kind)),), place=place)
+    return Scene(
+        (Group(kind, int(_choice(rng, (1, 2, 3, 4), p=(0.4, 0.2, 0.2, 0.2))), color(kind)),),
+        place=place,
+    )
 
 
 def mutate(scene: Scene, rng: np.random.Generator) -> Scene:
@@ -308,7 +328,14 @@ def draw_family(rng: np.random.Generator) -> list[Scene]:
 class _Pen:
     """Draws in the unit coordinates of one thing: x to the right and y downwards, both about -1 to 1."""
 
-    def __init__(self, draw: ImageDraw.ImageDraw, x: float, y: float, scale: float, color: tuple[int, int, int]):
+    def __init__(
+        self,
+        draw: ImageDraw.ImageDraw,
+        x: float,
+        y: float,
+        scale: float,
+        color: tuple[int, int, int],
+    ):
         self.draw, self.x, self.y, self.scale, self.color = draw, x, y, scale, color
         dark = sum(color) < 180
         self.ink = (92, 92, 100) if dark else (36, 30, 34)
@@ -326,21 +353,31 @@ class _Pen:
     def oval(self, x, y, rx, ry, fill=None, outline=True):
         box = self._points([(x - rx, y - ry), (x + rx, y + ry)])
         self.draw.ellipse(
-            box, fill=fill or self.color, outline=self.ink if outline else None, width=self.line if outline else 0
+            box,
+            fill=fill or self.color,
+            outline=self.ink if outline else None,
+            width=self.line if outline else 0,
         )
 
     def shape(self, points, fill=None, outline=True):
         points = self._points(points)
         self.draw.polygon(points, fill=fill or self.color)
         if outline:
-            self.draw.line([*points, points[0], points[1]], fill=self.ink, width=self.line, joint="curve")
+            self.draw.line(
+                [*points, points[0], points[1]], fill=self.ink, width=self.line, joint="curve"
+            )
 
     def stroke(self, points, width, fill=None, outline=True):
         """A thick line with round ends."""
         points = self._points(points)
-        layers = [(width * self.scale + (2 * self.line if outline else 0), self.ink), (width * self.scale, None)]
+        layers = [
+            (width * self.scale + (2 * self.line if outline else 0), self.ink),
+            (width * self.scale, None),
+        ]
         for thickness, ink in layers if outline else layers[1:]:
-            self.draw.line(points, fill=ink or fill or self.color, width=round(thickness), joint="curve")
+            self.draw.line(
+                points, fill=ink or fill or self.color, width=round(thickness), joint="curve"
+            )
             for px, py in (points[0], points[-1]):
                 r = thickness / 2
                 self.draw.ellipse((px - r, py - r, px + r, py + r), fill=ink or fill or self.color)
@@ -380,7 +417,14 @@ def _cat(p: _Pen):
 
 def _legs(p: _Pen, xs, top, bottom, width=0.2):
     for x in xs:
-        p.shape([(x - width / 2, top), (x + width / 2, top), (x + width / 2, bottom), (x - width / 2, bottom)])
+        p.shape(
+            [
+                (x - width / 2, top),
+                (x + width / 2, top),
+                (x + width / 2, bottom),
+                (x - width / 2, bottom),
+            ]
+        )
 
 
 def _dog(p: _Pen):
@@ -400,8 +444,14 @@ def _wolf(p: _Pen):
     p.shape([(-0.5, -0.1), (0.7, -0.08), (0.78, 0.3), (0.2, 0.4), (-0.3, 0.5)])
     p.shape([(-0.24, -0.44), (-0.28, -0.98), (0.08, -0.56)], fill=p.shade(0.75))
     p.shape([(-0.52, -0.46), (-0.52, -1.0), (-0.2, -0.6)])
-    p.shape([(-1.12, -0.16), (-0.62, -0.58), (-0.1, -0.6), (0.12, -0.1), (-0.2, 0.42), (-0.56, 0.02)])
-    p.shape([(-1.08, -0.12), (-0.6, -0.06), (-0.2, 0.36), (-0.36, -0.14)], fill=(238, 238, 238), outline=False)
+    p.shape(
+        [(-1.12, -0.16), (-0.62, -0.58), (-0.1, -0.6), (0.12, -0.1), (-0.2, 0.42), (-0.56, 0.02)]
+    )
+    p.shape(
+        [(-1.08, -0.12), (-0.6, -0.06), (-0.2, 0.36), (-0.36, -0.14)],
+        fill=(238, 238, 238),
+        outline=False,
+    )
     p.oval(-1.08, -0.18, 0.08, 0.07, fill=(20, 16, 18), outline=False)
     p.eye(-0.5, -0.36)
 
@@ -422,7 +472,11 @@ def _lion(p: _Pen):
     p.oval(1.02, -0.18, 0.14, 0.14, fill=(150, 70, 24))
     _legs(p, (-0.3, -0.04, 0.4, 0.64), 0.3, 0.92)
     p.oval(0.24, 0.2, 0.6, 0.32)
-    mane = [(np.cos(a) * r, np.sin(a) * r) for i in range(22) for a, r in [(i * np.pi / 11, 0.62 if i % 2 else 0.52)]]
+    mane = [
+        (np.cos(a) * r, np.sin(a) * r)
+        for i in range(22)
+        for a, r in [(i * np.pi / 11, 0.62 if i % 2 else 0.52)]
+    ]
     p.shape([(-0.44 + x, -0.22 + y) for x, y in mane], fill=(176, 84, 28))
     p.oval(-0.46, -0.18, 0.34, 0.33)
     for side in (-1, 1):
@@ -434,7 +488,13 @@ def _fish(p: _Pen):
     p.shape([(0.42, 0), (1.0, -0.46), (0.86, 0), (1.0, 0.46)], fill=p.shade(0.8))
     p.shape([(-0.2, -0.34), (0.1, -0.66), (0.34, -0.26)], fill=p.shade(0.8))
     p.oval(-0.14, 0, 0.78, 0.44)
-    p.draw.arc(p._points([(-0.78, -0.32), (-0.3, 0.32)])[0] + p._points([(-0.3, 0.32)])[0], -60, 60, p.ink, p.line)
+    p.draw.arc(
+        p._points([(-0.78, -0.32), (-0.3, 0.32)])[0] + p._points([(-0.3, 0.32)])[0],
+        -60,
+        60,
+        p.ink,
+        p.line,
+    )
     p.eye(-0.62, -0.1, 0.085)
 
 
@@ -445,13 +505,19 @@ def _turtle(p: _Pen):
     p.shape([(0.76, 0.3), (1.02, 0.44), (0.74, 0.46)], fill=skin)
     p.oval(-0.84, 0.16, 0.26, 0.23, fill=skin)
     p.shape(_curve(0.06, 0.42, 0.82, 0.9, 180, 360, 20))
-    for points in ([(-0.3, 0.4), (-0.2, -0.36)], [(0.4, 0.4), (0.32, -0.38)], [(-0.62, 0.02), (0.74, 0.02)]):
+    for points in (
+        [(-0.3, 0.4), (-0.2, -0.36)],
+        [(0.4, 0.4), (0.32, -0.38)],
+        [(-0.62, 0.02), (0.74, 0.02)],
+    ):
         p.draw.line(p._points(points), fill=p.shade(0.6), width=p.line)
     p.eye(-0.9, 0.1, 0.06)
 
 
 def _pig(p: _Pen):
-    p.draw.arc([c for q in p._points([(0.66, -0.28), (1.0, 0.06)]) for c in q], 60, 360, p.ink, p.line + 1)
+    p.draw.arc(
+        [c for q in p._points([(0.66, -0.28), (1.0, 0.06)]) for c in q], 60, 360, p.ink, p.line + 1
+    )
     _legs(p, (-0.4, -0.14, 0.3, 0.54), 0.4, 0.86)
     p.oval(0.1, 0.16, 0.72, 0.52)
     p.shape([(-0.74, -0.36), (-0.76, -0.8), (-0.42, -0.6)], fill=p.shade(0.82))
@@ -476,8 +542,20 @@ def _elephant(p: _Pen):
 
 
 def _cup(p: _Pen):
-    p.draw.arc([c for q in p._points([(0.2, -0.32), (0.86, 0.36)]) for c in q], -100, 100, p.ink, 5 * p.line)
-    p.draw.arc([c for q in p._points([(0.25, -0.27), (0.81, 0.31)]) for c in q], -100, 100, p.color, 2 * p.line)
+    p.draw.arc(
+        [c for q in p._points([(0.2, -0.32), (0.86, 0.36)]) for c in q],
+        -100,
+        100,
+        p.ink,
+        5 * p.line,
+    )
+    p.draw.arc(
+        [c for q in p._points([(0.25, -0.27), (0.81, 0.31)]) for c in q],
+        -100,
+        100,
+        p.color,
+        2 * p.line,
+    )
     p.shape([(-0.6, -0.5), (0.48, -0.5), (0.36, 0.66), (-0.48, 0.66)])
     p.oval(-0.06, -0.5, 0.54, 0.15, fill=(96, 60, 40))
 
@@ -511,8 +589,16 @@ def _apple(p: _Pen):
 
 def _ball(p: _Pen):
     p.oval(0, 0, 0.78, 0.78)
-    p.shape(_curve(0, 0, 0.76, 0.26, 180, 360) + _curve(0, 0, 0.76, 0.5, 0, -180), fill=(250, 250, 250), outline=False)
-    p.draw.ellipse([c for q in p._points([(-0.78, -0.78), (0.78, 0.78)]) for c in q], outline=p.ink, width=p.line)
+    p.shape(
+        _curve(0, 0, 0.76, 0.26, 180, 360) + _curve(0, 0, 0.76, 0.5, 0, -180),
+        fill=(250, 250, 250),
+        outline=False,
+    )
+    p.draw.ellipse(
+        [c for q in p._points([(-0.78, -0.78), (0.78, 0.78)]) for c in q],
+        outline=p.ink,
+        width=p.line,
+    )
     p.oval(0, -0.56, 0.14, 0.1, fill=p.shade(0.7), outline=False)
 
 
@@ -563,12 +649,18 @@ def _background(draw: ImageDraw.ImageDraw, place: str, rng: np.random.Generator)
         draw.rectangle((0, sand, size, size), fill=(242, 218, 156))
 
 
-def _portrait(draw: ImageDraw.ImageDraw, occupation: str, skin: tuple[int, int, int], rng: np.random.Generator):
+def _portrait(
+    draw: ImageDraw.ImageDraw, occupation: str, skin: tuple[int, int, int], rng: np.random.Generator
+):
     s = SUPERSAMPLING
     tint = rng.uniform(-8, 8)
     draw.rectangle((0, 0, SIZE * s, SIZE * s), fill=tuple(round(c + tint) for c in (226, 216, 200)))
     p = _Pen(
-        draw, (32 + rng.uniform(-2, 2)) * s, (32 + rng.uniform(-1.5, 1.5)) * s, (27 + rng.uniform(-1, 1)) * s, skin
+        draw,
+        (32 + rng.uniform(-2, 2)) * s,
+        (32 + rng.uniform(-1.5, 1.5)) * s,
+        (27 + rng.uniform(-1, 1)) * s,
+        skin,
     )
     p.ink = (36, 30, 34)
     clothes = {
@@ -587,14 +679,36 @@ def _portrait(draw: ImageDraw.ImageDraw, occupation: str, skin: tuple[int, int, 
         p.shape(_curve(0, -0.24, 0.54, 0.52, 180, 360), fill=hair)
     for side in (-1, 1):
         p.oval(side * 0.2, -0.08, 0.07, 0.08, fill=(24, 20, 24), outline=False)
-    p.draw.arc([c for q in p._points([(-0.2, 0.02), (0.2, 0.32)]) for c in q], 20, 160, (150, 40, 50), 2 * p.line)
+    p.draw.arc(
+        [c for q in p._points([(-0.2, 0.02), (0.2, 0.32)]) for c in q],
+        20,
+        160,
+        (150, 40, 50),
+        2 * p.line,
+    )
     if occupation == "doctor":
-        p.draw.arc([c for q in p._points([(-0.36, 0.4), (0.36, 1.1)]) for c in q], 0, 180, (60, 60, 70), 2 * p.line)
+        p.draw.arc(
+            [c for q in p._points([(-0.36, 0.4), (0.36, 1.1)]) for c in q],
+            0,
+            180,
+            (60, 60, 70),
+            2 * p.line,
+        )
         p.oval(0.0, 1.06, 0.12, 0.12, fill=(120, 120, 130))
     elif occupation == "nurse":
-        p.shape([(-0.44, -0.56), (-0.36, -0.98), (0.36, -0.98), (0.44, -0.56)], fill=(250, 250, 250))
-        p.shape([(-0.05, -0.92), (0.05, -0.92), (0.05, -0.64), (-0.05, -0.64)], fill=(220, 40, 50), outline=False)
-        p.shape([(-0.15, -0.83), (0.15, -0.83), (0.15, -0.73), (-0.15, -0.73)], fill=(220, 40, 50), outline=False)
+        p.shape(
+            [(-0.44, -0.56), (-0.36, -0.98), (0.36, -0.98), (0.44, -0.56)], fill=(250, 250, 250)
+        )
+        p.shape(
+            [(-0.05, -0.92), (0.05, -0.92), (0.05, -0.64), (-0.05, -0.64)],
+            fill=(220, 40, 50),
+            outline=False,
+        )
+        p.shape(
+            [(-0.15, -0.83), (0.15, -0.83), (0.15, -0.73), (-0.15, -0.73)],
+            fill=(220, 40, 50),
+            outline=False,
+        )
     elif occupation == "chef":
         for x in (-0.34, 0, 0.34):
             p.oval(x, -0.9, 0.3, 0.26, fill=(252, 252, 252))
@@ -659,5 +773,7 @@ def to_grid(images: np.ndarray, columns: int) -> Image.Image:
     rows = -(-n // columns)
     grid = np.full((rows * h, columns * w, 3), 255, np.uint8)
     for i, image in enumerate(images):
-        grid[i // columns * h : (i // columns + 1) * h, i % columns * w : (i % columns + 1) * w] = image
+        grid[i // columns * h : (i // columns + 1) * h, i % columns * w : (i % columns + 1) * w] = (
+            image
+        )
     return Image.fromarray(grid)

@@ -74,8 +74,12 @@ def load_reward(
             check_prompts(prompts)
 
     @torch.no_grad()
-    def checked(images: torch.Tensor, prompts: list[str], groups: Sequence[int] | None = None) -> torch.Tensor:
-        _raise_on_all_ranks(_faults_of_images(images, prompts))  # before a term waits for the others
+    def checked(
+        images: torch.Tensor, prompts: list[str], groups: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        _raise_on_all_ranks(
+            _faults_of_images(images, prompts)
+        )  # before a term waits for the others
         own_group()
         total, faults = torch.zeros(len(prompts), device=images.device), []
         for weight, term, reward in terms:
@@ -87,7 +91,9 @@ def load_reward(
                 total += weight * _checked_scores(term, scores, images, prompts)
             except RewardError as error:  # the other terms still run: they may be collective
                 faults.append(str(error))
-            except Exception as error:  # a model's own, out of memory for one: the run must save its state
+            except (
+                Exception
+            ) as error:  # a model's own, out of memory for one: the run must save its state
                 faults.append(
                     f"reward {term!r} failed with {type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 )
@@ -116,7 +122,9 @@ def _in_time(call: Callable, timeout: float, term: str, device: torch.device) ->
         scores, error = answer.get(timeout=timeout)
     except queue.Empty:
         thread.name = HUNG
-        raise RewardError(f"reward {term!r} gave no answer in {timeout:g} s (--reward-timeout)") from None
+        raise RewardError(
+            f"reward {term!r} gave no answer in {timeout:g} s (--reward-timeout)"
+        ) from None
     if error:
         raise error
     return scores
@@ -135,30 +143,49 @@ def _raise_on_all_ranks(faults: list[str]) -> None:
 def _faults_of_images(images: torch.Tensor, prompts: list[str]) -> list[str]:
     if not isinstance(images, torch.Tensor) or not images.is_floating_point():
         kind = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
-        return [f"a reward's pictures must be a float tensor with values in [0, 1], and these are {kind}"]
+        return [
+            f"a reward's pictures must be a float tensor with values in [0, 1], and these are {kind}"
+        ]
     if images.dim() != 4 or images.shape[:2] != (len(prompts), 3):
         shape = tuple(images.shape)
-        return [f"a reward's pictures must have the shape ({len(prompts)}, 3, H, W) of its prompts, and have {shape}"]
+        return [
+            f"a reward's pictures must have the shape ({len(prompts)}, 3, H, W) of its prompts, and have {shape}"
+        ]
     if not images.isfinite().all():
         prompt = prompts[images.isfinite().flatten(1).all(1).tolist().index(False)]
-        return [f"the picture of the prompt {prompt!r} is not finite; lower the learning rate or use --dtype fp32"]
+        return [
+            f"the picture of the prompt {prompt!r} is not finite; lower the learning rate or use --dtype fp32"
+        ]
     return []
 
 
 def _faults_of_scores(term: str, scores: torch.Tensor, prompts: list[str]) -> list[str]:
-    faulty = [(score, prompt) for score, prompt in zip(scores.tolist(), prompts) if not math.isfinite(score)]
-    return [f"reward {term!r} returned {score} for the prompt {prompt!r}" for score, prompt in faulty[:1]]
+    faulty = [
+        (score, prompt)
+        for score, prompt in zip(scores.tolist(), prompts)
+        if not math.isfinite(score)
+    ]
+    return [
+        f"reward {term!r} returned {score} for the prompt {prompt!r}"
+        for score, prompt in faulty[:1]
+    ]
 
 
-def _checked_scores(term: str, scores: torch.Tensor, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+def _checked_scores(
+    term: str, scores: torch.Tensor, images: torch.Tensor, prompts: list[str]
+) -> torch.Tensor:
     try:
         scores = torch.as_tensor(scores)
     except (TypeError, ValueError, RuntimeError):  # None, words
         kind = type(scores).__name__
-        fault = f"reward {term!r} returned a {kind}; it must return a tensor of one number a picture"
+        fault = (
+            f"reward {term!r} returned a {kind}; it must return a tensor of one number a picture"
+        )
         raise RewardError(fault) from None
     if scores.shape != (len(prompts),):
-        raise RewardError(f"reward {term!r} returned shape {tuple(scores.shape)} for {len(prompts)} images")
+        raise RewardError(
+            f"reward {term!r} returned shape {tuple(scores.shape)} for {len(prompts)} images"
+        )
     scores = scores.to(device=images.device, dtype=torch.float32)
     for fault in _faults_of_scores(term, scores, prompts):
         raise RewardError(fault)
@@ -173,7 +200,9 @@ def parse_sum(spec: str) -> list[tuple[float, str]]:
     for term in re.split(r"\+(?=\s*[+-]?(?:\d|\.\d)[\d.eE+-]*\s*\*)", spec):
         found = TERM.fullmatch(term)
         if not found or not math.isfinite(float(found[1])):
-            raise RewardError(f"there is no finite weight and reward in {term!r} (reward {spec!r}); {SYNTAX}")
+            raise RewardError(
+                f"there is no finite weight and reward in {term!r} (reward {spec!r}); {SYNTAX}"
+            )
         terms.append((float(found[1]), found[2]))
     return terms
 
@@ -195,7 +224,9 @@ def check_spec(spec: str) -> None:
         if is_users_function(term):
             path, _, function = term.rpartition(":")
             if not function or term.endswith(".py"):
-                raise RewardError(f"reward {term!r} names no function; write {term.rstrip(':')}:FUNCTION")
+                raise RewardError(
+                    f"reward {term!r} names no function; write {term.rstrip(':')}:FUNCTION"
+                )
             if not Path(path).is_file():
                 raise RewardError(f"there is no file {path!r} (reward {term!r})")
             continue
@@ -215,14 +246,20 @@ def _load_term(term: str, device: str | torch.device) -> Reward:
         return _users_function(term)
     name, weights, options = parse_spec(term)
     try:
-        return importlib.import_module(f"common.rewards.{MODULES[name]}").load(name, weights, options, device)
+        return importlib.import_module(f"common.rewards.{MODULES[name]}").load(
+            name, weights, options, device
+        )
     except ImportError as error:  # some of transformers' processors need more: OWLv2's scipy
-        raise RewardError(f"reward {term!r} needs another package: {' '.join(str(error).split())}") from None
+        raise RewardError(
+            f"reward {term!r} needs another package: {' '.join(str(error).split())}"
+        ) from None
 
 
 def _users_function(spec: str) -> Callable:
     path, _, name = spec.rpartition(":")
-    module_spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", f"reward {Path(path).resolve()}"), path)
+    module_spec = importlib.util.spec_from_file_location(
+        re.sub(r"\W", "_", f"reward {Path(path).resolve()}"), path
+    )
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module.__name__] = module  # where dataclasses and pickle look for it
     module_spec.loader.exec_module(module)
@@ -233,9 +270,13 @@ def _users_function(spec: str) -> Callable:
     def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         try:
             return function(images, prompts)
-        except Exception as error:  # the run must save its state, and the other ranks must hear of it
+        except (
+            Exception
+        ) as error:  # the run must save its state, and the other ranks must hear of it
             place = traceback.extract_tb(error.__traceback__)[-1]
-            what = " ".join(f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})".split())
+            what = " ".join(
+                f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})".split()
+            )
             raise RewardError(f"reward {spec!r} failed with {what}") from error
 
     return reward

@@ -23,9 +23,15 @@ FILES = ("aesthetic-model.pth", "sac+logos+ava1-l14-linearMSE.pth")
 
 def predictor(state: dict[str, torch.Tensor]) -> torch.nn.Sequential:
     """The MLP of LAION's file, whose keys are layers.{0,2,4,6,7}: linear maps with dropout between the first four."""
-    linear = {int(key.split(".")[1]): value.shape for key, value in state.items() if key.endswith("weight")}
+    linear = {
+        int(key.split(".")[1]): value.shape
+        for key, value in state.items()
+        if key.endswith("weight")
+    }
     layers = [
-        torch.nn.Linear(linear[i][1], linear[i][0]) if i in linear else torch.nn.Dropout(0.2 if i < 4 else 0.1)
+        torch.nn.Linear(linear[i][1], linear[i][0])
+        if i in linear
+        else torch.nn.Dropout(0.2 if i < 4 else 0.1)
         for i in range(max(linear) + 1)
     ]
     mlp = torch.nn.Sequential(*layers)
@@ -38,7 +44,9 @@ def check(name: str, weights: str | None, options: dict[str, str]) -> None:
     check_weights(weights, *MODEL_FILES, PROCESSOR_FILES, FILES)
 
 
-def load(name: str, weights: str | None, options: dict[str, str], device: str | torch.device) -> Reward:
+def load(
+    name: str, weights: str | None, options: dict[str, str], device: str | torch.device
+) -> Reward:
     """In float32; about 1 to 10. `weights`: a hub id or a folder with a CLIP model and the predictor's file beside it;
     None is CLIP ViT-L/14 with LAION's predictor."""
     from huggingface_hub import hf_hub_download

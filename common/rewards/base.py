@@ -33,7 +33,14 @@ def own_group():
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
     """Float (B, 3, H, W) in [0, 1], rounded to 8 bits, as RGB pictures."""
-    array = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    array = (
+        (images.detach().float().clamp(0, 1) * 255)
+        .round()
+        .to(torch.uint8)
+        .permute(0, 2, 3, 1)
+        .cpu()
+        .numpy()
+    )
     return [Image.fromarray(image) for image in array]
 
 
@@ -60,12 +67,21 @@ def check_weights(weights: str | None, *files: tuple[str, ...], owner: bool = Tr
             raise RewardError(f"the folder {weights!r} holds no {' or '.join(names)}")
 
 
-MODEL_FILES = (("config.json",), ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"))
+MODEL_FILES = (
+    ("config.json",),
+    ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
+)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "spm.model")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
-def load_model(model_class, weights: str, device: str | torch.device, dtype=torch.float32, unused: str = "(none)"):
+def load_model(
+    model_class,
+    weights: str,
+    device: str | torch.device,
+    dtype=torch.float32,
+    unused: str = "(none)",
+):
     """`model_class` of transformers for inference on `device`, from the hub id or folder `weights`.
 
     Raises RewardError where the files lack weights, which transformers would draw at random with only a warning. Those
@@ -75,7 +91,9 @@ def load_model(model_class, weights: str, device: str | torch.device, dtype=torc
     if missing := sorted(key for key in found["missing_keys"] if not key.startswith(unused)):
         count = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         name = type(model).__name__
-        raise RewardError(f"{weights!r} lacks {missing[0]}{count} of a {name}; name the weights of such a model")
+        raise RewardError(
+            f"{weights!r} lacks {missing[0]}{count} of a {name}; name the weights of such a model"
+        )
     return model.eval().requires_grad_(False).to(device)
 
 

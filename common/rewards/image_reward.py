@@ -7,7 +7,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.rewards.base import TOKENIZER_FILES, Reward, RewardError, batched, check_options, check_weights, to_pil
+from common.rewards.base import (
+    TOKENIZER_FILES,
+    Reward,
+    RewardError,
+    batched,
+    check_options,
+    check_weights,
+    to_pil,
+)
 
 # The published model is BLIP's image encoder, BLIP's text encoder with cross-attention to the image, and an MLP on the
 # first text token. These are its sizes; a folder with its own config.json has others.
@@ -52,11 +60,17 @@ class ImageReward(torch.nn.Module):
         from transformers.models.blip.modeling_blip_text import BlipTextModel
 
         self.config = config
-        vision_config = BlipVisionConfig(**config["vision"], hidden_act="gelu", attn_implementation="eager")
+        vision_config = BlipVisionConfig(
+            **config["vision"], hidden_act="gelu", attn_implementation="eager"
+        )
         # is_decoder here gives the layers their cross-attention; is_decoder=False in the call keeps them from being
         # causal.
         text_config = BlipTextConfig(
-            **config["text"], is_decoder=True, hidden_act="gelu", use_cache=False, attn_implementation="eager"
+            **config["text"],
+            is_decoder=True,
+            hidden_act="gelu",
+            use_cache=False,
+            attn_implementation="eager",
         )
         self.vision = BlipVisionModel(vision_config)
         self.text = BlipTextModel(text_config, add_pooling_layer=False)
@@ -75,12 +89,16 @@ class ImageReward(torch.nn.Module):
             input_ids=input_ids,
             attention_mask=attention_mask,
             encoder_hidden_states=image_embeds,
-            encoder_attention_mask=torch.ones(image_embeds.shape[:2], dtype=torch.long, device=image_embeds.device),
+            encoder_attention_mask=torch.ones(
+                image_embeds.shape[:2], dtype=torch.long, device=image_embeds.device
+            ),
             is_decoder=False,
         ).last_hidden_state
 
     def score(self, features):
-        return (self.mlp(features[:, 0])[:, 0] - self.config["score_mean"]) / self.config["score_std"]
+        return (self.mlp(features[:, 0])[:, 0] - self.config["score_mean"]) / self.config[
+            "score_std"
+        ]
 
     def forward(self, pixel_values, input_ids, attention_mask):
         return self.score(self.features(pixel_values, input_ids, attention_mask))
@@ -93,9 +111,13 @@ def image_reward_pixels(images: torch.Tensor, size: int) -> torch.Tensor:
         width, height = image.size
         short = min(width, height)
         if short != size:
-            image = image.resize((int(size * width / short), int(size * height / short)), Image.Resampling.BICUBIC)
+            image = image.resize(
+                (int(size * width / short), int(size * height / short)), Image.Resampling.BICUBIC
+            )
         left, top = round((image.width - size) / 2.0), round((image.height - size) / 2.0)
-        pixels.append(np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32))
+        pixels.append(
+            np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32)
+        )
     pixels = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255
     return (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
 
@@ -135,7 +157,9 @@ def check(name: str, weights: str | None, options: dict[str, str]) -> None:
         check_weights(weights, TOKENIZER_FILES)
 
 
-def load(name: str, weights: str | None, options: dict[str, str], device: str | torch.device) -> Reward:
+def load(
+    name: str, weights: str | None, options: dict[str, str], device: str | torch.device
+) -> Reward:
     """In float32. `weights`: None is the published checkpoint; a hub id or a folder has ImageReward.pt, or config.json
     and model.safetensors, with the tokenizer's files beside it."""
     from huggingface_hub import hf_hub_download, snapshot_download
@@ -153,7 +177,9 @@ def load(name: str, weights: str | None, options: dict[str, str], device: str | 
         config = IMAGE_REWARD_CONFIG
         if tokenizer.cls_token_id != 101 or len(tokenizer) != 30522:
             raise RewardError(f"the tokenizer beside {checkpoint} is not bert-base-uncased")
-        state = convert_image_reward_keys(torch.load(checkpoint, map_location="cpu", weights_only=True))
+        state = convert_image_reward_keys(
+            torch.load(checkpoint, map_location="cpu", weights_only=True)
+        )
     else:
         config = json.loads((folder / "config.json").read_text())
         state = load_file(folder / "model.safetensors")
@@ -164,7 +190,11 @@ def load(name: str, weights: str | None, options: dict[str, str], device: str | 
     def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         pixels = image_reward_pixels(images, config["vision"]["image_size"]).to(device)
         tokens = tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=config["max_length"], return_tensors="pt"
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=config["max_length"],
+            return_tensors="pt",
         ).to(device)
         return model(pixels, tokens.input_ids, tokens.attention_mask)
 

@@ -27,6 +27,8 @@ def check(name: str, weights: str | None, options: dict[str, str]) -> None:
         raise RewardError(f"{name} takes no weights")
 
 
-def load(name: str, weights: str | None, options: dict[str, str], device: str | torch.device) -> Reward:
+def load(
+    name: str, weights: str | None, options: dict[str, str], device: str | torch.device
+) -> Reward:
     sign = -1.0 if name == "jpeg_compressibility" else 1.0
     return lambda images, prompts: sign * jpeg_kilobytes(images)

@@ -58,12 +58,22 @@ class BERTScore:
         """Normalised hidden states (B, L, D); which tokens are there, and which of them count, bool (B, L)."""
         length = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings - 2)
         tokens = self.tokenizer(
-            [text.strip() for text in texts], padding=True, truncation=True, max_length=length, return_tensors="pt"
+            [text.strip() for text in texts],
+            padding=True,
+            truncation=True,
+            max_length=length,
+            return_tensors="pt",
         ).to(self.device)
         hidden = self.model(**tokens, output_hidden_states=True).hidden_states[self.layer]
         there = tokens.attention_mask.bool()
-        ends = torch.tensor([self.tokenizer.cls_token_id, self.tokenizer.sep_token_id], device=self.device)
-        return torch.nn.functional.normalize(hidden, dim=-1), there, there & ~torch.isin(tokens.input_ids, ends)
+        ends = torch.tensor(
+            [self.tokenizer.cls_token_id, self.tokenizer.sep_token_id], device=self.device
+        )
+        return (
+            torch.nn.functional.normalize(hidden, dim=-1),
+            there,
+            there & ~torch.isin(tokens.input_ids, ends),
+        )
 
     def recall(self, candidates: list[str], references: list[str]) -> torch.Tensor:
         """Mean over a reference's tokens of the best cosine with a token of its candidate, (B,) float32.
@@ -89,11 +99,13 @@ def describe_here(weights: str, question: str, max_new_tokens: int, device: str 
     text = processor.apply_chat_template([message], add_generation_prompt=True)
 
     def describe(pictures: list[Image.Image]) -> list[str]:
-        inputs = processor(images=pictures, text=[text] * len(pictures), padding=True, return_tensors="pt").to(
-            device, model.dtype
-        )
+        inputs = processor(
+            images=pictures, text=[text] * len(pictures), padding=True, return_tensors="pt"
+        ).to(device, model.dtype)
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        return processor.batch_decode(tokens[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        return processor.batch_decode(
+            tokens[:, inputs.input_ids.shape[1] :], skip_special_tokens=True
+        )
 
     return describe
 
@@ -124,7 +136,9 @@ def ask_server(url: str, body: dict | None, timeout: float, retries: int):
         "Content-Type": "application/json",
         "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}",
     }
-    request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
+    request = urllib.request.Request(
+        url, None if body is None else json.dumps(body).encode(), headers
+    )
 
     def call() -> tuple[int, str, bytes]:
         try:
@@ -138,10 +152,16 @@ def ask_server(url: str, body: dict | None, timeout: float, retries: int):
             status, reason, answer = within(timeout, call)
             if status < 300:
                 return json.loads(answer)
-            fault = f"HTTP {status} {reason}: {' '.join(answer.decode(errors='replace').split())[:200]}"
+            fault = (
+                f"HTTP {status} {reason}: {' '.join(answer.decode(errors='replace').split())[:200]}"
+            )
             if status < 500 and status not in (408, 409, 425, 429):
                 break
-        except (OSError, HTTPException, ValueError) as error:  # no connection, time-out, half an answer, not JSON
+        except (
+            OSError,
+            HTTPException,
+            ValueError,
+        ) as error:  # no connection, time-out, half an answer, not JSON
             fault = str(error) or type(error).__name__
         if attempt < retries:
             time.sleep(min(0.5 * 2**attempt, 30))
@@ -151,7 +171,9 @@ def ask_server(url: str, body: dict | None, timeout: float, retries: int):
 def describe_on_server(url: str, options: dict[str, str | int]):
     """A function from pictures to descriptions, by an OpenAI-compatible vision server (vLLM, SGLang)."""
     timeout, retries = options["timeout"], options["retries"]
-    models = ask_server(f"{url}/models", None, timeout, retries)  # with a named model too: is there a server?
+    models = ask_server(
+        f"{url}/models", None, timeout, retries
+    )  # with a named model too: is there a server?
     try:
         name = options["model"] or models["data"][0]["id"]
     except (KeyError, IndexError, TypeError):
@@ -162,7 +184,10 @@ def describe_on_server(url: str, options: dict[str, str | int]):
         buffer = io.BytesIO()
         picture.save(buffer, format="PNG")
         image = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-        content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": options["question"]}]
+        content = [
+            {"type": "image_url", "image_url": {"url": image}},
+            {"type": "text", "text": options["question"]},
+        ]
         body = {"model": name, "messages": [{"role": "user", "content": content}]}
         body |= {"max_tokens": options["max_new_tokens"], "temperature": 0}
         answer = ask_server(f"{url}/chat/completions", body, timeout, retries)
@@ -170,7 +195,9 @@ def describe_on_server(url: str, options: dict[str, str | int]):
             said = answer["choices"][0]["message"]["content"] or ""
             return said if isinstance(said, str) else " ".join(part["text"] for part in said)
         except (KeyError, IndexError, TypeError):
-            raise RewardError(f"the VLM server {url} answered without a text: {str(answer)[:200]}") from None
+            raise RewardError(
+                f"the VLM server {url} answered without a text: {str(answer)[:200]}"
+            ) from None
 
     def describe(pictures: list[Image.Image]) -> list[str]:
         with futures.ThreadPoolExecutor(options["concurrency"]) as threads:
@@ -187,7 +214,9 @@ def read_options(options: dict[str, str]) -> dict[str, str | int]:
         text = options.get(option, str(default))
         least = 0 if option in ("retries", "layer") else 1
         if not (text.isascii() and text.isdigit()) or int(text) < least:
-            raise RewardError(f"{option}={text} of llava_bertscore must be a whole number of {least} or more")
+            raise RewardError(
+                f"{option}={text} of llava_bertscore must be a whole number of {least} or more"
+            )
         numbers[option] = int(text)
     return TEXTS | options | numbers
 
@@ -200,7 +229,13 @@ def check_url(url: str) -> None:
     """Raises RewardError for one that no request can be sent to."""
     try:
         parts = urlsplit(url)
-        ok = parts.hostname and parts.port != 0 and url.isascii() and url.isprintable() and " " not in url
+        ok = (
+            parts.hostname
+            and parts.port != 0
+            and url.isascii()
+            and url.isprintable()
+            and " " not in url
+        )
     except ValueError:  # a port that is no number, a bracket that is not closed
         ok = False
     if not ok:
@@ -215,13 +250,17 @@ def check(name: str, weights: str | None, options: dict[str, str]) -> None:
         check_weights(weights, *MODEL_FILES, PROCESSOR_FILES, TOKENIZER_FILES)
 
 
-def load(name: str, weights: str | None, options: dict[str, str], device: str | torch.device) -> Reward:
+def load(
+    name: str, weights: str | None, options: dict[str, str], device: str | torch.device
+) -> Reward:
     """In about [0, 1]. `weights`: a hub id or a folder of a VLM, or the URL of a server up to /v1."""
     options = read_options(options)
     if is_url(weights):
         describe = describe_on_server(weights.rstrip("/"), options)
     else:
-        describe = describe_here(weights or VLM, options["question"], options["max_new_tokens"], device)
+        describe = describe_here(
+            weights or VLM, options["question"], options["max_new_tokens"], device
+        )
     scorer = BERTScore(options["scorer"], options["layer"], device)
 
     def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:

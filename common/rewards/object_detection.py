@@ -27,7 +27,9 @@ def objects_of(prompt: str) -> list[str]:
     """The objects of a prompt, without articles: its attribute `objects` if its source gave it one, or else the two
     sides of a relation ("A cat next to a dog."); a prompt without one is one object."""
     named = getattr(prompt, "objects", None) or RELATION.split(prompt.strip().rstrip("."))
-    return [re.sub(r"^(?:an?|the)\s+", "", name.strip(), flags=re.IGNORECASE).lower() for name in named]
+    return [
+        re.sub(r"^(?:an?|the)\s+", "", name.strip(), flags=re.IGNORECASE).lower() for name in named
+    ]
 
 
 def check(name: str, weights: str | None, options: dict[str, str]) -> None:
@@ -35,7 +37,9 @@ def check(name: str, weights: str | None, options: dict[str, str]) -> None:
     check_weights(weights, *MODEL_FILES, PROCESSOR_FILES)
 
 
-def load(name: str, weights: str | None, options: dict[str, str], device: str | torch.device) -> Reward:
+def load(
+    name: str, weights: str | None, options: dict[str, str], device: str | torch.device
+) -> Reward:
     """In float32, in [0, 1]. `weights`: a hub id or a folder of a detector that takes any words (OWL-ViT, OWLv2,
     Grounding DINO), of one with fixed classes (DETR, YOLOS, RT-DETR, ...), or of an image classifier with several
     labels a picture (`problem_type` multi_label_classification). The confidence of an object is that of the box that
@@ -59,35 +63,52 @@ def load(name: str, weights: str | None, options: dict[str, str], device: str | 
     elif config.problem_type == "multi_label_classification":
         model_class = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
     else:
-        raise RewardError(f"{weights!r} is no detector of transformers, nor a classifier of several labels a picture")
+        raise RewardError(
+            f"{weights!r} is no detector of transformers, nor a classifier of several labels a picture"
+        )
     model = load_model(model_class, weights, device)
     processor = (AutoProcessor if any_words else AutoImageProcessor).from_pretrained(weights)
     # COCO's 91 numbers have 80 names; the gaps are called N/A.
-    classes = {} if any_words else {label.lower(): i for i, label in config.id2label.items() if label.lower() != "n/a"}
+    classes = (
+        {}
+        if any_words
+        else {label.lower(): i for i, label in config.id2label.items() if label.lower() != "n/a"}
+    )
     grounding = "grounding" in config.model_type
     phrase = "{}." if grounding else "a photo of a {}"
 
     def check_prompts(prompts: list[str]) -> None:
         objects = list(dict.fromkeys(o for p in prompts for o in objects_of(p)))
         if any_words:
-            most = min(getattr(config, "max_text_len", torch.inf), config.text_config.max_position_embeddings)
+            most = min(
+                getattr(config, "max_text_len", torch.inf),
+                config.text_config.max_position_embeddings,
+            )
             for o in objects:
                 if (length := len(processor.tokenizer(phrase.format(o)).input_ids)) > most:
-                    raise PromptError(f"{weights!r} reads up to {most} tokens, and the object {o!r} takes {length}")
+                    raise PromptError(
+                        f"{weights!r} reads up to {most} tokens, and the object {o!r} takes {length}"
+                    )
         elif unknown := [o for o in objects if o not in classes]:
             known = ", ".join(classes)
-            raise PromptError(f"{weights!r} does not know {', '.join(map(repr, unknown))}; it knows {known}")
+            raise PromptError(
+                f"{weights!r} does not know {', '.join(map(repr, unknown))}; it knows {known}"
+            )
 
     def confidences(pictures, objects: list[str]) -> torch.Tensor:
         """Of one object in each picture, (B,)."""
         if any_words:
             # OWL's texts are lists of queries, Grounding DINO's a text whose phrases end in a dot.
             text = [phrase.format(o) if grounding else [phrase.format(o)] for o in objects]
-            inputs = processor(images=pictures, text=text, padding=True, return_tensors="pt").to(device)
+            inputs = processor(images=pictures, text=text, padding=True, return_tensors="pt").to(
+                device
+            )
             return model(**inputs).logits.sigmoid().amax((1, 2))
         logits = model(**processor(images=pictures, return_tensors="pt").to(device)).logits
         # DETR and YOLOS have one class more, for "nothing here", and a softmax over them.
-        chances = logits.softmax(-1) if logits.shape[-1] == config.num_labels + 1 else logits.sigmoid()
+        chances = (
+            logits.softmax(-1) if logits.shape[-1] == config.num_labels + 1 else logits.sigmoid()
+        )
         chances = chances if chances.dim() == 2 else chances.amax(1)
         return chances[torch.arange(len(objects)), torch.tensor([classes[o] for o in objects])]
 
@@ -96,12 +117,18 @@ def load(name: str, weights: str | None, options: dict[str, str], device: str | 
         check_prompts(prompts)
         rows = [(i, o) for i, names in enumerate(named) for o in names]
         found = [
-            confidences([pictures[i] for i, _ in rows[k : k + BATCH]], [o for _, o in rows[k : k + BATCH]])
+            confidences(
+                [pictures[i] for i, _ in rows[k : k + BATCH]], [o for _, o in rows[k : k + BATCH]]
+            )
             for k in range(0, len(rows), BATCH)
         ]
-        return torch.stack([part.mean() for part in torch.cat(found).split([len(names) for names in named])])
+        return torch.stack(
+            [part.mean() for part in torch.cat(found).split([len(names) for names in named])]
+        )
 
-    if any_words:  # what a processor needs beside transformers (OWLv2: scipy) is asked for at its first use
+    if (
+        any_words
+    ):  # what a processor needs beside transformers (OWLv2: scipy) is asked for at its first use
         confidences([Image.new("RGB", (8, 8))], ["cat"])
     reward.check_prompts = check_prompts
     return reward

@@ -14,7 +14,10 @@ from common.rewards.base import (
     to_pil,
 )
 
-DEFAULTS = {"clip_score": "openai/clip-vit-large-patch14", "blip_score": "Salesforce/blip-itm-large-coco"}
+DEFAULTS = {
+    "clip_score": "openai/clip-vit-large-patch14",
+    "blip_score": "Salesforce/blip-itm-large-coco",
+}
 
 
 def check(name: str, weights: str | None, options: dict[str, str]) -> None:
@@ -22,17 +25,25 @@ def check(name: str, weights: str | None, options: dict[str, str]) -> None:
     check_weights(weights, *MODEL_FILES, PROCESSOR_FILES, TOKENIZER_FILES)
 
 
-def load(name: str, weights: str | None, options: dict[str, str], device: str | torch.device) -> Reward:
+def load(
+    name: str, weights: str | None, options: dict[str, str], device: str | torch.device
+) -> Reward:
     """In float32, in [-1, 1]. `weights`: a hub id or a folder of a CLIPModel, or of a BlipForImageTextRetrieval."""
     from transformers import AutoProcessor, BlipForImageTextRetrieval, CLIPModel
 
     weights = weights or DEFAULTS[name]
     processor = AutoProcessor.from_pretrained(weights)
-    model = load_model(CLIPModel if name == "clip_score" else BlipForImageTextRetrieval, weights, device)
+    model = load_model(
+        CLIPModel if name == "clip_score" else BlipForImageTextRetrieval, weights, device
+    )
 
     def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         inputs = processor(
-            images=to_pil(images), text=list(prompts), padding=True, truncation=True, return_tensors="pt"
+            images=to_pil(images),
+            text=list(prompts),
+            padding=True,
+            truncation=True,
+            return_tensors="pt",
         ).to(device)
         if name == "clip_score":
             out = model(**inputs)

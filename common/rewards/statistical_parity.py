@@ -38,19 +38,31 @@ def check(name: str, weights: str | None, options: dict[str, str]) -> None:
     check_options(name, options, ("labels",))
     labels = [label.strip() for label in options.get("labels", SKIN_TONES).split(",")]
     if len(labels) < 2 or len(set(labels)) < len(labels) or "" in labels:
-        raise RewardError(f"{name} needs at least two labels, all of them different, with commas between them")
+        raise RewardError(
+            f"{name} needs at least two labels, all of them different, with commas between them"
+        )
     check_weights(weights, *MODEL_FILES, PROCESSOR_FILES)
 
 
-def load(name: str, weights: str | None, options: dict[str, str], device: str | torch.device) -> Reward:
+def load(
+    name: str, weights: str | None, options: dict[str, str], device: str | torch.device
+) -> Reward:
     """In float32, in [-sqrt(1 - 1/K), 0]. `weights`: a hub id or a folder of an image classifier, or of a CLIP model
     whose classes are the texts of the option `labels`, with commas between them."""
-    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, AutoProcessor, CLIPModel
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModelForImageClassification,
+        AutoProcessor,
+        CLIPModel,
+    )
 
     weights = weights or CLIP
     config = AutoConfig.from_pretrained(weights)
     # A CLIP with a classification head has no text encoder.
-    is_clip = config.model_type == "clip" and "CLIPForImageClassification" not in (config.architectures or ())
+    is_clip = config.model_type == "clip" and "CLIPForImageClassification" not in (
+        config.architectures or ()
+    )
     if "labels" in options and not is_clip:
         raise RewardError(f"labels are for CLIP; {weights!r} is a classifier with its own")
     labels = options.get("labels", SKIN_TONES).split(",")
@@ -81,7 +93,10 @@ def load(name: str, weights: str | None, options: dict[str, str], device: str | 
             if len(members) == 1:
                 fault = f"statistical parity needs several pictures of a prompt, and {prompt_of[group]!r} has one"
                 raise RewardError(f"{fault}; raise --samples-per-iteration or take fewer prompts")
-        values = {group: -statistical_parity(members, num_classes) for group, members in classes_of.items()}
+        values = {
+            group: -statistical_parity(members, num_classes)
+            for group, members in classes_of.items()
+        }
         return torch.tensor([values[group] for group in groups])
 
     reward.of_a_set = True

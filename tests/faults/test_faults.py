@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, read_metrics
-from short_runs import COMMON, SCRIPTS, SHORT, assert_same_run, finish, iteration_of, start, workers_of
+from short_runs import (
+    COMMON,
+    SCRIPTS,
+    SHORT,
+    assert_same_run,
+    finish,
+    iteration_of,
+    start,
+    workers_of,
+)
 
 from common.run_folder import CHECKPOINT_FORMAT, CheckpointError, check_checkpoint, new_checkpoint
 
@@ -20,7 +29,9 @@ from common.run_folder import CHECKPOINT_FORMAT, CheckpointError, check_checkpoi
 def ends_in_one_line(process, code: int, *mentioned: str) -> None:
     """On stderr, beside progress bars and warnings, one line that begins with "error:" and has all of `mentioned`."""
     _, stderr = process.communicate(timeout=120)
-    stderr = stderr.partition('Traceback (most recent call last):\n  File "<frozen runpy>"')[0]  # torchrun's own report
+    stderr = stderr.partition('Traceback (most recent call last):\n  File "<frozen runpy>"')[
+        0
+    ]  # torchrun's own report
     lines = [line for line in stderr.replace("\r", "\n").splitlines() if "error:" in line]
     assert process.returncode == code and "Traceback" not in stderr, stderr
     assert len(lines) == 1 and all(word in lines[0] for word in mentioned), stderr
@@ -58,8 +69,12 @@ def waits(images, prompts):
 
 def with_reward(script: str, folder: Path, kind: str, call: int) -> list:
     """Flags of a short run whose reward does `kind` in its call number `call`, while `folder`/fault exists."""
-    code = REWARD.replace("{fault}", f"pathlib.Path({str(folder / 'fault')!r})").replace("{call}", str(call))
-    (folder / "mine.py").write_text(code.replace("{waiting}", f"pathlib.Path({str(folder / 'waiting')!r})"))
+    code = REWARD.replace("{fault}", f"pathlib.Path({str(folder / 'fault')!r})").replace(
+        "{call}", str(call)
+    )
+    (folder / "mine.py").write_text(
+        code.replace("{waiting}", f"pathlib.Path({str(folder / 'waiting')!r})")
+    )
     (folder / "fault").touch()
     spec, flags = f"{folder}/mine.py:{kind}", [*COMMON, *SHORT[script]]
     if script == "large_scale_ppo.py":
@@ -71,15 +86,23 @@ KINDS = {"raises": "the scorer is gone", "hangs": "no answer in 3 s", "nan": "re
 
 
 @pytest.mark.parametrize(
-    "script, kind", [*((s, kind) for s in SCRIPTS for kind in ("raises", "hangs")), ("ddpo.py", "nan")]
+    "script, kind",
+    [*((s, kind) for s in SCRIPTS for kind in ("raises", "hangs")), ("ddpo.py", "nan")],
 )
 def test_reward_that_fails_or_hangs(script, kind, tmp_path):
     """What was done is saved though no checkpoint is due; with a reward that is well the run ends as if undisturbed."""
-    call, iteration = {"rwr.py": (3, 1), "sft_kl.py": (3, 1)}.get(script, (2, 2))  # calls an iteration, data set
+    call, iteration = {"rwr.py": (3, 1), "sft_kl.py": (3, 1)}.get(
+        script, (2, 2)
+    )  # calls an iteration, data set
     preset, *flags = with_reward(script, tmp_path, kind, call)
     flags = [preset, "--reward-timeout", 3, *flags]
     flags[flags.index("--save-every") + 1] = 50
-    ends_in_one_line(start(script, *flags, "--output-dir", tmp_path / "run"), 1, KINDS[kind], str(tmp_path / "run"))
+    ends_in_one_line(
+        start(script, *flags, "--output-dir", tmp_path / "run"),
+        1,
+        KINDS[kind],
+        str(tmp_path / "run"),
+    )
     assert iteration_of(tmp_path / "run") == iteration
     (tmp_path / "fault").unlink()
     finish(start(script, "--resume", tmp_path / "run"))
@@ -91,7 +114,11 @@ def test_reward_of_a_later_task_that_fails(tmp_path):
     """The first task of the iteration has been learned from already: it is not learned from again."""
     flags = with_reward("large_scale_ppo.py", tmp_path, "raises", 1)
     flags = [*flags[:-1], "image_reward:zoo/image_reward prompts/zoo.txt 2x2", flags[-1]]
-    ends_in_one_line(start("large_scale_ppo.py", *flags, "--output-dir", tmp_path / "run"), 1, "the scorer is gone")
+    ends_in_one_line(
+        start("large_scale_ppo.py", *flags, "--output-dir", tmp_path / "run"),
+        1,
+        "the scorer is gone",
+    )
     assert iteration_of(tmp_path / "run") == 1
     (tmp_path / "fault").unlink()
     finish(start("large_scale_ppo.py", "--resume", tmp_path / "run"))
@@ -119,7 +146,9 @@ def test_two_processes_never_write_one_run(tmp_path):
     flags = with_reward("dpok.py", tmp_path, "waits", 1)
     process = start("dpok.py", *flags, "--output-dir", tmp_path / "run")
     wait_for((tmp_path / "waiting").exists, process)
-    ends_in_one_line(start("dpok.py", "--resume", tmp_path / "run"), 1, "another process is still writing it")
+    ends_in_one_line(
+        start("dpok.py", "--resume", tmp_path / "run"), 1, "another process is still writing it"
+    )
     (tmp_path / "fault").unlink()
     finish(process)
     assert len(read_metrics(tmp_path / "run")) == 3
@@ -149,7 +178,9 @@ def test_grid_that_cannot_be_written(tmp_path):
     (tmp_path / "run/learning_curve.png").mkdir()
     stderr = finish(start("dpok.py", *COMMON, *SHORT["dpok.py"], "--output-dir", tmp_path / "run"))
     assert "warning" in stderr and "000002.png" in stderr and "learning_curve.png" in stderr
-    assert len(read_metrics(tmp_path / "run")) == 3 and (tmp_path / "run/samples/000003.png").is_file()
+    assert (
+        len(read_metrics(tmp_path / "run")) == 3 and (tmp_path / "run/samples/000003.png").is_file()
+    )
 
 
 @pytest.mark.parametrize("how_often", ["once", "always"])
@@ -163,17 +194,36 @@ def test_gradient_that_is_not_finite(how_often, tmp_path):
         f"    bad = len(calls) == 2 or {how_often == 'always'}\n"
         "    return torch.full((len(prompts),), 3e38) if bad else images.mean((1, 2, 3))\n"
     )
-    flags = [*COMMON, *SHORT["dpok.py"], "--replay-rollouts", 1, "--reward", f"{tmp_path}/mine.py:f"]
-    flags += ["--max-skipped-updates", 5, "--output-dir", tmp_path / "run", "--num-iterations", 4, "--value-function"]
+    flags = [
+        *COMMON,
+        *SHORT["dpok.py"],
+        "--replay-rollouts",
+        1,
+        "--reward",
+        f"{tmp_path}/mine.py:f",
+    ]
+    flags += [
+        "--max-skipped-updates",
+        5,
+        "--output-dir",
+        tmp_path / "run",
+        "--num-iterations",
+        4,
+        "--value-function",
+    ]
     process = start("dpok.py", *flags)
     if how_often == "always":
         ends_in_one_line(process, 1, "no finite gradient", str(tmp_path / "run"))
-        assert iteration_of(tmp_path / "run") == 2  # two updates of the policy an iteration, and the value function's
+        assert (
+            iteration_of(tmp_path / "run") == 2
+        )  # two updates of the policy an iteration, and the value function's
         assert [line["updates/skipped"] for line in read_metrics(tmp_path / "run")] == [2, 2]
     else:
         finish(process)
         lines = read_metrics(tmp_path / "run")
-        assert [line["updates/skipped"] for line in lines] == [0, 2, 0, 0] and lines[3]["grad_norm"] > 0
+        assert [line["updates/skipped"] for line in lines] == [0, 2, 0, 0] and lines[3][
+            "grad_norm"
+        ] > 0
     state = torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)
     tensors = [
         *state["value_function"].values(),
@@ -189,7 +239,9 @@ def short_run(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("name", ["state.pt", "pytorch_lora_weights.safetensors", "replay-00000.pt"])
+@pytest.mark.parametrize(
+    "name", ["state.pt", "pytorch_lora_weights.safetensors", "replay-00000.pt"]
+)
 def test_checkpoint_cut_in_half(short_run, name):
     """Refused in one line that names the file, before a model is loaded."""
     path = short_run / "checkpoint" / name
@@ -197,7 +249,9 @@ def test_checkpoint_cut_in_half(short_run, name):
     path.write_bytes(content[: len(content) // 2])
     began = time.time()
     try:
-        ends_in_one_line(start("dpok.py", "--resume", short_run, "--num-iterations", 4), 2, "--resume", name)
+        ends_in_one_line(
+            start("dpok.py", "--resume", short_run, "--num-iterations", 4), 2, "--resume", name
+        )
         assert time.time() - began < 30
     finally:
         path.write_bytes(content)
@@ -213,7 +267,10 @@ def test_formats_of_checkpoints(short_run, tmp_path):
         check_checkpoint(short_run)
     index.unlink()
     finish(start("dpok.py", "--resume", short_run, "--num-iterations", 4))
-    assert len(read_metrics(short_run)) == 4 and json.loads(index.read_text())["format"] == CHECKPOINT_FORMAT
+    assert (
+        len(read_metrics(short_run)) == 4
+        and json.loads(index.read_text())["format"] == CHECKPOINT_FORMAT
+    )
 
 
 CHILD = """
@@ -246,7 +303,9 @@ def test_there_is_always_a_whole_checkpoint(tmp_path):
         with new_checkpoint(run) as folder:
             for name in ("state.pt", "weights"):
                 (folder / name).write_bytes(b"before")
-        child = subprocess.run([sys.executable, "-c", CHILD.format(root=str(ROOT)), str(run), str(operations)])
+        child = subprocess.run(
+            [sys.executable, "-c", CHILD.format(root=str(ROOT)), str(run), str(operations)]
+        )
         check_checkpoint(run)
         contents = {(run / "checkpoint" / name).read_bytes() for name in ("state.pt", "weights")}
         assert len(contents) == 1, "files of two checkpoints"
@@ -261,8 +320,26 @@ def test_there_is_always_a_whole_checkpoint(tmp_path):
 SMALLEST = {
     "dpok.py": ("--samples-per-iteration", 2, "--batch-size", 2, "--gradient-steps", 1),
     "ddpo.py": ("--samples-per-iteration", 2, "--min-count", 1, "--gradient-steps", 1),
-    "rwr.py": ("--samples-per-iteration", 2, "--shard-size", 2, "--batch-size", 2, "--gradient-steps", 1),
-    "sft_kl.py": ("--dataset-size", 2, "--shard-size", 2, "--samples-per-iteration", 2, "--batch-size", 2),
+    "rwr.py": (
+        "--samples-per-iteration",
+        2,
+        "--shard-size",
+        2,
+        "--batch-size",
+        2,
+        "--gradient-steps",
+        1,
+    ),
+    "sft_kl.py": (
+        "--dataset-size",
+        2,
+        "--shard-size",
+        2,
+        "--samples-per-iteration",
+        2,
+        "--batch-size",
+        2,
+    ),
     "large_scale_ppo.py": ("--pretrain-batch-size", 2, "--training-timesteps", 1),
 }
 SMALLEST["sft_kl.py"] += ("--gradient-steps", 1)
@@ -272,7 +349,15 @@ SMALLEST["large_scale_ppo.py"] += ("--pretrain-data", "zoo/pairs.py:biased")
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_memory_and_files_do_not_grow(script, tiny_sd, tmp_path):
     """200 iterations of the smallest setting: under 1 % more memory after the first 20, as many open files."""
-    flags = [*SMALLEST[script], "--model", tiny_sd, "--num-inference-steps", 2, "--num-iterations", 200]
+    flags = [
+        *SMALLEST[script],
+        "--model",
+        tiny_sd,
+        "--num-inference-steps",
+        2,
+        "--num-iterations",
+        200,
+    ]
     reward = ("--tasks", "jpeg_compressibility prompts/zoo.txt 1x2")
     flags += reward if script == "large_scale_ppo.py" else ("--reward", "jpeg_compressibility")
     flags += ["--output-dir", tmp_path / "run"]

@@ -88,7 +88,10 @@ def test_two_ranks_go_on_as_one(undisturbed, tmp_path):
     while iteration_of(tmp_path / "run") < 1:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
-    for pid in (process.pid, *workers_of(process)):  # torchrun first: it would end the workers gently
+    for pid in (
+        process.pid,
+        *workers_of(process),
+    ):  # torchrun first: it would end the workers gently
         os.kill(pid, signal.SIGKILL)
     process.communicate()
     assert 1 <= iteration_of(tmp_path / "run") < 3
@@ -108,7 +111,13 @@ def test_second_sigint_leaves_at_once(tmp_path):
         f"import time\ndef f(images, prompts):\n    open({str(tmp_path / 'called')!r}, 'w')\n    time.sleep(60)\n"
     )
     process = start(
-        "dpok.py", *COMMON, *SHORT["dpok.py"], "--reward", f"{tmp_path}/mine.py:f", "--output-dir", tmp_path / "run"
+        "dpok.py",
+        *COMMON,
+        *SHORT["dpok.py"],
+        "--reward",
+        f"{tmp_path}/mine.py:f",
+        "--output-dir",
+        tmp_path / "run",
     )
     while not (tmp_path / "called").exists():
         assert process.poll() is None, process.stderr.read()

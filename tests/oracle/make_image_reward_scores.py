@@ -53,11 +53,23 @@ cases = []
 with torch.no_grad():
     for width, height, seed, prompt in recipe.CASES:
         score = model.score(prompt, recipe.picture(width, height, seed))
-        cases.append({"width": width, "height": height, "seed": seed, "prompt": prompt, "score": score})
+        cases.append(
+            {"width": width, "height": height, "seed": seed, "prompt": prompt, "score": score}
+        )
         print(cases[-1])
-packages = ("image-reward", "torch", "transformers", "tokenizers", "torchvision", "timm", "pillow", "numpy")
+packages = (
+    "image-reward",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "torchvision",
+    "timm",
+    "pillow",
+    "numpy",
+)
 result = {
-    "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
+    "versions": {"python": platform.python_version()}
+    | {package: version(package) for package in packages},
     "fingerprint": recipe.fingerprint(),
     "cases": cases,
 }

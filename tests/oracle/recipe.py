@@ -64,13 +64,20 @@ def norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
 def shapes() -> dict[str, tuple[int, ...]]:
     """Names and shapes of the parameters in the published ImageReward.pt."""
     vision, text = 1024, 768
-    names = {"blip.visual_encoder.cls_token": (1, 1, vision), "blip.visual_encoder.pos_embed": (1, 197, vision)}
+    names = {
+        "blip.visual_encoder.cls_token": (1, 1, vision),
+        "blip.visual_encoder.pos_embed": (1, 197, vision),
+    }
     names |= linear("blip.visual_encoder.patch_embed.proj", vision, 3, 16, 16)
     for i in range(24):
         block = f"blip.visual_encoder.blocks.{i}"
         names |= norm(f"{block}.norm1", vision) | norm(f"{block}.norm2", vision)
-        names |= linear(f"{block}.attn.qkv", 3 * vision, vision) | linear(f"{block}.attn.proj", vision, vision)
-        names |= linear(f"{block}.mlp.fc1", 4 * vision, vision) | linear(f"{block}.mlp.fc2", vision, 4 * vision)
+        names |= linear(f"{block}.attn.qkv", 3 * vision, vision) | linear(
+            f"{block}.attn.proj", vision, vision
+        )
+        names |= linear(f"{block}.mlp.fc1", 4 * vision, vision) | linear(
+            f"{block}.mlp.fc2", vision, 4 * vision
+        )
     names |= norm("blip.visual_encoder.norm", vision)
     embeddings = "blip.text_encoder.embeddings"
     names |= {f"{embeddings}.word_embeddings.weight": (VOCABULARY_SIZE + 2, text)}
@@ -85,7 +92,9 @@ def shapes() -> dict[str, tuple[int, ...]]:
             names |= linear(f"{layer}.{attention}.output.dense", text, text)
             names |= norm(f"{layer}.{attention}.output.LayerNorm", text)
         names |= linear(f"{layer}.intermediate.dense", 4 * text, text)
-        names |= linear(f"{layer}.output.dense", text, 4 * text) | norm(f"{layer}.output.LayerNorm", text)
+        names |= linear(f"{layer}.output.dense", text, 4 * text) | norm(
+            f"{layer}.output.LayerNorm", text
+        )
     names |= linear("blip.vision_proj", 256, vision) | linear("blip.text_proj", 256, text)
     widths = [text, 1024, 128, 64, 16, 1]
     for index, width, out in zip((0, 2, 4, 6, 7), widths, widths[1:]):
@@ -144,7 +153,9 @@ def picture(width: int, height: int, seed: int) -> Image.Image:
         for _ in range(4):
             fx, fy = rng.uniform(-6, 6, 2)
             phase, amplitude = rng.uniform(0, 2 * np.pi), rng.uniform(15, 45)
-            pixels[..., channel] += amplitude * np.sin(2 * np.pi * (fx * x / width + fy * y / height) + phase)
+            pixels[..., channel] += amplitude * np.sin(
+                2 * np.pi * (fx * x / width + fy * y / height) + phase
+            )
     pixels += rng.normal(0, 12, pixels.shape)
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
 

@@ -26,7 +26,9 @@ def outputs() -> dict[str, list]:
     pipeline.set_progress_bar_config(disable=True)
     ids = pipeline.tokenizer(PROMPTS, padding="max_length", return_tensors="pt").input_ids
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
-    images = pipeline(PROMPTS, num_inference_steps=6, eta=1.0, generator=generators, output_type="pt").images
+    images = pipeline(
+        PROMPTS, num_inference_steps=6, eta=1.0, generator=generators, output_type="pt"
+    ).images
     return {
         "ids": ids.tolist(),
         "hidden": pipeline.text_encoder(ids)[0][:, :, :4].flatten().tolist(),
