@@ -1,4 +1,4 @@
-"""The denoising step as a policy: one DDIM step with its log-probability, and the KL between two such steps."""
+"""The denoising step as a policy: a DDIM step with its log-probability, and the KL of two steps."""
 
 import math
 from typing import NamedTuple
@@ -30,37 +30,36 @@ def ddim_step_with_logprob(
     prev_sample: torch.Tensor | None = None,
     noise: torch.Tensor | None = None,
 ) -> DDIMStep:
-    """One DDIM step (Song et al. 2020, Eq. 12 and 16) seen as the Gaussian policy of DPOK Eq. 4 and DDPO 4.3.
+    """One DDIM step (Song et al. 2020, Eq. 12 and 16) as a Gaussian policy (DPOK Eq. 4, DDPO 4.3).
 
-    model_output and sample are (B, C, H, W); timestep is an int or (B,), each sample at its own. The prediction type,
-    the betas and `num_inference_steps` are the scheduler's, on which `set_timesteps` must have been called. Give
-    either `noise` (B, C, H, W), standard normal, to draw x_{t-1} = mean + std * noise, or `prev_sample` to have a
-    stored x_{t-1} evaluated.
+    model_output and sample are (B, C, H, W); timestep is an int or (B,), each sample at its own.
+    The prediction type, the betas and `num_inference_steps` are the scheduler's, on which
+    `set_timesteps` must have been called. Give either `noise` (B, C, H, W), standard normal, to
+    draw x_{t-1} = mean + std * noise, or `prev_sample` to have a stored x_{t-1} evaluated.
 
-    The log-probability is the mean over the latent's dimensions, not the sum: the published clip ranges (1e-4) are
-    for ratios of this form. Everything is computed in float32, and `prev_sample` is returned as its log-probability
-    was taken: do not round it before it is stored.
+    The log-probability is the mean over the latent's dimensions, not the sum: the published clip
+    ranges (1e-4) are for ratios of this form. Everything is computed in float32, and `prev_sample`
+    is returned as its log-probability was taken: do not round it before it is stored.
 
-    Raises ValueError for a configuration whose step is not a Gaussian of this form (thresholding), or when neither or
-    both of `noise` and `prev_sample` are given.
+    Raises ValueError for a configuration whose step is not a Gaussian of this form (thresholding),
+    or when neither or both of `noise` and `prev_sample` are given.
     """
     if (noise is None) == (prev_sample is None):
         raise ValueError("give either noise or prev_sample")
     if scheduler.config.thresholding:
         raise ValueError(
-            "dynamic thresholding is not supported: set thresholding=False in the scheduler's config"
+            "dynamic thresholding is not supported: "
+            "set thresholding=False in the scheduler's config"
         )
     mean, std = _mean_and_std(scheduler, model_output.float(), timestep, sample.float(), eta)
     wide_std = std.view(-1, *[1] * (sample.dim() - 1))
     if prev_sample is None:
         prev_sample = mean + wide_std * noise.float()
-    # Where std is 0 a 1 stands in, so that neither value nor gradient is NaN; the result is then masked.
+    # Where std is 0 a 1 stands in, so that neither value nor gradient is NaN; the result is then
+    # masked.
     safe_std = torch.where(wide_std > 0, wide_std, torch.ones_like(wide_std))
-    log_prob = (
-        -(((prev_sample.float() - mean) / safe_std) ** 2) / 2
-        - safe_std.log()
-        - 0.5 * math.log(2 * math.pi)
-    )
+    z = (prev_sample.float() - mean) / safe_std
+    log_prob = -(z**2) / 2 - safe_std.log() - 0.5 * math.log(2 * math.pi)
     log_prob = torch.where(std > 0, log_prob.flatten(1).mean(1), torch.zeros_like(std))
     return DDIMStep(prev_sample.float(), log_prob, mean, std)
 
@@ -104,11 +103,19 @@ def _mean_and_std(scheduler, model_output, timestep, sample, eta):
     return mean, std
 
 
-def ddim_step_kl(mean: torch.Tensor, other_mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """KL(N(mean, std^2 I) || N(other_mean, std^2 I)), (B,): a term of DPOK Eq. 7, exact for steps that share sigma_t.
+def steps_with_noise(scheduler: DDIMScheduler, eta: float) -> torch.Tensor:
+    """Numbers of the sampler's steps whose sigma_t is above 0, int64; the others have no log-prob."""
+    zeros = torch.zeros(len(scheduler.timesteps), 1, 1, 1)
+    step = ddim_step_with_logprob(scheduler, zeros, scheduler.timesteps, zeros, eta, noise=zeros)
+    return torch.nonzero(step.std > 0)[:, 0]
 
-    Like the log-probability it is the mean over the latent's dimensions, so that the two terms of DPOK Eq. 8 keep
-    their proportion; multiply by C * H * W for nats. Means are (B, C, H, W), std is (B,); 0 where std is 0.
+
+def ddim_step_kl(mean: torch.Tensor, other_mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """KL(N(mean, std^2 I) || N(other_mean, std^2 I)), (B,): a term of DPOK Eq. 7.
+
+    It is exact for steps that share sigma_t. Like the log-probability it is the mean over the
+    latent's dimensions, so that the two terms of DPOK Eq. 8 keep their proportion; multiply by
+    C * H * W for nats. Means are (B, C, H, W), std is (B,); the KL is 0 where std is 0.
     """
     squared = ((mean - other_mean) ** 2).flatten(1).mean(1)
     safe_std = torch.where(std > 0, std, torch.ones_like(std))

@@ -1,29 +1,131 @@
-"""Stable Diffusion as the scripts train it: its text encoder, and the UNet with what is trained and what is kept."""
+"""Stable Diffusion as the scripts train it: the networks around the denoising step."""
 
 import copy
+from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import StableDiffusionPipeline
+import transformers
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-from common.lora import add_lora
+from common import UserError
+from common.lora import add_lora, load_weights, pretrained, save_weights
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class PromptEncoder:
-    """encode(prompts) gives hidden states (B, L, D) and pooled features (B, D) of the text encoder, float32.
+class ModelError(UserError):
+    """A model that is not to be had, or not this one; the message is one line for the user."""
 
-    Prompts are encoded one by one, so that the result is a function of the prompt alone, whatever was asked before. The
-    last `kept` stay in memory: a file of prompts may be of any length.
+
+class StableDiffusion:
+    """The UNet to train with all that it needs, on one device.
+
+    unet: trained in `weights`, a list of parameters; scheduler: DDIM with its steps set; timesteps
+    (T,), the noisiest first; latent_shape (C, H, W) with latent_size numbers; text_size, that of a
+    pooled prompt; no_text (1, L, D), the embedding of the empty prompt.
     """
 
-    def __init__(self, pipeline: StableDiffusionPipeline, device: torch.device, kept: int = 1024):
-        self.tokenizer, self.text_encoder, self.device = (
-            pipeline.tokenizer,
-            pipeline.text_encoder,
+    def __init__(self, pipeline: StableDiffusionPipeline, args, device, keep_pretrained: bool):
+        self.unet, self.device = pipeline.unet, device
+        self.vae = pipeline.vae.to(device, memory_format=torch.channels_last).eval()
+        self.vae.requires_grad_(False)
+        self.encoder = PromptEncoder(pipeline, device)
+        self.no_text = self.encode([""])
+        self.scheduler = ddim_scheduler(pipeline.scheduler.config, args.num_inference_steps)
+        self.timesteps = self.scheduler.timesteps.to(device)
+        side = self.unet.config.sample_size
+        self.latent_shape = (self.unet.config.in_channels, side, side)
+        self.latent_size = self.unet.config.in_channels * side * side
+        self.image_size = side * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.text_size = self.pooled([""]).shape[1]
+        torch.manual_seed(args.seed)
+        self.weights, self.pretrained_unet = make_trainable(
+            self.unet,
             device,
+            args.dtype,
+            args.lora_rank,
+            compile=args.compile,
+            gradient_checkpointing=args.gradient_checkpointing,
+            keep_pretrained=keep_pretrained,
         )
+
+    def encode(self, prompts: list[str]) -> torch.Tensor:
+        """Hidden states (B, L, D) of the text encoder."""
+        return self.encoder(prompts)[0]
+
+    def pooled(self, prompts: list[str]) -> torch.Tensor:
+        """Pooled features (B, D) of the text encoder."""
+        return self.encoder(prompts)[1]
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] of latents x_0."""
+        pictures = self.vae.decode(latents / self.vae.config.scaling_factor).sample
+        return (pictures / 2 + 0.5).clamp(0, 1)
+
+    @contextmanager
+    def pretrained(self):
+        """A block without gradients, with the pretrained UNet: `with sd.pretrained() as unet:`."""
+        with torch.no_grad(), pretrained(self.pretrained_unet):
+            yield self.pretrained_unet
+
+    def save(self, folder: str | Path) -> None:
+        """The LoRA's file, or with all weights trained the UNet as unet/, both for diffusers."""
+        save_weights(self.unet, folder)
+
+    def load(self, folder: str | Path) -> None:
+        """What `save` wrote. Raises ModelError when it is of another model."""
+        try:
+            load_weights(self.unet, folder)
+        except ValueError as error:
+            raise ModelError(str(error)) from None
+
+
+def load_stable_diffusion(args, device, keep_pretrained: bool = True) -> StableDiffusion:
+    """The model that args.model names, a hub id or a folder in diffusers format, ready to train.
+
+    Of `args` it takes model, num_inference_steps, dtype, lora_rank, compile, gradient_checkpointing
+    and seed. `keep_pretrained` is for lora_rank 0, where the pretrained UNet is a copy. Raises
+    ModelError.
+    """
+    return StableDiffusion(load_pipeline(args.model), args, device, keep_pretrained)
+
+
+def load_pipeline(model: str) -> StableDiffusionPipeline:
+    """The pretrained pipeline, float32, without safety checker. Raises ModelError."""
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    no_checker = {"safety_checker": None, "requires_safety_checker": False}
+    try:
+        return StableDiffusionPipeline.from_pretrained(model, **no_checker)
+    except Exception as error:  # the hub's client and the loaders raise many kinds
+        where = "loaded" if Path(model).is_dir() else "had from the hub, nor is it a folder"
+        raise ModelError(f"{model!r} cannot be {where} ({str(error)[:100]} ...)") from error
+
+
+def ddim_scheduler(config, num_inference_steps: int) -> DDIMScheduler:
+    """DDIM with a model's noise schedule, its steps set."""
+    # DDIMScheduler would clip latents to [-1, 1] where the configuration does not speak of it.
+    clip_sample = config.get("clip_sample", False)
+    scheduler = DDIMScheduler.from_config(config, clip_sample=clip_sample)
+    scheduler.set_timesteps(num_inference_steps)
+    return scheduler
+
+
+class PromptEncoder:
+    """encoder(prompts) gives hidden states (B, L, D) and pooled features (B, D), float32.
+
+    Prompts are encoded one by one, so that the result is a function of the prompt alone, whatever
+    was asked before. The last `kept` stay in memory: a file of prompts may be of any length.
+    """
+
+    def __init__(self, pipeline: StableDiffusionPipeline, device, kept: int = 1024):
+        self.tokenizer, self.text_encoder = pipeline.tokenizer, pipeline.text_encoder
+        self.device = device
         self.text_encoder.to(device).eval().requires_grad_(False)
         self.encode_one = lru_cache(maxsize=kept)(self.encode_one)
 
@@ -34,10 +136,9 @@ class PromptEncoder:
     @torch.no_grad()
     def encode_one(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
         length = self.tokenizer.model_max_length
-        ids = self.tokenizer(
-            prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
-        out = self.text_encoder(ids.input_ids.to(self.device))
+        options = {"padding": "max_length", "max_length": length, "truncation": True}
+        ids = self.tokenizer(prompt, return_tensors="pt", **options).input_ids
+        out = self.text_encoder(ids.to(self.device))
         return out.last_hidden_state.float(), out.pooler_output.float()
 
 
@@ -51,27 +152,28 @@ def make_trainable(
     gradient_checkpointing: bool = False,
     keep_pretrained: bool = True,
 ) -> tuple[list[torch.nn.Parameter], torch.nn.Module | None]:
-    """Put `unet` on `device`; the weights to train, and the pretrained model to call within `common.lora.pretrained`.
+    """Put `unet` on `device`; the weights to train, and the pretrained UNet (or None).
 
-    With a LoRA the UNet is in `dtype` and frozen, the LoRA float32, and the pretrained model is the same UNet. With
-    `lora_rank` 0 all weights are trained and stay float32; then the forward pass alone is in `dtype`, under autocast,
-    and the pretrained model is a frozen copy, or None without `keep_pretrained`.
+    With a LoRA the UNet is in `dtype` and frozen, the LoRA float32, and the pretrained UNet is the
+    same one, within `common.lora.pretrained`. With `lora_rank` 0 all weights are trained and stay
+    float32; then the forward pass alone is in `dtype`, under autocast, and the pretrained UNet is a
+    frozen copy, or None without `keep_pretrained`.
     """
-    unet.to(
-        device, DTYPES[dtype] if lora_rank else torch.float32, memory_format=torch.channels_last
-    ).eval()
-    reference = unet
+    frozen_dtype = DTYPES[dtype] if lora_rank else torch.float32
+    unet.to(device, frozen_dtype, memory_format=torch.channels_last).eval()
+    networks, reference = [unet], unet
     if lora_rank:
         weights = add_lora(unet, lora_rank)
     else:
-        reference = copy.deepcopy(unet).requires_grad_(False) if keep_pretrained else None
-        weights = list(unet.parameters())
-        if dtype != "fp32":
-            for network in filter(None, (unet, reference)):
-                network.forward = torch.autocast(device.type, DTYPES[dtype])(network.forward)
+        weights, reference = list(unet.parameters()), None
+        if keep_pretrained:
+            reference = copy.deepcopy(unet).requires_grad_(False)
+            networks.append(reference)
     if gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    if compile:
-        for network in {id(network): network for network in (unet, reference) if network}.values():
+    for network in networks:
+        if not lora_rank and dtype != "fp32":
+            network.forward = torch.autocast(device.type, DTYPES[dtype])(network.forward)
+        if compile:
             network.compile()
     return weights, reference

@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictor: an MLP on CLIP's normalised image embedding (Black et al. 2023, 5.2)."""
+"""LAION's aesthetic predictor: an MLP on CLIP's normalised embedding (Black et al. 2023, 5.2)."""
 
 from pathlib import Path
 
@@ -22,18 +22,18 @@ FILES = ("aesthetic-model.pth", "sac+logos+ava1-l14-linearMSE.pth")
 
 
 def predictor(state: dict[str, torch.Tensor]) -> torch.nn.Sequential:
-    """The MLP of LAION's file, whose keys are layers.{0,2,4,6,7}: linear maps with dropout between the first four."""
-    linear = {
-        int(key.split(".")[1]): value.shape
-        for key, value in state.items()
-        if key.endswith("weight")
-    }
-    layers = [
-        torch.nn.Linear(linear[i][1], linear[i][0])
-        if i in linear
-        else torch.nn.Dropout(0.2 if i < 4 else 0.1)
-        for i in range(max(linear) + 1)
-    ]
+    """The MLP of LAION's file, whose keys are layers.{0,2,4,6,7}.
+
+    They are linear maps, with dropout between the first four.
+    """
+    weights = {key: value for key, value in state.items() if key.endswith("weight")}
+    linear = {int(key.split(".")[1]): value.shape for key, value in weights.items()}
+    layers = []
+    for i in range(max(linear) + 1):
+        if i in linear:
+            layers.append(torch.nn.Linear(linear[i][1], linear[i][0]))
+        else:
+            layers.append(torch.nn.Dropout(0.2 if i < 4 else 0.1))
     mlp = torch.nn.Sequential(*layers)
     mlp.load_state_dict({key.removeprefix("layers."): value for key, value in state.items()})
     return mlp
@@ -47,8 +47,11 @@ def check(name: str, weights: str | None, options: dict[str, str]) -> None:
 def load(
     name: str, weights: str | None, options: dict[str, str], device: str | torch.device
 ) -> Reward:
-    """In float32; about 1 to 10. `weights`: a hub id or a folder with a CLIP model and the predictor's file beside it;
-    None is CLIP ViT-L/14 with LAION's predictor."""
+    """In float32; about 1 to 10.
+
+    `weights`: a hub id or a folder with a CLIP model and the predictor's file beside it; None is
+    CLIP ViT-L/14 with LAION's predictor.
+    """
     from huggingface_hub import hf_hub_download
     from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 

@@ -9,12 +9,14 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+from common import UserError
+
 Reward = Callable[[torch.Tensor, list[str]], torch.Tensor]
 BATCH = 32
 """Pictures that a reward's model sees at once."""
 
 
-class RewardError(ValueError):
+class RewardError(UserError):
     """A reward that cannot be had as it was asked for; the message is one line for the user."""
 
 
@@ -24,24 +26,18 @@ class PromptError(RewardError):
 
 @cache
 def own_group():
-    """The ranks, in a group for what rewards send each other; made at the first call, by all ranks together.
+    """The ranks, in a group for what rewards send each other.
 
-    A reward that hangs may have begun to gather: in the main group, that would meet what the run does next.
+    Made at the first call, by all ranks together. A reward that hangs may have begun to gather: in
+    the main group, that would meet what the run does next.
     """
     return dist.new_group(backend="gloo") if dist.is_initialized() else None
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
     """Float (B, 3, H, W) in [0, 1], rounded to 8 bits, as RGB pictures."""
-    array = (
-        (images.detach().float().clamp(0, 1) * 255)
-        .round()
-        .to(torch.uint8)
-        .permute(0, 2, 3, 1)
-        .cpu()
-        .numpy()
-    )
-    return [Image.fromarray(image) for image in array]
+    images = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def check_options(name: str, options: dict[str, str], known: tuple[str, ...] = ()) -> None:
@@ -84,8 +80,8 @@ def load_model(
 ):
     """`model_class` of transformers for inference on `device`, from the hub id or folder `weights`.
 
-    Raises RewardError where the files lack weights, which transformers would draw at random with only a warning. Those
-    whose names begin with `unused` may be missing.
+    Raises RewardError where the files lack weights, which transformers would draw at random with
+    only a warning. Those whose names begin with `unused` may be missing.
     """
     model, found = model_class.from_pretrained(weights, dtype=dtype, output_loading_info=True)
     if missing := sorted(key for key in found["missing_keys"] if not key.startswith(unused)):

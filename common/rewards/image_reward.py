@@ -1,4 +1,7 @@
-"""ImageReward (Xu et al. 2023, arXiv:2304.05977), native on transformers: same weights, same scores as the package."""
+"""ImageReward (Xu et al. 2023, arXiv:2304.05977), native on transformers.
+
+It has the same weights and the same scores as the package.
+"""
 
 import json
 from pathlib import Path
@@ -17,8 +20,9 @@ from common.rewards.base import (
     to_pil,
 )
 
-# The published model is BLIP's image encoder, BLIP's text encoder with cross-attention to the image, and an MLP on the
-# first text token. These are its sizes; a folder with its own config.json has others.
+# The published model is BLIP's image encoder, BLIP's text encoder with cross-attention to the
+# image, and an MLP on the first text token. These are its sizes; a folder with its own config.json
+# has others.
 IMAGE_REWARD_CONFIG = {
     "vision": {
         "hidden_size": 1024,
@@ -49,9 +53,11 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ImageReward(torch.nn.Module):
-    """ImageReward on transformers' own BLIP: same weights and same scores as the package `image-reward` 1.5.
+    """ImageReward on transformers' own BLIP.
 
-    forward(pixel_values (B, 3, S, S), input_ids (B, L), attention_mask (B, L)) gives the standardised scores (B,).
+    It has the same weights and the same scores as the package `image-reward` 1.5.
+    forward(pixel_values (B, 3, S, S), input_ids (B, L), attention_mask (B, L)) gives the
+    standardised scores (B,).
     """
 
     def __init__(self, config: dict):
@@ -63,8 +69,8 @@ class ImageReward(torch.nn.Module):
         vision_config = BlipVisionConfig(
             **config["vision"], hidden_act="gelu", attn_implementation="eager"
         )
-        # is_decoder here gives the layers their cross-attention; is_decoder=False in the call keeps them from being
-        # causal.
+        # is_decoder here gives the layers their cross-attention; is_decoder=False in the call keeps
+        # them from being causal.
         text_config = BlipTextConfig(
             **config["text"],
             is_decoder=True,
@@ -84,40 +90,38 @@ class ImageReward(torch.nn.Module):
 
     def features(self, pixel_values, input_ids, attention_mask):
         """The text's tokens, having attended to the picture, (B, L, D)."""
-        image_embeds = self.vision(pixel_values=pixel_values).last_hidden_state
+        embeds = self.vision(pixel_values=pixel_values).last_hidden_state
         return self.text(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            encoder_hidden_states=image_embeds,
-            encoder_attention_mask=torch.ones(
-                image_embeds.shape[:2], dtype=torch.long, device=image_embeds.device
-            ),
+            encoder_hidden_states=embeds,
+            encoder_attention_mask=embeds.new_ones(embeds.shape[:2], dtype=torch.long),
             is_decoder=False,
         ).last_hidden_state
 
     def score(self, features):
-        return (self.mlp(features[:, 0])[:, 0] - self.config["score_mean"]) / self.config[
-            "score_std"
-        ]
+        mean, std = self.config["score_mean"], self.config["score_std"]
+        return (self.mlp(features[:, 0])[:, 0] - mean) / std
 
     def forward(self, pixel_values, input_ids, attention_mask):
         return self.score(self.features(pixel_values, input_ids, attention_mask))
 
 
 def image_reward_pixels(images: torch.Tensor, size: int) -> torch.Tensor:
-    """The package's preprocessing, through PIL: short side to `size` (bicubic), centre crop, CLIP's mean and std."""
+    """The package's preprocessing, through PIL.
+
+    Short side to `size` (bicubic), centre crop, CLIP's mean and std.
+    """
     pixels = []
     for image in to_pil(images):
         width, height = image.size
         short = min(width, height)
         if short != size:
-            image = image.resize(
-                (int(size * width / short), int(size * height / short)), Image.Resampling.BICUBIC
-            )
+            shape = int(size * width / short), int(size * height / short)
+            image = image.resize(shape, Image.Resampling.BICUBIC)
         left, top = round((image.width - size) / 2.0), round((image.height - size) / 2.0)
-        pixels.append(
-            np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32)
-        )
+        image = image.crop((left, top, left + size, top + size))
+        pixels.append(np.asarray(image, dtype=np.float32))
     pixels = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255
     return (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
 
@@ -160,8 +164,11 @@ def check(name: str, weights: str | None, options: dict[str, str]) -> None:
 def load(
     name: str, weights: str | None, options: dict[str, str], device: str | torch.device
 ) -> Reward:
-    """In float32. `weights`: None is the published checkpoint; a hub id or a folder has ImageReward.pt, or config.json
-    and model.safetensors, with the tokenizer's files beside it."""
+    """In float32.
+
+    `weights`: None is the published checkpoint; a hub id or a folder has ImageReward.pt, or
+    config.json and model.safetensors, with the tokenizer's files beside it.
+    """
     from huggingface_hub import hf_hub_download, snapshot_download
     from safetensors.torch import load_file
     from transformers import AutoTokenizer
@@ -177,9 +184,8 @@ def load(
         config = IMAGE_REWARD_CONFIG
         if tokenizer.cls_token_id != 101 or len(tokenizer) != 30522:
             raise RewardError(f"the tokenizer beside {checkpoint} is not bert-base-uncased")
-        state = convert_image_reward_keys(
-            torch.load(checkpoint, map_location="cpu", weights_only=True)
-        )
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        state = convert_image_reward_keys(state)
     else:
         config = json.loads((folder / "config.json").read_text())
         state = load_file(folder / "model.safetensors")

@@ -10,7 +10,10 @@ from common.rewards.base import Reward, RewardError, check_options, to_pil
 
 
 def jpeg_kilobytes(images: torch.Tensor) -> torch.Tensor:
-    """Size as a JPEG of quality 95, in kB of 1000 bytes, (B,); Pillow lets the threads run in parallel."""
+    """Size as a JPEG of quality 95, in kB of 1000 bytes, (B,).
+
+    Pillow lets the threads run in parallel.
+    """
 
     def size(image: Image.Image) -> float:
         buffer = io.BytesIO()

@@ -1,4 +1,7 @@
-"""A VLM describes the picture, and the reward is BERTScore's recall of the prompt in the description (DDPO 5.3)."""
+"""A VLM describes the picture; the reward is BERTScore's recall of the prompt in its words.
+
+This is the reward of DDPO 5.3.
+"""
 
 import base64
 import io
@@ -38,7 +41,7 @@ NUMBERS = {"layer": LAYER, "max_new_tokens": 64, "timeout": 60, "retries": 5, "c
 
 
 class BERTScore:
-    """BERTScore (Zhang et al. 2020) without idf weights and without rescaling, as `bert-score` computes it.
+    """BERTScore (Zhang et al. 2020) without idf weights and rescaling, as `bert-score` has it.
 
     `layer` is the one whose hidden states are compared, 0 being the embeddings.
     """
@@ -49,13 +52,12 @@ class BERTScore:
         self.tokenizer = AutoTokenizer.from_pretrained(weights)
         model = load_model(AutoModel, weights, device, unused="pooler")  # roberta-large has none
         if not 0 <= layer <= model.config.num_hidden_layers:
-            raise RewardError(
-                f"{weights!r} has {model.config.num_hidden_layers} layers, and layer={layer} is asked for"
-            )
+            layers = model.config.num_hidden_layers
+            raise RewardError(f"{weights!r} has {layers} layers, and layer={layer} is asked for")
         self.model, self.layer, self.device = model, layer, device
 
     def embed(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Normalised hidden states (B, L, D); which tokens are there, and which of them count, bool (B, L)."""
+        """Normalised hidden states (B, L, D); which tokens are there, and which count, (B, L)."""
         length = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings - 2)
         tokens = self.tokenizer(
             [text.strip() for text in texts],
@@ -65,21 +67,17 @@ class BERTScore:
             return_tensors="pt",
         ).to(self.device)
         hidden = self.model(**tokens, output_hidden_states=True).hidden_states[self.layer]
+        hidden = torch.nn.functional.normalize(hidden, dim=-1)
         there = tokens.attention_mask.bool()
-        ends = torch.tensor(
-            [self.tokenizer.cls_token_id, self.tokenizer.sep_token_id], device=self.device
-        )
-        return (
-            torch.nn.functional.normalize(hidden, dim=-1),
-            there,
-            there & ~torch.isin(tokens.input_ids, ends),
-        )
+        ends = [self.tokenizer.cls_token_id, self.tokenizer.sep_token_id]
+        ends = torch.tensor(ends, device=self.device)
+        return hidden, there, there & ~torch.isin(tokens.input_ids, ends)
 
     def recall(self, candidates: list[str], references: list[str]) -> torch.Tensor:
-        """Mean over a reference's tokens of the best cosine with a token of its candidate, (B,) float32.
+        """Mean over a reference's tokens of the best cosine with a token of its candidate.
 
-        The tokens at the two ends do not count, but can be matched, so that an empty candidate has a score; an empty
-        reference scores 0.
+        (B,), float32. The tokens at the two ends do not count, but can be matched, so that an empty
+        candidate has a score; an empty reference scores 0.
         """
         references, _, counted = self.embed(references)
         candidates, there, _ = self.embed(candidates)
@@ -88,7 +86,10 @@ class BERTScore:
 
 
 def describe_here(weights: str, question: str, max_new_tokens: int, device: str | torch.device):
-    """A function from pictures to descriptions, by a VLM in this process; greedy, in the precision of its files."""
+    """A function from pictures to descriptions, by a VLM in this process.
+
+    It is greedy; on a GPU in the precision of its files, elsewhere in float32.
+    """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     processor = AutoProcessor.from_pretrained(weights)
@@ -103,15 +104,17 @@ def describe_here(weights: str, question: str, max_new_tokens: int, device: str 
             images=pictures, text=[text] * len(pictures), padding=True, return_tensors="pt"
         ).to(device, model.dtype)
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        return processor.batch_decode(
-            tokens[:, inputs.input_ids.shape[1] :], skip_special_tokens=True
-        )
+        tokens = tokens[:, inputs.input_ids.shape[1] :]
+        return processor.batch_decode(tokens, skip_special_tokens=True)
 
     return describe
 
 
 def within(seconds: float, call: Callable):
-    """What `call()` returns, or a TimeoutError: a socket's own time-out begins anew with every byte that comes."""
+    """What `call()` returns, or a TimeoutError.
+
+    A socket's own time-out begins anew with every byte that comes.
+    """
     future = futures.Future()
 
     def run() -> None:
@@ -128,17 +131,17 @@ def within(seconds: float, call: Callable):
 
 
 def ask_server(url: str, body: dict | None, timeout: float, retries: int):
-    """The JSON that an OpenAI-compatible server answers; tried again, ever later, after faults that may pass.
+    """The JSON that an OpenAI-compatible server answers.
 
-    Raises RewardError when it stays down. The key, if the server wants one, is read from OPENAI_API_KEY.
+    Tried again, ever later, after faults that may pass; raises RewardError when it stays down. The
+    key, if the server wants one, is read from OPENAI_API_KEY.
     """
     headers = {
         "Content-Type": "application/json",
         "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}",
     }
-    request = urllib.request.Request(
-        url, None if body is None else json.dumps(body).encode(), headers
-    )
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, headers)
 
     def call() -> tuple[int, str, bytes]:
         try:
@@ -152,16 +155,12 @@ def ask_server(url: str, body: dict | None, timeout: float, retries: int):
             status, reason, answer = within(timeout, call)
             if status < 300:
                 return json.loads(answer)
-            fault = (
-                f"HTTP {status} {reason}: {' '.join(answer.decode(errors='replace').split())[:200]}"
-            )
+            words = " ".join(answer.decode(errors="replace").split())
+            fault = f"HTTP {status} {reason}: {words[:200]}"
             if status < 500 and status not in (408, 409, 425, 429):
                 break
-        except (
-            OSError,
-            HTTPException,
-            ValueError,
-        ) as error:  # no connection, time-out, half an answer, not JSON
+        # No connection or a time-out, half an answer, not JSON.
+        except (OSError, HTTPException, ValueError) as error:
             fault = str(error) or type(error).__name__
         if attempt < retries:
             time.sleep(min(0.5 * 2**attempt, 30))
@@ -169,11 +168,10 @@ def ask_server(url: str, body: dict | None, timeout: float, retries: int):
 
 
 def describe_on_server(url: str, options: dict[str, str | int]):
-    """A function from pictures to descriptions, by an OpenAI-compatible vision server (vLLM, SGLang)."""
+    """A function from pictures to descriptions, by an OpenAI-compatible server (vLLM, SGLang)."""
     timeout, retries = options["timeout"], options["retries"]
-    models = ask_server(
-        f"{url}/models", None, timeout, retries
-    )  # with a named model too: is there a server?
+    # With a named model too: is there a server?
+    models = ask_server(f"{url}/models", None, timeout, retries)
     try:
         name = options["model"] or models["data"][0]["id"]
     except (KeyError, IndexError, TypeError):
@@ -195,9 +193,8 @@ def describe_on_server(url: str, options: dict[str, str | int]):
             said = answer["choices"][0]["message"]["content"] or ""
             return said if isinstance(said, str) else " ".join(part["text"] for part in said)
         except (KeyError, IndexError, TypeError):
-            raise RewardError(
-                f"the VLM server {url} answered without a text: {str(answer)[:200]}"
-            ) from None
+            fault = f"the VLM server {url} answered without a text: {str(answer)[:200]}"
+            raise RewardError(fault) from None
 
     def describe(pictures: list[Image.Image]) -> list[str]:
         with futures.ThreadPoolExecutor(options["concurrency"]) as threads:
@@ -207,7 +204,7 @@ def describe_on_server(url: str, options: dict[str, str | int]):
 
 
 def read_options(options: dict[str, str]) -> dict[str, str | int]:
-    """All options, numbers as such; raises RewardError for one that is not known or makes no sense."""
+    """All options, numbers as such; RewardError for one that is not known or makes no sense."""
     check_options("llava_bertscore", options, (*TEXTS, *NUMBERS))
     numbers = {}
     for option, default in NUMBERS.items():
@@ -229,13 +226,8 @@ def check_url(url: str) -> None:
     """Raises RewardError for one that no request can be sent to."""
     try:
         parts = urlsplit(url)
-        ok = (
-            parts.hostname
-            and parts.port != 0
-            and url.isascii()
-            and url.isprintable()
-            and " " not in url
-        )
+        ok = parts.hostname and parts.port != 0
+        ok = ok and url.isascii() and url.isprintable() and " " not in url
     except ValueError:  # a port that is no number, a bracket that is not closed
         ok = False
     if not ok:
@@ -253,14 +245,13 @@ def check(name: str, weights: str | None, options: dict[str, str]) -> None:
 def load(
     name: str, weights: str | None, options: dict[str, str], device: str | torch.device
 ) -> Reward:
-    """In about [0, 1]. `weights`: a hub id or a folder of a VLM, or the URL of a server up to /v1."""
+    """In about [0, 1]. `weights`: a hub id or a folder of a VLM, or a server's URL up to /v1."""
     options = read_options(options)
     if is_url(weights):
         describe = describe_on_server(weights.rstrip("/"), options)
     else:
-        describe = describe_here(
-            weights or VLM, options["question"], options["max_new_tokens"], device
-        )
+        length = options["max_new_tokens"]
+        describe = describe_here(weights or VLM, options["question"], length, device)
     scorer = BERTScore(options["scorer"], options["layer"], device)
 
     def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Mean confidence with which a detector finds the objects that the prompt names (Zhang et al. 2024, Eq. 13)."""
+"""Mean confidence with which a detector finds the prompt's objects (Zhang et al. 2024, Eq. 13)."""
 
 import re
 
@@ -21,15 +21,17 @@ from common.rewards.base import (
 DETECTOR = "google/owlv2-base-patch16-ensemble"
 RELATION = re.compile(r"\s+(?:and|next to|near|on side of|beside)\s+", re.IGNORECASE)
 """The five relations of Zhang et al. 2024, 4.3."""
+ARTICLE = re.compile(r"^(?:an?|the)\s+", re.IGNORECASE)
 
 
 def objects_of(prompt: str) -> list[str]:
-    """The objects of a prompt, without articles: its attribute `objects` if its source gave it one, or else the two
-    sides of a relation ("A cat next to a dog."); a prompt without one is one object."""
+    """The objects of a prompt, without articles.
+
+    They are its attribute `objects` if its source gave it one, or else the two sides of a relation
+    ("A cat next to a dog."); a prompt without one is one object.
+    """
     named = getattr(prompt, "objects", None) or RELATION.split(prompt.strip().rstrip("."))
-    return [
-        re.sub(r"^(?:an?|the)\s+", "", name.strip(), flags=re.IGNORECASE).lower() for name in named
-    ]
+    return [ARTICLE.sub("", name.strip()).lower() for name in named]
 
 
 def check(name: str, weights: str | None, options: dict[str, str]) -> None:
@@ -40,10 +42,13 @@ def check(name: str, weights: str | None, options: dict[str, str]) -> None:
 def load(
     name: str, weights: str | None, options: dict[str, str], device: str | torch.device
 ) -> Reward:
-    """In float32, in [0, 1]. `weights`: a hub id or a folder of a detector that takes any words (OWL-ViT, OWLv2,
-    Grounding DINO), of one with fixed classes (DETR, YOLOS, RT-DETR, ...), or of an image classifier with several
-    labels a picture (`problem_type` multi_label_classification). The confidence of an object is that of the box that
-    has most of it."""
+    """In float32, in [0, 1].
+
+    `weights`: a hub id or a folder of a detector that takes any words (OWL-ViT, OWLv2, Grounding
+    DINO), of one with fixed classes (DETR, YOLOS, RT-DETR, ...), or of an image classifier with
+    several labels a picture (`problem_type` multi_label_classification). The confidence of an
+    object is that of the box that has most of it.
+    """
     from transformers import (
         MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
         MODEL_FOR_OBJECT_DETECTION_MAPPING,
@@ -64,30 +69,27 @@ def load(
         model_class = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
     else:
         raise RewardError(
-            f"{weights!r} is no detector of transformers, nor a classifier of several labels a picture"
+            f"{weights!r} is no detector of transformers, "
+            "nor a classifier of several labels a picture"
         )
     model = load_model(model_class, weights, device)
     processor = (AutoProcessor if any_words else AutoImageProcessor).from_pretrained(weights)
     # COCO's 91 numbers have 80 names; the gaps are called N/A.
-    classes = (
-        {}
-        if any_words
-        else {label.lower(): i for i, label in config.id2label.items() if label.lower() != "n/a"}
-    )
+    classes = {} if any_words else {label.lower(): i for i, label in config.id2label.items()}
+    classes.pop("n/a", None)
     grounding = "grounding" in config.model_type
     phrase = "{}." if grounding else "a photo of a {}"
 
     def check_prompts(prompts: list[str]) -> None:
         objects = list(dict.fromkeys(o for p in prompts for o in objects_of(p)))
         if any_words:
-            most = min(
-                getattr(config, "max_text_len", torch.inf),
-                config.text_config.max_position_embeddings,
-            )
+            most = config.text_config.max_position_embeddings
+            most = min(getattr(config, "max_text_len", torch.inf), most)
             for o in objects:
                 if (length := len(processor.tokenizer(phrase.format(o)).input_ids)) > most:
                     raise PromptError(
-                        f"{weights!r} reads up to {most} tokens, and the object {o!r} takes {length}"
+                        f"{weights!r} reads up to {most} tokens, "
+                        f"and the object {o!r} takes {length}"
                     )
         elif unknown := [o for o in objects if o not in classes]:
             known = ", ".join(classes)
@@ -100,35 +102,28 @@ def load(
         if any_words:
             # OWL's texts are lists of queries, Grounding DINO's a text whose phrases end in a dot.
             text = [phrase.format(o) if grounding else [phrase.format(o)] for o in objects]
-            inputs = processor(images=pictures, text=text, padding=True, return_tensors="pt").to(
-                device
-            )
-            return model(**inputs).logits.sigmoid().amax((1, 2))
+            inputs = processor(images=pictures, text=text, padding=True, return_tensors="pt")
+            return model(**inputs.to(device)).logits.sigmoid().amax((1, 2))
         logits = model(**processor(images=pictures, return_tensors="pt").to(device)).logits
         # DETR and YOLOS have one class more, for "nothing here", and a softmax over them.
-        chances = (
-            logits.softmax(-1) if logits.shape[-1] == config.num_labels + 1 else logits.sigmoid()
-        )
+        one_more = logits.shape[-1] == config.num_labels + 1
+        chances = logits.softmax(-1) if one_more else logits.sigmoid()
         chances = chances if chances.dim() == 2 else chances.amax(1)
         return chances[torch.arange(len(objects)), torch.tensor([classes[o] for o in objects])]
 
     def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         pictures, named = to_pil(images), [objects_of(prompt) for prompt in prompts]
         check_prompts(prompts)
-        rows = [(i, o) for i, names in enumerate(named) for o in names]
-        found = [
-            confidences(
-                [pictures[i] for i, _ in rows[k : k + BATCH]], [o for _, o in rows[k : k + BATCH]]
-            )
-            for k in range(0, len(rows), BATCH)
-        ]
-        return torch.stack(
-            [part.mean() for part in torch.cat(found).split([len(names) for names in named])]
-        )
+        rows = [(pictures[i], o) for i, names in enumerate(named) for o in names]
+        found = []
+        for k in range(0, len(rows), BATCH):
+            shown, objects = zip(*rows[k : k + BATCH])
+            found.append(confidences(list(shown), list(objects)))
+        parts = torch.cat(found).split([len(names) for names in named])
+        return torch.stack([part.mean() for part in parts])
 
-    if (
-        any_words
-    ):  # what a processor needs beside transformers (OWLv2: scipy) is asked for at its first use
+    # What a processor needs beside transformers (OWLv2: scipy) is asked for at its first use.
+    if any_words:
         confidences([Image.new("RGB", (8, 8))], ["cat"])
     reward.check_prompts = check_prompts
     return reward

@@ -1,4 +1,7 @@
-"""Cosine of a picture's and its prompt's embedding: CLIP score and BLIP score (Fan et al. 2023, Table 2, App. C)."""
+"""Cosine of a picture's and its prompt's embedding: CLIP score and BLIP score.
+
+As in Fan et al. 2023, Table 2 and App. C.
+"""
 
 import torch
 
@@ -28,14 +31,16 @@ def check(name: str, weights: str | None, options: dict[str, str]) -> None:
 def load(
     name: str, weights: str | None, options: dict[str, str], device: str | torch.device
 ) -> Reward:
-    """In float32, in [-1, 1]. `weights`: a hub id or a folder of a CLIPModel, or of a BlipForImageTextRetrieval."""
+    """In float32, in [-1, 1].
+
+    `weights`: a hub id or a folder of a CLIPModel, or of a BlipForImageTextRetrieval.
+    """
     from transformers import AutoProcessor, BlipForImageTextRetrieval, CLIPModel
 
     weights = weights or DEFAULTS[name]
     processor = AutoProcessor.from_pretrained(weights)
-    model = load_model(
-        CLIPModel if name == "clip_score" else BlipForImageTextRetrieval, weights, device
-    )
+    model_class = CLIPModel if name == "clip_score" else BlipForImageTextRetrieval
+    model = load_model(model_class, weights, device)
 
     def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         inputs = processor(

@@ -1,7 +1,10 @@
-"""Minus the distance of the classes of a group's pictures from the uniform distribution (Zhang et al. 2024, Eq. 12).
+"""Minus the distance of a group's classes from the uniform distribution.
 
-A reward of a set: all pictures of a group, on whatever rank they are, get the same value (3.2). The value depends on
-the group's size as well: with n pictures drawn from K equal classes the mean of its square is (1 - 1/K) / n.
+The reward of Zhang et al. 2024, Eq. 12.
+
+A reward of a set: all pictures of a group, on whatever rank they are, get the same value (3.2). The
+value depends on the group's size as well: with n pictures drawn from K equal classes the mean of
+its square is (1 - 1/K) / n.
 """
 
 from collections.abc import Sequence
@@ -29,7 +32,7 @@ SKIN_TONES += ",a photo of a person with medium skin,a photo of a person with li
 
 
 def statistical_parity(classes: list[int], num_classes: int) -> float:
-    """|histogram of classes - uniform|_2 (Eq. 12): 0 is uniform, sqrt(1 - 1/K) is a single class."""
+    """|histogram of classes - uniform|_2 (Eq. 12): 0 is uniform, sqrt(1 - 1/K) a single class."""
     histogram = torch.bincount(torch.tensor(classes), minlength=num_classes).double() / len(classes)
     return (histogram - 1 / num_classes).norm().item()
 
@@ -47,8 +50,11 @@ def check(name: str, weights: str | None, options: dict[str, str]) -> None:
 def load(
     name: str, weights: str | None, options: dict[str, str], device: str | torch.device
 ) -> Reward:
-    """In float32, in [-sqrt(1 - 1/K), 0]. `weights`: a hub id or a folder of an image classifier, or of a CLIP model
-    whose classes are the texts of the option `labels`, with commas between them."""
+    """In float32, in [-sqrt(1 - 1/K), 0].
+
+    `weights`: a hub id or a folder of an image classifier, or of a CLIP model whose classes are the
+    texts of the option `labels`, with commas between them.
+    """
     from transformers import (
         AutoConfig,
         AutoImageProcessor,
@@ -60,9 +66,8 @@ def load(
     weights = weights or CLIP
     config = AutoConfig.from_pretrained(weights)
     # A CLIP with a classification head has no text encoder.
-    is_clip = config.model_type == "clip" and "CLIPForImageClassification" not in (
-        config.architectures or ()
-    )
+    has_head = "CLIPForImageClassification" in (config.architectures or ())
+    is_clip = config.model_type == "clip" and not has_head
     if "labels" in options and not is_clip:
         raise RewardError(f"labels are for CLIP; {weights!r} is a classifier with its own")
     labels = options.get("labels", SKIN_TONES).split(",")
@@ -91,13 +96,13 @@ def load(
             prompt_of[group] = prompt
         for group, members in classes_of.items():
             if len(members) == 1:
-                fault = f"statistical parity needs several pictures of a prompt, and {prompt_of[group]!r} has one"
-                raise RewardError(f"{fault}; raise --samples-per-iteration or take fewer prompts")
-        values = {
-            group: -statistical_parity(members, num_classes)
-            for group, members in classes_of.items()
-        }
-        return torch.tensor([values[group] for group in groups])
+                raise RewardError(
+                    "statistical parity needs several pictures of a prompt, "
+                    f"and {prompt_of[group]!r} has one; "
+                    "raise --samples-per-iteration or take fewer prompts"
+                )
+        parity = {group: statistical_parity(c, num_classes) for group, c in classes_of.items()}
+        return torch.tensor([-parity[group] for group in groups])
 
     reward.of_a_set = True
     return reward

@@ -1,0 +1,44 @@
+"""What a long job needs around an algorithm; a script takes all of it from here."""
+
+from harness.args import (
+    RunArgs,
+    check_folder,
+    check_reward,
+    check_sampler,
+    check_share,
+    command,
+    fail,
+    parse_args,
+    require,
+)
+from harness.metrics import mean_and_std
+from harness.prompts import read_prompts, tag_of, warn_of_prompts
+from harness.rewards import load_run_reward
+from harness.run import Run, micro_batches
+from harness.seeds import GRID, PRETRAINING, PROGRESS, ROLLOUT, UPDATES, VALUE, seeded
+
+__all__ = [
+    "GRID",
+    "PRETRAINING",
+    "PROGRESS",
+    "ROLLOUT",
+    "UPDATES",
+    "VALUE",
+    "Run",
+    "RunArgs",
+    "check_folder",
+    "check_reward",
+    "check_sampler",
+    "check_share",
+    "command",
+    "fail",
+    "load_run_reward",
+    "mean_and_std",
+    "micro_batches",
+    "parse_args",
+    "read_prompts",
+    "require",
+    "seeded",
+    "tag_of",
+    "warn_of_prompts",
+]

@@ -1,0 +1,124 @@
+"""What a run leaves behind: arguments, metrics as JSON lines and TensorBoard events, pictures."""
+
+import gc
+import json
+import re
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+from harness.checkpoint import lock, saving, write_text
+
+
+def run_name(script: str, tag: str, seed: int) -> str:
+    """<script>__<tag>__<seed>__<time>, of the tag only letters and digits."""
+    tag = re.sub(r"[^a-z0-9]+", "-", tag.lower())[:40].strip("-") or "prompt"
+    return f"{Path(script).stem}__{tag}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def choose_run_dir(script: str, tag: str, args) -> Path:
+    """--output-dir, or a folder in runs/, the same on all ranks (its name has the time in it)."""
+    chosen = [args.output_dir or Path("runs") / run_name(script, tag, args.seed)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(chosen)
+    return chosen[0]
+
+
+class RunFolder:
+    """Writes a run's files; every rank makes one and calls `log`, and rank 0 writes.
+
+    On resume the lines of iterations from `first_iteration` on are dropped.
+    """
+
+    def __init__(self, path: Path, args, rank: int, first_iteration: int = 0):
+        self.path, self.rank, self.history, self.wandb = path, rank, [], None
+        metrics = path / "metrics.jsonl"
+        with saving(path):
+            if rank == 0:
+                (path / "samples").mkdir(parents=True, exist_ok=True)
+                self.lock = lock(path)
+                for text in metrics.read_text().splitlines() if first_iteration else []:
+                    if len(self.history) < first_iteration:  # what follows may be cut off
+                        self.history.append(json.loads(text))
+                write_text(metrics, "".join(json.dumps(line) + "\n" for line in self.history))
+                stored = json.dumps(asdict(args), indent=2, default=str)
+                write_text(path / "args.json", stored + "\n")
+                threading.excepthook = warn_of_threads
+                self.writer = SummaryWriter(path, purge_step=first_iteration)
+        if args.track and rank == 0:
+            import wandb
+
+            self.wandb = wandb
+            wandb.init(project="clean-diffusion-rl", name=path.name, config=asdict(args))
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Append one iteration's numbers everywhere."""
+        self.history.append(metrics)
+        with saving(self.path):
+            if self.rank == 0:
+                with open(self.path / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps(metrics) + "\n")
+        if self.rank > 0:
+            return
+        with warning_if_not_written(Path(self.writer.log_dir)):
+            for key, value in metrics.items():
+                self.writer.add_scalar(key, value, metrics["iteration"])
+            self.writer.flush()
+        if self.wandb:
+            self.wandb.log(metrics, step=metrics["iteration"])
+
+    def save_learning_curve(self) -> None:
+        """learning_curve.png: reward (mean and std) and KL against reward queries, as far as known."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9, 3.5), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        samples, mean, std = map(self.column, ("samples", "reward/mean", "reward/std"))
+        left.plot(samples, mean)
+        left.fill_between(samples, mean - std, mean + std, alpha=0.2)
+        left.set(xlabel="reward queries", ylabel="reward (mean, std)")
+        right.plot(samples, self.column("kl/pretrained"), color="tab:orange")
+        right.set(xlabel="reward queries", ylabel="KL to the pretrained model (nats)")
+        with warning_if_not_written(self.path / "learning_curve.png") as path:
+            figure.savefig(path, dpi=110)
+        del figure, left, right
+        gc.collect()  # a figure is a knot of references: 3 MB with every checkpoint
+
+    def column(self, key: str) -> np.ndarray:
+        """A metric over the iterations; nan where it is not measured."""
+        return np.array([line.get(key, float("nan")) for line in self.history])
+
+
+def save_grid(images: torch.Tensor, path: Path) -> None:
+    """Pictures (B, 3, H, W) in [0, 1], side by side. No run ends because it cannot be written."""
+    pictures = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    with warning_if_not_written(path):
+        Image.fromarray(np.concatenate(pictures, axis=1)).save(path)
+
+
+@contextmanager
+def warning_if_not_written(path: Path):
+    """An OSError within it becomes a line on stderr."""
+    try:
+        yield path
+    except OSError as error:
+        reason = error.strerror or error
+        print(f"warning: {path} cannot be written ({reason})", file=sys.stderr)
+
+
+def warn_of_threads(args) -> None:
+    """For threading.excepthook: a line where TensorBoard's thread cannot write."""
+    of_tensorboard = args.thread and "tensorboard" in type(args.thread).__module__
+    if isinstance(args.exc_value, OSError) and of_tensorboard:
+        print(f"warning: no more TensorBoard events ({args.exc_value.strerror})", file=sys.stderr)
+    else:
+        threading.__excepthook__(args)

@@ -1,0 +1,80 @@
+"""The numbers of an iteration, over all micro-batches and ranks."""
+
+import math
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+
+class Metrics:
+    """Sums, maxima, gradient norms and times of one iteration on this rank.
+
+    `line` and `state_dict` are collective: every rank calls them.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.added = {"sum": {}, "max": {}, "own": {}}
+        self.norms, self.seconds = defaultdict(list), defaultdict(float)
+
+    def add(self, name: str, value, reduce: str) -> None:
+        """Without waiting for the device: values are read when all are reduced."""
+        value = torch.as_tensor(value, dtype=torch.float64, device=self.device).detach()
+        before = self.added[reduce].get(name, torch.zeros_like(value))
+        after = torch.maximum(before, value) if reduce == "max" else before + value
+        self.added[reduce][name] = after
+
+    @contextmanager
+    def timer(self, name: str):
+        began = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - began
+
+    def reduced(self, reduce: str) -> dict[str, float]:
+        """Over all ranks, some of which may have had nothing to add."""
+        added = self.added[reduce]
+        own = dict(zip(added, torch.stack(list(added.values())).tolist())) if added else {}
+        parts = [own]
+        if dist.is_initialized() and reduce != "own":
+            parts = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, own)
+        whole = {}
+        for name, value in (item for part in parts for item in part.items()):
+            before = whole.get(name, 0.0)
+            whole[name] = max(before, value) if reduce == "max" else before + value
+        return whole
+
+    def line(self) -> dict[str, float]:
+        """All metrics. grad_norm is the mean of the finite norms; the others are counted."""
+        line = self.reduced("sum") | self.reduced("max") | self.reduced("own")
+        for name in [key for key in line if key.endswith("/square")]:
+            square, mean = line.pop(name), line[name.replace("/square", "/mean")]
+            line[name.replace("/square", "/std")] = max(square - mean**2, 0.0) ** 0.5
+        for name, norms in self.norms.items():
+            finite = [norm for norm in norms if math.isfinite(norm)]
+            line[name] = sum(finite) / max(1, len(finite))
+        skipped = [norm for norm in self.norms["grad_norm"] if not math.isfinite(norm)]
+        times = {f"time/{name}_s": seconds for name, seconds in self.seconds.items()}
+        return line | {"updates/skipped": len(skipped)} | times
+
+    def state_dict(self) -> dict:
+        added = {reduce: self.reduced(reduce) for reduce in self.added}
+        return {"added": added, "norms": dict(self.norms), "seconds": dict(self.seconds)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """What was saved is of all ranks: the first one takes its sums."""
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        for reduce, added in state["added"].items():
+            for name, value in added.items():
+                if first or reduce == "own":
+                    self.add(name, value, reduce)
+        self.norms.update(state["norms"])
+        self.seconds.update(state["seconds"])
+
+
+def mean_and_std(name: str, values: torch.Tensor) -> dict[str, float]:
+    """Two metrics of a tensor (n,)."""
+    return {f"{name}/mean": values.mean().item(), f"{name}/std": values.std(correction=0).item()}

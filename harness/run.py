@@ -1,0 +1,289 @@
+"""What a long job needs around an algorithm: ranks, a folder, checkpoints, signals, metrics."""
+
+import math
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from harness.args import fail
+from harness.checkpoint import new_checkpoint, saving, write_tensors, write_text
+from harness.folder import RunFolder, choose_run_dir, save_grid
+from harness.metrics import Metrics
+from harness.stop import catch_signals, end_early, end_run, join_ranks
+
+GRID_PICTURES = 8
+
+
+class Run:
+    """One run of a script, on this rank and together with the others; every rank makes one.
+
+    `tag` is for the name of its folder; `fixed` names what must be the same when it is resumed.
+    """
+
+    def __init__(self, args, script: str, tag: str = "", fixed: dict | None = None):
+        self._args, self._script, self._tag = args, script, tag
+        self._rank = int(os.environ.get("RANK", 0))
+        self._world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self._signals = catch_signals()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self._world_size > 1:
+            join_ranks(self.device)
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=args.dtype == "fp16")
+        # Its first call makes the scale, and a rank may have nothing to scale in its first update.
+        self._scaler.scale(torch.zeros(1, device=self.device))
+        self._kept, self._shares, self._fixed = {}, {}, fixed or {}
+        self._folder, self._grid = None, None
+        self._iteration, self._unit = 0, 0
+        self._last_norms = deque(maxlen=args.max_skipped_updates)
+        self._metrics, self._limits = Metrics(self.device), {}
+        self._state = None
+        if args.resume:
+            self._state = self._load("state.pt")
+            self._restore()
+
+    # Ranks
+
+    def share(self, n: int) -> range:
+        """Which of n samples are this rank's; shares may be uneven, and empty."""
+        start, stop = np.linspace(0, n, self._world_size + 1).astype(int)[self._rank :][:2]
+        return range(int(start), int(stop))
+
+    def gather(self, values: torch.Tensor, n: int) -> torch.Tensor:
+        """(n, ...) of all ranks, from this rank's share of n samples, (len(share(n)), ...)."""
+        own = self.share(n)
+        padding = [0, 0] * (values.dim() - 1) + [own.start, n - own.stop]
+        return self._all_sum(F.pad(values, padding))
+
+    # Checkpoints
+
+    def keep(self, **things) -> None:
+        """Save these with every checkpoint; when a run is resumed they are restored at once.
+
+        A tensor, anything with state_dict and load_state_dict, or with save(folder) and
+        load(folder): what the latter write is the run's result, and goes into its folder as well.
+        """
+        for name, thing in things.items():
+            self._kept[name] = thing
+            if self._state is None:
+                continue
+            if hasattr(thing, "load"):
+                thing.load(self._args.resume / "checkpoint")
+            elif isinstance(thing, torch.Tensor):
+                thing.copy_(self._state["kept"][name])
+            else:
+                thing.load_state_dict(self._state["kept"][name])
+
+    def keep_shares(self, n: int, **things) -> None:
+        """The same for tensors of which each rank has its share of n samples, in dimension 1.
+
+        A run that is resumed with another number of ranks shares them out anew.
+        """
+        own = self.share(n)
+        for name, thing in things.items():
+            self._shares[name] = thing
+            if self._state is None:
+                continue
+            files = sorted((self._args.resume / "checkpoint").glob(f"{name}-*.pt"))
+            parts = [self._load(file.name) for file in files]
+            whole = {key: torch.cat([part[key] for part in parts], dim=1) for key in parts[0]}
+            thing.load_state_dict(
+                {key: value[:, own.start : own.stop] for key, value in whole.items()}
+            )
+
+    def shard(self, path: str | Path, n: int, make: Callable, about: dict | None = None) -> dict:
+        """The tensors of n samples in a file, relative to the run's folder; if it is not there,
+        what make() gives for this rank's share of them, gathered, and written with what it is `about`.
+
+        A signal ends the run here: what is written will not be made again.
+        """
+        self._open()
+        path = self._folder.path / path
+        if self._any(self._rank == 0 and path.exists()):
+            return load_file(path)
+        if self._any(bool(self._signals)):
+            self._save()
+            end_early(self._folder.path, self._signals)
+        tensors = {key: self.gather(value, n).cpu() for key, value in make().items()}
+        with saving(self._folder.path):
+            if self._rank == 0:
+                if about is not None:
+                    write_text(path.parent / "dataset.json", about)
+                write_tensors(path, tensors)
+        return tensors
+
+    def iterations(self, *units, grid: Callable | None = None) -> Iterator:
+        """Numbers of iterations; with `units`, (iteration, unit) for each of them in turn.
+
+        It resumes, saves, and stops where a signal asks for it. A unit is what is not repeated: a
+        fault in a later one does not undo it. `grid(numbers)` draws pictures of fixed prompts and
+        noise, (B, 3, H, W) in [0, 1].
+        """
+        self._open()
+        self._grid = grid
+        if self._state is None:
+            self._save_grid(0)
+        numbers = range(self._iteration, self._args.num_iterations)
+        progress = tqdm(numbers, disable=self._rank > 0, desc=Path(self._script).stem)
+        for iteration in progress:
+            for number in range(self._unit, max(1, len(units))):
+                self._unit = number
+                yield (iteration, units[number]) if units else iteration
+            self._iteration, self._unit = iteration + 1, 0
+            self._show(progress)
+            self._save_or_stop()
+        if self._rank == 0:
+            print(f"weights, metrics and pictures are in {self._folder.path}")
+        if self._world_size > 1:
+            dist.destroy_process_group()
+
+    # Updates
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of this rank's part of a loss, which is the sum over all ranks."""
+        self._scaler.scale(loss).backward()
+
+    def step(self, optimizer, max_grad_norm: float = math.inf, metric: str = "grad_norm") -> None:
+        """An update with the gradients of all ranks, clipped to a norm, and skipped if not finite.
+
+        `metric` is the mean of the norms before clipping.
+        """
+        parameters = optimizer.param_groups[0]["params"]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = self._all_sum(torch.cat([gradient.flatten() for gradient in gradients]))
+        for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad = gradient.view_as(p)
+        self._scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        if norm.isfinite():
+            self._scaler.step(optimizer)
+        self._scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        self._metrics.norms[metric].append(norm.item())
+        self._last_norms.append(norm.item())
+
+    # Metrics
+
+    def timer(self, name: str):
+        """A block whose time is summed over the iteration: the metric time/<name>_s."""
+        return self._metrics.timer(name)
+
+    def add(self, name: str, value, reduce: str = "sum", warn_above: float | None = None) -> None:
+        """Add to a metric of the iteration: the "sum" or "max" over all calls and ranks.
+
+        "own" is for what every rank knows already. "X/square" beside "X/mean" becomes "X/std".
+        `warn_above`: a larger value in the first iteration is worth a warning.
+        """
+        self._metrics.add(name, value, reduce)
+        if warn_above is not None:
+            self._limits[name] = warn_above
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Write the iteration's line: `metrics`, what was added, gradient norms and times."""
+        line = {"iteration": self._iteration, **metrics, **self._metrics.line()}
+        self._folder.log(line)
+        for name, limit in self._limits.items():
+            if self._iteration == 0 and self._rank == 0 and line[name] > limit:
+                off = f"{name} is {line[name]:.1e} in the first iteration, more than {limit}"
+                print(f"warning: {off}; try --dtype fp32", file=sys.stderr)
+        self._metrics = Metrics(self.device)
+
+    # Behind the scenes
+
+    def _all_sum(self, values: torch.Tensor) -> torch.Tensor:
+        if self._world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def _any(self, here: bool) -> bool:
+        return self._all_sum(torch.tensor(float(here), device=self.device)).item() > 0
+
+    def _load(self, name: str):
+        path = self._args.resume / "checkpoint" / name
+        return torch.load(path, map_location=self.device, weights_only=True)
+
+    def _restore(self) -> None:
+        """Where the run is, and the metrics of an iteration some of whose units are done."""
+        self._scaler.load_state_dict(self._state["scaler"])
+        self._iteration, self._unit = self._state["iteration"], self._state["unit"]
+        for name, value in self._fixed.items():
+            if self._state["fixed"].get(name) != value:
+                before = self._state["fixed"].get(name)
+                fail(f"--resume: {name} were {before} and are {value}; put them back")
+        self._metrics.load_state_dict(self._state["metrics"])
+
+    def _open(self) -> None:
+        """Take the run's folder; a new run has a checkpoint from the start."""
+        if self._folder is not None:
+            return
+        path = choose_run_dir(self._script, self._tag, self._args)
+        self._folder = RunFolder(path, self._args, self._rank, self._iteration)
+        if self._state is None:
+            self._save()
+
+    def _save(self) -> None:
+        """A checkpoint: each rank its shares, rank 0 the rest."""
+        metrics = self._metrics.state_dict()
+        with new_checkpoint(self._folder.path) as folder:
+            for name, thing in self._shares.items():
+                torch.save(thing.state_dict(), folder / f"{name}-{self._rank:05d}.pt")
+            if self._rank > 0:
+                return
+            kept = {}
+            for name, thing in self._kept.items():
+                if hasattr(thing, "save"):
+                    thing.save(self._folder.path)
+                    thing.save(folder)
+                else:
+                    kept[name] = thing if isinstance(thing, torch.Tensor) else thing.state_dict()
+            state = {"iteration": self._iteration, "unit": self._unit, "metrics": metrics}
+            state |= {"scaler": self._scaler.state_dict(), "fixed": self._fixed, "kept": kept}
+            torch.save(state, folder / "state.pt")
+
+    def _save_grid(self, iteration: int) -> None:
+        if self._rank > 0 or self._grid is None:
+            return
+        batches = micro_batches(GRID_PICTURES, self._args.micro_batch_size)
+        pictures = torch.cat([self._grid(range(GRID_PICTURES)[batch]) for batch in batches])
+        save_grid(pictures, self._folder.path / "samples" / f"{iteration:06d}.png")
+
+    def _show(self, progress) -> None:
+        line, shown = self._folder.history[-1], {"reward": "reward/mean", "kl": "kl/pretrained"}
+        shown = {name: f"{line[key]:.3f}" for name, key in shown.items() if key in line}
+        progress.set_postfix(shown)
+
+    def _save_or_stop(self) -> None:
+        """After an iteration: save where it is due, stop where a signal or its gradients ask."""
+        args, asked = self._args, self._any(bool(self._signals))
+        norms = self._last_norms
+        no_gradient = len(norms) == norms.maxlen and not any(map(math.isfinite, norms))
+        due = self._iteration % args.save_every == 0 or self._iteration == args.num_iterations
+        if due or asked or no_gradient:
+            self._save_grid(self._iteration)
+            if self._rank == 0:
+                self._folder.save_learning_curve()
+            self._save()
+        if asked or no_gradient:
+            end_early(self._folder.path, self._signals if asked else None)
+
+    def _end(self, fault: str) -> None:
+        """Save what is done and end on every rank, all of which call this, in one line."""
+        self._open()
+        self._save()
+        where = f"iteration {self._iteration}: {fault}; the run so far is in {self._folder.path}"
+        end_run(where)
+
+
+def micro_batches(n: int, size: int) -> list[slice]:
+    """Slices of at most `size` of n things; none of them is empty."""
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
