@@ -1,10 +1,15 @@
-"""The figures and curves of docs/dpok.md: dpok.py on the zoo, four prompts of the paper, several seeds.
+"""The figures and curves of docs/dpok.md: dpok.py on the zoo, four prompts of the paper.
+
+Several seeds.
 
 python -m benchmarks.dpok run       trains, one run after the other; a finished run is kept
-python -m benchmarks.dpok report    judges them: benchmarks/results/dpok.json, docs/images/dpok_*.png, a table
-python -m benchmarks.dpok base      how well the base model draws what is right: benchmarks/results/dpok_base.json
+python -m benchmarks.dpok report    judges them: benchmarks/results/dpok.json,
+                                    docs/images/dpok_*.png, a table
+python -m benchmarks.dpok base      how well the base model draws what is right:
+                                    benchmarks/results/dpok_base.json
 
-What a setting is worth, two prompts and one seed, under a name of its own; then report with the same --name, ...:
+What a setting is worth, two prompts and one seed, under a name of its own; then report with the
+same --name, ...:
 
 python -m benchmarks.dpok run --name dpok_all_steps --flags "--rewarded-share 1" --seeds 0 \\
     --prompts "Four wolves in the park" "A dog on the moon"
@@ -53,7 +58,10 @@ class Args:
     flags: str = ""
     """More flags of dpok.py, for every run."""
     jobs: int = 1
-    """Runs side by side, the cores shared out among them; more are done in an hour, but each takes longer."""
+    """Runs side by side, the cores shared out among them.
+
+    More are done in an hour, but each takes longer.
+    """
     count: int = 512
     """Pictures for each figure."""
 
@@ -67,17 +75,8 @@ def run(args: Args):
         folder = run_dir(args, prompt, seed)
         if (folder / "wall_time.json").exists():
             return
-        command = [
-            "dpok.py",
-            "zoo",
-            "--prompt",
-            prompt,
-            "--seed",
-            str(seed),
-            "--output-dir",
-            str(folder),
-        ]
-        command += shlex.split(args.flags)
+        command = ["dpok.py", "zoo", "--prompt", prompt]
+        command += ["--seed", str(seed), "--output-dir", str(folder), *shlex.split(args.flags)]
         env = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))}
         start = time.time()
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True, env=env)
@@ -95,21 +94,16 @@ def run(args: Args):
 def report(args: Args):
     from matplotlib.figure import Figure
 
-    judge, reward = (
-        judging.load_judge(ROOT / "zoo/judge"),
-        load_reward(f"image_reward:{ROOT / 'zoo/image_reward'}"),
-    )
-    base, results, rows = (
-        load_pipeline(),
-        {"weights": weights_digest(), "samples_per_prompt": args.count},
-        [],
-    )
-    results["flags"] = args.flags
+    judge = judging.load_judge(ROOT / "zoo/judge")
+    reward = load_reward(f"image_reward:{ROOT / 'zoo/image_reward'}")
+    base, rows = load_pipeline(), []
+    results = {"weights": weights_digest(), "samples_per_prompt": args.count, "flags": args.flags}
     figure = Figure(figsize=(13, 3.2), layout="constrained")
     axes = figure.subplots(1, len(args.prompts), squeeze=False)[0]
     for prompt, axis in zip(args.prompts, axes):
         before, images = measure(base, judge, reward, prompt, args.count, seed=7)
-        # Right pictures alone, equally many before and after: else it matters how well the wrong ones are drawn.
+        # Right pictures alone, equally many before and after: else it matters how well the wrong
+        # ones are drawn.
         right = images[judging.success(judge, images, [prompt] * args.count) > 0]
         before["image_quality_right"] = judging.image_quality(judge, base.vae, right)
         rows.append(images[:8])
@@ -118,17 +112,14 @@ def report(args: Args):
             folder = run_dir(args, prompt, seed)
             if not (folder / "wall_time.json").exists():
                 continue
-            numbers, images = measure(
-                load_pipeline(folder), judge, reward, prompt, args.count, seed=7
-            )
-            lines = [
-                json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
-            ]
+            tuned = load_pipeline(folder)
+            numbers, images = measure(tuned, judge, reward, prompt, args.count, seed=7)
+            lines = (folder / "metrics.jsonl").read_text().splitlines()
+            lines = [json.loads(line) for line in lines]
             if seed == args.seeds[0]:
                 rows.append(images[:8])
-            right_after = images[judging.success(judge, images, [prompt] * args.count) > 0][
-                : len(right)
-            ]
+            right_after = images[judging.success(judge, images, [prompt] * args.count) > 0]
+            right_after = right_after[: len(right)]
             numbers |= {
                 "seed": seed,
                 "image_quality_right": judging.image_quality(judge, base.vae, right_after),
@@ -144,17 +135,10 @@ def report(args: Args):
                 [line["reward/mean"] for line in lines],
                 label=f"seed {seed}",
             )
-        keys = (
-            "success",
-            "image_quality",
-            "image_quality_right",
-            "reward",
-            "reward_gain",
-            "quality_ratio",
-        )
-        result["median"] = {
-            key: float(np.median([numbers[key] for numbers in result["runs"]])) for key in keys
-        }
+        keys = ("success", "image_quality", "image_quality_right")
+        keys += ("reward", "reward_gain", "quality_ratio")
+        values = {key: [numbers[key] for numbers in result["runs"]] for key in keys}
+        result["median"] = {key: float(np.median(values[key])) for key in keys}
         axis.set(title=prompt, xlabel="reward queries", ylabel="reward/mean")
         axis.legend()
     (ROOT / f"benchmarks/results/{args.name}.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -176,21 +160,21 @@ def report(args: Args):
 
 
 def report_base(args: Args):
-    """Distance of the base model's right pictures, and of as many at random: that of fewer pictures is larger."""
-    judge, reward = (
-        judging.load_judge(ROOT / "zoo/judge"),
-        load_reward(f"image_reward:{ROOT / 'zoo/image_reward'}"),
-    )
+    """Distance of the base model's right pictures, and of as many at random.
+
+    The distance of fewer pictures is larger.
+    """
+    judge = judging.load_judge(ROOT / "zoo/judge")
+    reward = load_reward(f"image_reward:{ROOT / 'zoo/image_reward'}")
     base, rng = load_pipeline(), np.random.default_rng(0)
     results = {"weights": weights_digest(), "pictures": args.count}
     for prompt in args.prompts:
         _, images = measure(base, judge, reward, prompt, args.count, seed=7)
         right = judging.success(judge, images, [prompt] * args.count) > 0
-        subsets = [
-            torch.from_numpy(rng.permutation(args.count)[: int(right.sum())]) for _ in range(8)
-        ]
+        total = int(right.sum())
+        subsets = [torch.from_numpy(rng.permutation(args.count)[:total]) for _ in range(8)]
         results[prompt] = {
-            "right_pictures": int(right.sum()),
+            "right_pictures": total,
             "distance": judging.image_quality(judge, base.vae, images),
             "distance_right": judging.image_quality(judge, base.vae, images[right]),
             "distance_as_many_at_random": [
@@ -199,9 +183,8 @@ def report_base(args: Args):
         }
         numbers = [results[prompt][key] for key in ("distance", "distance_right")]
         print(prompt, *numbers, np.mean(results[prompt]["distance_as_many_at_random"]), flush=True)
-    (ROOT / f"benchmarks/results/{args.name}_base.json").write_text(
-        json.dumps(results, indent=2) + "\n"
-    )
+    path = ROOT / f"benchmarks/results/{args.name}_base.json"
+    path.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

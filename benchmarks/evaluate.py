@@ -1,10 +1,13 @@
-"""The comparison that docs/evaluate.md shows: base, a DPOK LoRA and an SFT LoRA on four prompts of the paper and four
-unseen ones, and how long it takes. Trains nothing: the runs are those of other benchmarks.
+"""The comparison that docs/evaluate.md shows, and how long it takes.
 
-python -m benchmarks.evaluate --dpok RUN --sft RUN   benchmarks/results/evaluate.json, docs/images/evaluate.png, tables
+The base model, a DPOK LoRA and an SFT LoRA, on four prompts of the paper and four unseen ones.
+Trains nothing: the runs are those of other benchmarks.
 
-The time that the project promises is that of 8 pictures a prompt on two idle cores (the default); for the docs' table
-take more, under a name of its own: --images-per-prompt 32 --name evaluate_32
+python -m benchmarks.evaluate --dpok RUN --sft RUN   benchmarks/results/evaluate.json,
+                                                     docs/images/evaluate.png, tables
+
+The time that the project promises is that of 8 pictures a prompt on two idle cores (the default);
+for the docs' table take more, under a name of its own: --images-per-prompt 32 --name evaluate_32
 """
 
 import json
@@ -43,16 +46,8 @@ def main():
     for name, run in (("DPOK", args.dpok), ("SFT", args.sft)):
         (work / name).symlink_to(run.resolve())  # the table's names
     place = work.relative_to(ROOT)  # the results have the paths in them
-    command = [
-        "evaluate.py",
-        "zoo",
-        "--lora",
-        place / "DPOK",
-        "--lora",
-        place / "SFT",
-        "--rewards",
-        *args.rewards,
-    ]
+    command = ["evaluate.py", "zoo", "--lora", place / "DPOK", "--lora", place / "SFT"]
+    command += ["--rewards", *args.rewards]
     command += ["--images-per-prompt", args.images_per_prompt, "--output-dir", place / "evaluation"]
     start, load = time.time(), os.getloadavg()[0]
     subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
@@ -60,8 +55,9 @@ def main():
         "weights": weights_digest(),
         "runs": [args.dpok.name, args.sft.name],
         "seconds": time.time() - start,
+        "cores": os.cpu_count(),
+        "load_before": load,
     }
-    results |= {"cores": os.cpu_count(), "load_before": load}
     results |= json.loads((work / "evaluation/results.json").read_text())
     (ROOT / f"benchmarks/results/{args.name}.json").write_text(json.dumps(results, indent=2) + "\n")
     shutil.copy(work / "evaluation/comparison.png", ROOT / f"docs/images/{args.name}.png")

@@ -1,8 +1,10 @@
-"""Table 5 of Zhang et al. 2024 on the zoo: three single-task runs and the joint one; and App. G, without the
-pre-training loss. Held-out prompts, several seeds.
+"""Table 5 of Zhang et al. 2024 on the zoo: three single-task runs and the joint one.
+
+And App. G, without the pre-training loss. Held-out prompts, several seeds.
 
 python -m benchmarks.large_scale_ppo run       trains; a finished run is kept
-python -m benchmarks.large_scale_ppo report    judges: benchmarks/results/large_scale_ppo.json, curves and tables
+python -m benchmarks.large_scale_ppo report    judges: benchmarks/results/large_scale_ppo.json,
+                                               curves and tables
 """
 
 import json
@@ -31,9 +33,8 @@ COLUMNS = {
     "portraits": "statistical parity ↓",
 }
 PRETRAIN = "preference without the pre-training loss"
-EXPERIMENTS = {name: ["--tasks", task] for name, task in TASKS.items()} | {
-    "joint": ["--tasks", *ZOO_TASKS]
-}
+EXPERIMENTS = {name: ["--tasks", task] for name, task in TASKS.items()}
+EXPERIMENTS |= {"joint": ["--tasks", *ZOO_TASKS]}
 EXPERIMENTS |= {PRETRAIN: ["--tasks", TASKS["preference"], "--pretrain-beta", "0"]}
 AT_EQUAL_REWARD = ("preference", PRETRAIN)
 """Runs whose weights are kept on the way."""
@@ -62,8 +63,11 @@ def folder_of(args: Args, name: str, seed: int) -> Path:
 
 
 def stops_of(args: Args, name: str) -> list[int]:
-    """Iterations after which weights are kept. A run without the pre-training loss ends after three fifths of them: it
-    is compared with the other at a reward that both reach, and has no row in Table 5."""
+    """Iterations after which weights are kept.
+
+    A run without the pre-training loss ends after three fifths of them: it is compared with the
+    other at a reward that both reach, and has no row in Table 5.
+    """
     parts = args.parts if name in AT_EQUAL_REWARD else 1
     stops = [args.num_iterations * part // parts for part in range(1, parts + 1)]
     return [stop for stop in stops if name != PRETRAIN or stop <= 0.6 * args.num_iterations]
@@ -85,22 +89,16 @@ def run(args: Args):
             kept.mkdir(exist_ok=True)
             shutil.copy(folder / LORA, kept)
 
+    tasks = [(name, seed) for seed in args.seeds for name in EXPERIMENTS]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(
-            pool.map(
-                lambda task: train(*task),
-                [(name, seed) for seed in args.seeds for name in EXPERIMENTS],
-            )
-        )
+        list(pool.map(lambda task: train(*task), tasks))
 
 
 def minutes(folder: Path) -> float:
     """Of a run, by its median iteration: other work on the machine, or a pause, counts less."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    seconds = [
-        sum(value for key, value in line.items() if key.startswith("time/")) for line in lines
-    ]
-    return float(np.median(seconds) * len(seconds) / 60)
+    times = [[line[key] for key in line if key.startswith("time/")] for line in lines]
+    return float(np.median([sum(line) for line in times]) * len(times) / 60)
 
 
 def report(args: Args):
@@ -108,12 +106,14 @@ def report(args: Args):
 
     judge = judging.load_judge()
     rewards = {name: load_reward(task.split()[0]) for name, task in TASKS.items()}
-    held_out = {
-        name: (ROOT / f"prompts/zoo_{name}_held_out.txt").read_text().splitlines() for name in TASKS
-    }
+    held_out = {name: ROOT / f"prompts/zoo_{name}_held_out.txt" for name in TASKS}
+    held_out = {name: path.read_text().splitlines() for name, path in held_out.items()}
 
     def scores(pipeline, names=tuple(TASKS)) -> dict[str, float]:
-        """The columns of Table 5 on held-out prompts (parity over all pictures of a prompt), and image quality."""
+        """The columns of Table 5 on held-out prompts, and image quality.
+
+        Parity is over all pictures of a prompt.
+        """
         numbers = {}
         for name in names:
             asked = [held_out[name][i % len(held_out[name])] for i in range(args.count)]
@@ -141,9 +141,8 @@ def report(args: Args):
     results |= {"base": base, "runs": {}, "on_the_way": {}, "minutes": {}}
     for name in EXPERIMENTS:
         folders = [folder_of(args, name, seed) for seed in args.seeds]
-        if not all(
-            (folder / f"after_{stops_of(args, name)[-1]}" / LORA).exists() for folder in folders
-        ):
+        stops = [f"after_{stop}" for stop in stops_of(args, name)]
+        if not all((folder / stops[-1] / LORA).exists() for folder in folders):
             print(f"left out, not all trained: {name}", file=sys.stderr)
             continue
         if name != PRETRAIN:
@@ -151,39 +150,31 @@ def report(args: Args):
         results["minutes"][name] = [minutes(folder) for folder in folders]
         if name in AT_EQUAL_REWARD:
             results["on_the_way"][name] = [
-                [
-                    scores_of(folder / f"after_{stop}", ("preference",))
-                    for stop in stops_of(args, name)
-                ]
-                for folder in folders
+                [scores_of(folder / stop, ("preference",)) for stop in stops] for folder in folders
             ]
+
+    def gain(run: str, task: str) -> float:
+        return np.mean([numbers[task] for numbers in results["runs"][run]]) - base[task]
+
     # The paper's claim: the joint run has at least 80 % of the gain of the run for that task alone.
-    gain = lambda run, task: (
-        np.mean([numbers[task] for numbers in results["runs"][run]]) - base[task]
-    )
-    results["joint_share_of_gain"] = {
-        name: float(gain("joint", name) / gain(name, name)) for name in TASKS
-    }
+    shares = {name: float(gain("joint", name) / gain(name, name)) for name in TASKS}
+    results["joint_share_of_gain"] = shares
     if PRETRAIN in results["on_the_way"]:
         results["at_equal_reward"] = at_equal_reward(base, results["on_the_way"])
-    (ROOT / "benchmarks/results/large_scale_ppo.json").write_text(
-        json.dumps(results, indent=2) + "\n"
-    )
+    path = ROOT / "benchmarks/results/large_scale_ppo.json"
+    path.write_text(json.dumps(results, indent=2) + "\n")
 
     sign = {"preference": 1, "composition": 1, "portraits": -1}
-    print(
-        "| trained for | "
-        + " | ".join(COLUMNS.values())
-        + " | distance to real renders ↓ | minutes |"
-    )
+    columns = " | ".join(COLUMNS.values())
+    print(f"| trained for | {columns} | distance to real renders ↓ | minutes |")
     print("|---|---|---|---|---|---|")
     rows = {"base": [base]} | results["runs"]
     for name, seeds in rows.items():
         cells = [np.array([numbers[task] for numbers in seeds]) * sign[task] for task in TASKS]
-        cells = [
-            f"{cell.mean():.3f} ± {cell.std():.3f}" if len(seeds) > 1 else f"{cell[0]:.3f}"
-            for cell in cells
-        ]
+        if len(seeds) > 1:
+            cells = [f"{cell.mean():.3f} ± {cell.std():.3f}" for cell in cells]
+        else:
+            cells = [f"{cell[0]:.3f}" for cell in cells]
         distance = np.mean([numbers["distance"] for numbers in seeds])
         took = f"{np.mean(results['minutes'][name]):.1f}" if name != "base" else ""
         print(f"| {name} | {' | '.join(cells)} | {distance:.2f} | {took} |")
@@ -197,38 +188,35 @@ def report(args: Args):
         for run_name, color in ((name, "C0"), ("joint", "black")):
             for i, seed in enumerate(args.seeds):
                 lines = (folder_of(args, run_name, seed) / "metrics.jsonl").read_text().splitlines()
-                smooth = np.convolve(
-                    [json.loads(line)[key] for line in lines], np.ones(5) / 5, "valid"
-                )
+                values = [json.loads(line)[key] for line in lines]
+                smooth = np.convolve(values, np.ones(5) / 5, "valid")
                 label = run_name if i == 0 else None
                 axis.plot(np.arange(len(smooth)) + 3, smooth, color=color, alpha=0.6, label=label)
-        axis.set(
-            xlabel="iterations (mean of five)", ylabel="training reward", title=key.split("/")[1]
-        )
+        axis.set(xlabel="iterations (mean of five)", ylabel="training reward")
+        axis.set_title(key.split("/")[1])
         axis.legend(fontsize=7)
     for name, color in zip(AT_EQUAL_REWARD, ("C0", "C3")):
         for i, way in enumerate(results["on_the_way"].get(name, [])):
             points = [base, *way]
             x, y = ([numbers[key] for numbers in points] for key in ("preference", "distance"))
-            right.plot(
-                x, y, "o-", color=color, alpha=0.6, markersize=3, label=name if i == 0 else None
-            )
+            label = name if i == 0 else None
+            right.plot(x, y, "o-", color=color, alpha=0.6, markersize=3, label=label)
     right.set(xlabel="ImageReward, held-out prompts", ylabel="distance to real renders")
     right.legend(fontsize=7)
     figure.savefig(ROOT / "docs/images/large_scale_ppo_curves.png", dpi=100)
 
 
 def at_equal_reward(base: dict, on_the_way: dict) -> dict:
-    """Distance to real renders with and without the pre-training loss, each interpolated where it first has the
-    highest reward that both reach, seed by seed."""
+    """Distance to real renders with and without the pre-training loss, at equal reward.
+
+    Seed by seed, each is interpolated where it first has the highest reward that both reach.
+    """
     found = {"reward": [], **{name: [] for name in AT_EQUAL_REWARD}}
     for ways in zip(*(on_the_way[name] for name in AT_EQUAL_REWARD)):
         curves = []
         for way in ways:
-            reward, distance = (
-                np.array([numbers[key] for numbers in [base, *way]])
-                for key in ("preference", "distance")
-            )
+            reward = np.array([numbers["preference"] for numbers in [base, *way]])
+            distance = np.array([numbers["distance"] for numbers in [base, *way]])
             reward, first = np.unique(np.maximum.accumulate(reward), return_index=True)
             curves.append((reward, distance[first]))
         level = min(reward[-1] for reward, _ in curves)

@@ -1,7 +1,10 @@
-"""Does it learn? ddpo.py, rwr.py and sft_kl.py on the zoo, several seeds: the figures and curves of their docs pages.
+"""Does it learn? ddpo.py, rwr.py and sft_kl.py on the zoo, several seeds.
+
+The figures and curves of their docs pages.
 
 python -m benchmarks.learning run ddpo       trains; a finished run is kept
-python -m benchmarks.learning report ddpo    judges: benchmarks/results/ddpo.json, docs/images/ddpo_curves.png, a table
+python -m benchmarks.learning report ddpo    judges: benchmarks/results/ddpo.json,
+                                             docs/images/ddpo_curves.png, a table
 """
 
 import itertools
@@ -46,31 +49,24 @@ def experiments(script: str) -> dict[tuple[str, str], tuple[str, list[str], list
     if script == "sft_kl":
         forms = {name: ["--regularization", name] for name in ("kl-o", "kl-d", "none")}
         forms["kl-o, floor"] = ["--regularization", "kl-o", "--filter", "floor"]
-        keys = itertools.product(forms, PROMPTS)
         return {
             (name, prompt): (REWARDS[2], [prompt], [*forms[name], "--prompt", prompt])
-            for name, prompt in keys
+            for name, prompt in itertools.product(forms, PROMPTS)
         }
-    flag, values = (
-        ("--estimator", ("is", "sf")) if script == "ddpo" else ("--weights", ("softmax", "sparse"))
-    )
+    flag, values = "--weights", ("softmax", "sparse")
+    if script == "ddpo":
+        flag, values = "--estimator", ("is", "sf")
     prompts = (ROOT / "prompts/zoo.txt").read_text().splitlines()
 
     def flags(value: str, reward: str) -> list[str]:
         more = []
         if script == "ddpo" and reward.startswith("jpeg"):  # which larger steps do not break
-            more = [
-                "--learning-rate",
-                "5e-3" if value == "is" else "8e-3",
-                "--num-iterations",
-                "30",
-            ]
-            more += ["--gradient-steps", "4"]
+            more = ["--learning-rate", "5e-3" if value == "is" else "8e-3"]
+            more += ["--num-iterations", "30", "--gradient-steps", "4"]
         elif value == "sf":  # half as many updates
             more = ["--learning-rate", "5e-3"]
-        elif (
-            value == "softmax" and reward == "jpeg_compressibility"
-        ):  # a standard deviation of 0.4 kB, not of 1
+        elif value == "softmax" and reward == "jpeg_compressibility":
+            # A standard deviation of 0.4 kB, not of 1.
             more = ["--inverse-temperature", "12"]
         elif value == "softmax" and reward == "jpeg_incompressibility":  # 12 and 2e-3 move nothing
             more = ["--inverse-temperature", "30", "--learning-rate", "5e-3"]
@@ -83,9 +79,8 @@ def experiments(script: str) -> dict[tuple[str, str], tuple[str, list[str], list
 
 
 def slug(*words) -> str:
-    return "__".join(
-        str(word).lower().replace(" ", "-").replace("/", "-").replace(":", "-") for word in words
-    )
+    dashes = str.maketrans(" /:", "---")
+    return "__".join(str(word).lower().translate(dashes) for word in words)
 
 
 def run(args: Args):
@@ -93,15 +88,8 @@ def run(args: Args):
         folder = args.runs / slug(args.script, *key, seed)
         if (folder / "wall_time.json").exists():
             return
-        command = [
-            f"{args.script}.py",
-            "zoo",
-            *flags,
-            "--seed",
-            str(seed),
-            "--output-dir",
-            str(folder),
-        ]
+        command = [f"{args.script}.py", "zoo", *flags]
+        command += ["--seed", str(seed), "--output-dir", str(folder)]
         if args.script == "sft_kl":  # the same samples for all three
             command += ["--dataset", str(args.runs / slug("data", key[1], seed))]
         env = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))}
@@ -114,11 +102,8 @@ def run(args: Args):
         }
         (folder / "wall_time.json").write_text(json.dumps(wall_time))
 
-    tasks = [
-        (seed, key, flags)
-        for key, (_, _, flags) in experiments(args.script).items()
-        for seed in args.seeds
-    ]
+    found = experiments(args.script).items()
+    tasks = [(seed, key, flags) for key, (_, _, flags) in found for seed in args.seeds]
     # Runs that share a data set must not draw it at the same time: one prompt's after the other.
     tasks.sort(key=lambda task: (task[0], task[1][0]))
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -126,10 +111,12 @@ def run(args: Args):
 
 
 def minutes_of(lines: list[dict]) -> float:
-    """Of a run's iterations: the median one's time for each, so that a pause of the machine does not count."""
-    seconds = [
-        line["time/sample_s"] + line["time/reward_s"] + line["time/train_s"] for line in lines
-    ]
+    """Of a run's iterations, with the median one's time for each.
+
+    So a pause of the machine does not count.
+    """
+    keys = ("time/sample_s", "time/reward_s", "time/train_s")
+    seconds = [sum(line[key] for key in keys) for line in lines]
     return float(np.median(seconds)) * len(lines) / 60
 
 
@@ -141,17 +128,12 @@ def report(args: Args):
     panels = list(dict.fromkeys(panel for _, panel in table))
     figure = Figure(figsize=(4 * len(panels), 3.4), layout="constrained")
     axes = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0]))
-    colors = dict(
-        zip(
-            dict.fromkeys(curve for curve, _ in table),
-            ("tab:blue", "tab:orange", "tab:green", "tab:red"),
-        )
-    )
+    curves = dict.fromkeys(curve for curve, _ in table)
+    colors = dict(zip(curves, ("tab:blue", "tab:orange", "tab:green", "tab:red")))
     base, base_rewards = load_pipeline(), {}
     results = {"weights": weights_digest(), "pictures": args.count, "runs": {}}
-    print(
-        "| | reward | base | fine-tuned, each seed | gain | p | minutes |\n|---|---|---|---|---|---|---|"
-    )
+    print("| | reward | base | fine-tuned, each seed | gain | p | minutes |")
+    print("|---|---|---|---|---|---|---|")
     for (curve, panel), (spec, prompts, _) in table.items():
         reward = load_reward(spec)
         asked = [prompts[i % len(prompts)] for i in range(args.count)]
@@ -160,12 +142,10 @@ def report(args: Args):
         before, after, minutes = base_rewards[panel], [], []
         for seed in args.seeds:
             folder = args.runs / slug(args.script, curve, panel, seed)
-            after.append(
-                reward(pictures(load_pipeline(folder), asked, seed=5), asked).mean().item()
-            )
-            lines = [
-                json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
-            ]
+            images = pictures(load_pipeline(folder), asked, seed=5)
+            after.append(reward(images, asked).mean().item())
+            lines = (folder / "metrics.jsonl").read_text().splitlines()
+            lines = [json.loads(line) for line in lines]
             minutes.append(minutes_of(lines))
             axes[panel].plot(
                 [line["samples"] for line in lines],
@@ -190,9 +170,8 @@ def report(args: Args):
         axis.axhline(base_rewards[panel], color="gray", linestyle=":", label="base")
         axis.set(title=panel, xlabel="reward queries", ylabel="reward/mean")
         axis.legend()
-    (ROOT / f"benchmarks/results/{args.script}.json").write_text(
-        json.dumps(results, indent=2) + "\n"
-    )
+    path = ROOT / f"benchmarks/results/{args.script}.json"
+    path.write_text(json.dumps(results, indent=2) + "\n")
     figure.savefig(ROOT / f"docs/images/{args.script}_curves.png", dpi=100)
 
 

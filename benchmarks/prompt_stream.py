@@ -1,4 +1,6 @@
-"""A prompt file of 1.5 million lines: first indexing, start-up afterwards, memory, every prompt once over kills.
+"""A prompt file of 1.5 million lines.
+
+First indexing, start-up afterwards, memory, every prompt once over kills.
 
 python -m benchmarks.prompt_stream        writes benchmarks/results/prompt_stream.json
 """
@@ -34,7 +36,10 @@ def memory() -> float:
 
 
 def start(source: str, rank: int, ranks: int, first: int, last: int, count: int) -> dict:
-    """What a rank does: open the source and take its share of iterations `first` to `last`; the prompts' numbers."""
+    """What a rank does: open the source and take its share of iterations `first` to `last`.
+
+    The prompts' numbers are saved beside the source.
+    """
     from common.prompts import open_prompts, take
 
     before, clock, cpu = memory(), time.perf_counter(), time.process_time()
@@ -46,9 +51,8 @@ def start(source: str, rank: int, ranks: int, first: int, last: int, count: int)
         position = iteration * count
         end = min(count, len(prompts) - position)  # the last iteration of the epoch stops with it
         begin, stop = np.linspace(0, end, ranks + 1).astype(int)[rank : rank + 2]
-        seen.extend(
-            int(prompt.split()[0]) for prompt in take(prompts, 0, position + begin, stop - begin)
-        )
+        taken = take(prompts, 0, position + begin, stop - begin)
+        seen.extend(int(prompt.split()[0]) for prompt in taken)
     figures["memory_mb"] = memory() - before
     np.save(f"{source}.{ranks}.{first}.{rank}.npy", np.frombuffer(seen, dtype=np.int32))
     return figures
@@ -58,9 +62,8 @@ def processes(source: str, ranks: int, first: int, last: int, count: int, env: d
     """`start` on every rank at once, in processes of their own."""
     command = [sys.executable, "-m", "benchmarks.prompt_stream", "rank", source]
     command = [[*command, *map(str, (rank, ranks, first, last, count))] for rank in range(ranks)]
-    children = [
-        subprocess.Popen(c, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) for c in command
-    ]
+    options = {"cwd": ROOT, "env": env, "stdout": subprocess.PIPE, "text": True}
+    children = [subprocess.Popen(words, **options) for words in command]
     return [json.loads(child.communicate()[0]) for child in children]
 
 
@@ -68,10 +71,8 @@ def main(args: Args):
     with tempfile.TemporaryDirectory() as folder:
         source, env = f"{folder}/prompts.txt", os.environ | {"XDG_CACHE_HOME": f"{folder}/cache"}
         with open(source, "w") as file:
-            file.writelines(
-                f"{i} castle in the style of a painter, highly detailed, 8 k\n"
-                for i in range(args.lines)
-            )
+            style = "castle in the style of a painter, highly detailed, 8 k"
+            file.writelines(f"{i} {style}\n" for i in range(args.lines))
         iterations = -(-args.lines // args.prompts_per_iteration)
         results = {
             "lines": args.lines,
@@ -84,9 +85,8 @@ def main(args: Args):
         for ranks in (1, 2, 3, 4):
             # The run ends in the middle of the epoch, and another goes on from its position.
             half = iterations // 2
-            parts = processes(source, ranks, 0, half, count, env) + processes(
-                source, ranks, half, iterations, count, env
-            )
+            parts = processes(source, ranks, 0, half, count, env)
+            parts += processes(source, ranks, half, iterations, count, env)
             seen = [
                 np.load(f"{source}.{ranks}.{first}.{rank}.npy")
                 for first in (0, half)
@@ -100,10 +100,9 @@ def main(args: Args):
                 "start_cpu_s": max(part["start_cpu_s"] for part in parts),
                 "memory_mb_a_rank": max(part["memory_mb"] for part in parts),
             }
-    (ROOT / "benchmarks/results/prompt_stream.json").write_text(
-        json.dumps(results, indent=2) + "\n"
-    )
-    print(json.dumps(results, indent=2))
+    text = json.dumps(results, indent=2)
+    (ROOT / "benchmarks/results/prompt_stream.json").write_text(text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""What the rewards cost: parameters at real size; speed and memory of the zoo's own, of JPEG, and of tiny models of the
-real architectures with random weights (tests/tiny_models.py), made on the spot, on this machine.
+"""What the rewards cost: parameters at real size; speed and memory on this machine.
+
+Speed and memory are those of the zoo's own, of JPEG, and of tiny models of the real architectures
+with random weights (tests/tiny_models.py), made on the spot.
 
 python -m benchmarks.rewards        writes benchmarks/results/rewards.json
 """
@@ -50,12 +52,15 @@ REAL = {
     "image_reward": lambda: ImageReward(IMAGE_REWARD_CONFIG),
     "clip_score, aesthetic, statistical_parity: CLIP ViT-L/14": lambda: CLIPModel(
         CLIPConfig(
-            text_config=TEXT_L, vision_config=VISION_L | {"patch_size": 14}, projection_dim=768
+            text_config=TEXT_L,
+            vision_config=VISION_L | {"patch_size": 14},
+            projection_dim=768,
         )
     ),
     "blip_score: BLIP ITM large": lambda: BlipForImageTextRetrieval(
         BlipConfig(
-            text_config={"encoder_hidden_size": 1024}, vision_config=VISION_L | {"image_size": 384}
+            text_config={"encoder_hidden_size": 1024},
+            vision_config=VISION_L | {"image_size": 384},
         )
     ),
     "object_detection: OWLv2 base": lambda: Owlv2ForObjectDetection(
@@ -63,8 +68,12 @@ REAL = {
     ),
     "llava_bertscore: LLaVA 1.5 7B": lambda: LlavaForConditionalGeneration(
         LlavaConfig(
-            vision_config=VISION_L
-            | {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14},
+            vision_config={
+                **VISION_L,
+                "model_type": "clip_vision_model",
+                "image_size": 336,
+                "patch_size": 14,
+            },
             text_config={"model_type": "llama", "vocab_size": 32064},
         )
     ),
@@ -100,9 +109,7 @@ def tiny_specs(folder: Path) -> dict[str, str]:
     clip, blip = make_clip(folder / "clip"), make_blip(folder / "blip")
     llava, bert = make_llava(folder / "llava"), make_bert(folder / "bert")
     detectors = make_detectors(folder / "detectors")
-    specs = {
-        f"object_detection, {name}": f"object_detection:{detectors[name]}" for name in detectors
-    }
+    specs = {f"object_detection, {k}": f"object_detection:{v}" for k, v in detectors.items()}
     return specs | {
         "aesthetic": f"aesthetic:{clip}",
         "clip_score": f"clip_score:{clip}",
@@ -113,14 +120,20 @@ def tiny_specs(folder: Path) -> dict[str, str]:
 
 
 def resident_mb(key: str) -> float:
-    """Memory of this process: VmRSS now, VmHWM at its peak. (The peak of getrusage begins with the parent's memory.)"""
+    """Memory of this process: VmRSS now, VmHWM at its peak.
+
+    (The peak of getrusage begins with the parent's memory.)
+    """
     status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return int(status[key].split()[0]) / 1000
 
 
 def measure(spec: str, size: int) -> dict[str, float]:
-    """Of PICTURES pictures on one thread: how many a second of CPU time, which other processes do not take part in, and
-    the process's memory before the reward is loaded and at its peak."""
+    """Speed and memory with PICTURES pictures on one thread.
+
+    How many a second of CPU time, which other processes do not take part in, and the process's
+    memory before the reward is loaded and at its peak.
+    """
     torch.set_num_threads(1)
     images = torch.rand(PICTURES, 3, size, size, generator=torch.Generator().manual_seed(0))
     prompts = ["a cat"] * PICTURES
@@ -149,18 +162,11 @@ def main():
     if sys.argv[1:]:
         print(json.dumps(measure(sys.argv[1], int(sys.argv[2]))))
         return
-    results = {
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "parameters": {},
-        "measured": {},
-        "tiny": {},
-    }
+    results = {"cores": os.cpu_count(), "torch": torch.__version__}
+    results |= {"parameters": {}, "measured": {}, "tiny": {}}
     for name, make in REAL.items():
         with torch.device("meta"):
-            results["parameters"][name] = sum(
-                parameter.numel() for parameter in make().parameters()
-            )
+            results["parameters"][name] = sum(p.numel() for p in make().parameters())
     for spec, size in SPEEDS.items():
         results["measured"][f"{spec}, {size} px"] = measure_alone(spec, size)
     with tempfile.TemporaryDirectory() as folder:

@@ -42,15 +42,15 @@ HELD_OUT_SEED = 987_654
 
 @torch.no_grad()
 def held_out(vae, count: int):
-    """Renders of families of the unbiased world that training never saw, through the VAE; and their scenes."""
-    scenes = [
-        s
-        for i in range(count // 4)
-        for s in world.draw_family(np.random.default_rng([HELD_OUT_SEED, i]))
-    ]
-    renders = [
-        world.render(s, np.random.default_rng([HELD_OUT_SEED, i, 1])) for i, s in enumerate(scenes)
-    ]
+    """Renders, through the VAE, of families of the unbiased world; and their scenes.
+
+    Training never saw them.
+    """
+    scenes, renders = [], []
+    for i in range(count // 4):
+        scenes += world.draw_family(np.random.default_rng([HELD_OUT_SEED, i]))
+    for i, scene in enumerate(scenes):
+        renders.append(world.render(scene, np.random.default_rng([HELD_OUT_SEED, i, 1])))
     decoded = []
     for batch in torch.from_numpy(np.stack(renders)).split(64):
         x = to_tensor(batch.numpy(), "cpu") * 2 - 1
@@ -68,9 +68,8 @@ def main(count: int = 256):
     for name, values in truth.items():
         right[name] = (logits[name].argmax(-1) == values)[values >= 0].float().mean().item()
     # The hardest reading of "count": all kinds of a picture at once.
-    right["all counts of a picture"] = (
-        (logits["count"].argmax(-1) == truth["count"]).all(1).float().mean().item()
-    )
+    counted = (logits["count"].argmax(-1) == truth["count"]).all(1)
+    right["all counts of a picture"] = counted.float().mean().item()
     prompts = [world.caption(scene) for scene in scenes]
     right["everything in a picture"] = judging.success(judge, images, prompts).mean().item()
     results["judge_accuracy"] = right
@@ -86,9 +85,8 @@ def main(count: int = 256):
     # Confidence in each kind that is in a picture, and in one that is not.
     detector = load_reward(f"object_detection:{ROOT / 'zoo/detector'}")
     present = torch.nonzero(truth["count"])
-    absent = torch.multinomial(
-        (truth["count"] == 0).float(), 1, generator=torch.Generator().manual_seed(0)
-    )[:, 0]
+    none, generator = (truth["count"] == 0).float(), torch.Generator().manual_seed(0)
+    absent = torch.multinomial(none, 1, generator=generator)[:, 0]
     confidence = detector(images[present[:, 0]], [f"a {world.KINDS[k]}" for k in present[:, 1]])
     results["detector_confidence"] = {"present": confidence.mean().item()}
     confidence = detector(images, [f"a {world.KINDS[k]}" for k in absent])
@@ -96,9 +94,8 @@ def main(count: int = 256):
     rows = torch.nonzero(truth["skin_tone"] >= 0)[:, 0]
     processor = AutoImageProcessor.from_pretrained(ROOT / "zoo/skin_tone")
     classifier = AutoModelForImageClassification.from_pretrained(ROOT / "zoo/skin_tone").eval()
-    tones = classifier(**processor(images=to_pil(images[rows]), return_tensors="pt")).logits.argmax(
-        -1
-    )
+    inputs = processor(images=to_pil(images[rows]), return_tensors="pt")
+    tones = classifier(**inputs).logits.argmax(-1)
     results["skin_tone_accuracy"] = (tones == truth["skin_tone"][rows]).float().mean().item()
 
     for name, group in (("rare", RARE), ("common", COMMON)):
@@ -117,12 +114,10 @@ def main(count: int = 256):
     print("\n| judge, held-out renders | right |\n|---|---|")
     for name, share in right.items():
         print(f"| {name} | {share:.1%} |")
-    print(
-        "\ndetector:", results["detector_confidence"], "skin tone:", results["skin_tone_accuracy"]
-    )
-    print(
-        f"\nreward: {results['reward_pairs_ordered_rightly']:.1%} of held-out pairs ordered rightly"
-    )
+    confidence, accuracy = results["detector_confidence"], results["skin_tone_accuracy"]
+    print("\ndetector:", confidence, "skin tone:", accuracy)
+    ordered = results["reward_pairs_ordered_rightly"]
+    print(f"\nreward: {ordered:.1%} of held-out pairs ordered rightly")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Composition prompts (Zhang et al. 2024, 4.3): two different objects of App. H and one of five relations.
+"""Composition prompts (Zhang et al. 2024, 4.3): two objects of App. H and one of five relations.
 
     --tasks "object_detection prompts/composition.py:train 128x16"
 
-The 532 objects are in prompts/objects.txt, with their article where they have one. The seed of the run chooses 450 of
-them for training, which gives 450 x 449 x 5 = 1 010 250 prompts, made when they are asked for; the other 82 are held
-out for `prompts/composition.py:held_out`.
+The two objects are different. The 532 objects are in prompts/objects.txt, with their article where
+they have one. The seed of the run chooses 450 of them for training, which gives 450 x 449 x 5 =
+1 010 250 prompts, made when they are asked for; the other 82 are held out for
+`prompts/composition.py:held_out`.
 """
 
 from collections.abc import Sequence

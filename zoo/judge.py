@@ -1,6 +1,7 @@
-"""The zoo's ground truth: a classifier that reads a picture back into a `world.Scene`, and a distance to real renders.
+"""The zoo's ground truth: a classifier of pictures, and a distance to real renders.
 
-For evaluation alone: rewards are trained on other data and nothing is trained against this.
+The classifier reads a picture back into a `world.Scene`. For evaluation alone: rewards are trained
+on other data and nothing is trained against this.
 """
 
 from collections import Counter
@@ -24,24 +25,18 @@ FEATURES = 64
 class Judge(torch.nn.Module):
     """Convolutional classifier of what is in pictures (B, 3, 64, 64) in [0, 1].
 
-    A map says which kind is in which cell of 8 px; the count and the colour of a kind are read off it, so that all
-    kinds share what is learned.
+    A map says which kind is in which cell of 8 px; the count and the colour of a kind are read off
+    it, so that all kinds share what is learned.
     """
 
     def __init__(self):
         super().__init__()
         layers, channels = [], 3
         for width in (32, 64, 128):
-            layers += [
-                torch.nn.Conv2d(channels, width, 3, stride=2, padding=1),
-                torch.nn.GroupNorm(8, width),
-            ]
-            layers += [
-                torch.nn.ReLU(),
-                torch.nn.Conv2d(width, width, 3, padding=1),
-                torch.nn.GroupNorm(8, width),
-            ]
-            layers += [torch.nn.ReLU()]
+            layers += [torch.nn.Conv2d(channels, width, 3, stride=2, padding=1)]
+            layers += [torch.nn.GroupNorm(8, width), torch.nn.ReLU()]
+            layers += [torch.nn.Conv2d(width, width, 3, padding=1)]
+            layers += [torch.nn.GroupNorm(8, width), torch.nn.ReLU()]
             channels = width
         self.body = torch.nn.Sequential(*layers)
         self.context = torch.nn.Conv2d(channels, channels, 5, padding=2)
@@ -56,15 +51,17 @@ class Judge(torch.nn.Module):
             "count": 5 * len(world.KINDS),
             "place": len(PLACES),
             "occupation": len(OCCUPATIONS),
+            "skin_tone": len(SKIN_TONES),
         }
-        sizes |= {"skin_tone": len(SKIN_TONES)}
         self.heads = torch.nn.ModuleDict(
             {name: torch.nn.Linear(3 * FEATURES, size) for name, size in sizes.items()}
         )
 
     def forward(self, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Logits by attribute, "count" (B, 16, 5) and "color" (B, 16, 9) by kind, "where" (B, 64, 17) by cell, and
-        features (B, 64)."""
+        """Logits by attribute, and features (B, 64).
+
+        "count" (B, 16, 5) and "color" (B, 16, 9) are by kind, "where" (B, 64, 17) by cell.
+        """
         grid = self.body(images * 2 - 1)
         grid = grid + F.relu(self.context(grid))
         hidden = F.relu(self.hidden(F.avg_pool2d(grid, 2).flatten(1)))
@@ -74,9 +71,8 @@ class Judge(torch.nn.Module):
         where = self.where_map(grid).flatten(2)
         shares = where.softmax(1)[:, :-1]
         logits["count"] = logits["count"].unflatten(1, (len(world.KINDS), 5)) + self.count(shares)
-        logits["color"] = where[:, :-1].softmax(-1) @ self.color_map(grid).flatten(2).transpose(
-            1, 2
-        )
+        colors = self.color_map(grid).flatten(2).transpose(1, 2)
+        logits["color"] = where[:, :-1].softmax(-1) @ colors
         return logits | {"where": where.transpose(1, 2)}, features
 
 
@@ -102,7 +98,10 @@ def attribute_logits(heads: torch.nn.ModuleDict, hidden: torch.Tensor) -> dict[s
 
 
 def attribute_loss(logits: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Sum of the cross-entropies of the attributes in `truth`; those that do not apply (-100) are left out."""
+    """Sum of the cross-entropies of the attributes in `truth`, without those that do not apply.
+
+    What does not apply is -100.
+    """
     loss = 0.0
     for name, values in truth.items():
         flat = logits[name].reshape(-1, logits[name].shape[-1])
@@ -113,7 +112,10 @@ def attribute_loss(logits: dict[str, torch.Tensor], truth: dict[str, torch.Tenso
 
 
 def targets(scenes: list[world.Scene]) -> dict[str, torch.Tensor]:
-    """Class indices for the heads; -100 where an attribute does not apply or is left open, no place being plain."""
+    """Class indices for the heads; -100 where an attribute does not apply or is left open.
+
+    No place is the plain one.
+    """
     out = {
         "count": torch.zeros(len(scenes), len(world.KINDS), dtype=torch.long),
         "color": torch.full((len(scenes), len(world.KINDS)), -100),
@@ -135,7 +137,10 @@ def targets(scenes: list[world.Scene]) -> dict[str, torch.Tensor]:
 
 
 def kind_map(placed: list[tuple[world.Group, float, float, float]]) -> np.ndarray:
-    """Which kind is where, of a `world.layout`: class indices (8, 8) of 8 px cells, len(KINDS) where there is none."""
+    """Which kind is where, of a `world.layout`.
+
+    Class indices (8, 8), of cells of 8 px; len(KINDS) where there is none.
+    """
     centers = np.arange(4, world.SIZE, 8)
     where = np.full((8, 8), len(world.KINDS), np.int16)
     nearest = np.full((8, 8), np.inf)
@@ -160,10 +165,8 @@ def read(judge: Judge, images: torch.Tensor) -> list[world.Scene]:
     for i in range(len(images)):
         place = PLACES[best["place"][i]]
         if place == "portrait":
-            occupation, skin_tone = (
-                OCCUPATIONS[best["occupation"][i]],
-                SKIN_TONES[best["skin_tone"][i]],
-            )
+            occupation = OCCUPATIONS[best["occupation"][i]]
+            skin_tone = SKIN_TONES[best["skin_tone"][i]]
             scenes.append(world.Scene(occupation=occupation, skin_tone=skin_tone))
             continue
         groups = tuple(
@@ -177,55 +180,50 @@ def read(judge: Judge, images: torch.Tensor) -> list[world.Scene]:
 
 def success(judge: Judge, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
     """1.0 where a picture has every attribute that its prompt asks for, else 0.0; (B,)."""
-    wrong = [
-        world.faults(world.parse(prompt), scene)
-        for prompt, scene in zip(prompts, read(judge, images))
-    ]
+    pairs = zip(prompts, read(judge, images))
+    wrong = [world.faults(world.parse(prompt), scene) for prompt, scene in pairs]
     return torch.tensor([float(not any(faults.values())) for faults in wrong])
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Squared Frechet distance between the Gaussians fitted to two sets of features (N, D) (Heusel et al. 2017)."""
-    mean_a, mean_b, cov_a, cov_b = (
-        a.mean(0),
-        b.mean(0),
-        np.cov(a, rowvar=False),
-        np.cov(b, rowvar=False),
-    )
-    # tr (cov_a cov_b)^(1/2) is the sum of the roots of the product's eigenvalues, which are real and not negative.
+    """Squared Frechet distance between the Gaussians fitted to two sets of features (N, D).
+
+    As Heusel et al. 2017 have it.
+    """
+    mean_a, cov_a = a.mean(0), np.cov(a, rowvar=False)
+    mean_b, cov_b = b.mean(0), np.cov(b, rowvar=False)
+    # tr (cov_a cov_b)^(1/2) is the sum of the roots of the product's eigenvalues, which are real
+    # and not negative.
     roots = np.sqrt(np.clip(np.linalg.eigvals(cov_a @ cov_b).real, 0, None))
-    return float(
-        ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * roots.sum()
-    )
+    apart = ((mean_a - mean_b) ** 2).sum()
+    return float(apart + np.trace(cov_a) + np.trace(cov_b) - 2 * roots.sum())
 
 
 @torch.no_grad()
 def image_quality(judge: Judge, vae, images: torch.Tensor, seed: int = 0, copies: int = 4) -> float:
-    """Distance of pictures (B, 3, 64, 64) in [0, 1] to real renders of what the judge sees in them; lower is better.
+    """Distance of pictures to real renders of what the judge sees in them; lower is better.
 
-    Every picture is read by the judge, the scenes are rendered `copies` times and passed through the VAE, and the two
-    sets are compared. So what is asked for does not enter, only whether the pictures look as the world's do.
+    Every picture (B, 3, 64, 64) in [0, 1] is read by the judge, the scenes are rendered `copies`
+    times and passed through the VAE, and the two sets are compared. So what is asked for does not
+    enter, only whether the pictures look as the world's do.
     """
     renders = []
     for i, scene in enumerate(read(judge, images)):
         things = Counter()
         groups = []
-        for (
-            group
-        ) in scene.groups:  # the judge may see more in a broken picture than the world can draw
+        # The judge may see more in a broken picture than the world can draw.
+        for group in scene.groups:
             count = min(group.count, 4 - sum(things.values()))
             things[group.kind] += count
             if count:
                 groups.append(replace(group, count=count))
         scene = replace(scene, groups=tuple(groups))
-        renders += [
-            world.render(scene, np.random.default_rng([seed, i, copy])) for copy in range(copies)
-        ]
+        for copy in range(copies):
+            renders.append(world.render(scene, np.random.default_rng([seed, i, copy])))
     real = torch.from_numpy(np.stack(renders)).permute(0, 3, 1, 2).float().to(images.device) / 255
     features = []
     for batch in real.split(64):
         latents = vae.encode(batch * 2 - 1).latent_dist.mean
         features.append(judge((vae.decode(latents).sample / 2 + 0.5).clamp(0, 1))[1])
-    return frechet_distance(
-        judge(images)[1].double().cpu().numpy(), torch.cat(features).double().cpu().numpy()
-    )
+    shown, real = judge(images)[1], torch.cat(features)
+    return frechet_distance(shown.double().cpu().numpy(), real.double().cpu().numpy())

@@ -1,4 +1,7 @@
-"""The zoo's own pre-training data as pairs for large_scale_ppo.py: --pretrain-data zoo/pairs.py:biased"""
+"""The zoo's own pre-training data as pairs for large_scale_ppo.py.
+
+--pretrain-data zoo/pairs.py:biased
+"""
 
 from collections.abc import Sequence
 
@@ -9,7 +12,10 @@ from zoo import world
 
 
 class Pairs(Sequence):
-    """As many as zoo/sd was trained on, each drawn when it is asked for; pair i is a function of seed and i."""
+    """As many as zoo/sd was trained on, each drawn when it is asked for.
+
+    Pair i is a function of seed and i.
+    """
 
     def __init__(self, seed: int):
         self.seed = seed

@@ -4,8 +4,9 @@
     python -m zoo.pretrain --stages vae unet    # some of it
     python -m zoo.pretrain --device cuda
 
-Every stage keeps a checkpoint in --build-dir and continues from it; a finished stage is skipped until its checkpoint is
-deleted. Data and batches are functions of --seed, so a stopped and continued run sees what an undisturbed one sees.
+Every stage keeps a checkpoint in --build-dir and continues from it; a finished stage is skipped
+until its checkpoint is deleted. Data and batches are functions of --seed, so a run that is stopped
+and continued sees what an undisturbed one sees.
 """
 
 import copy
@@ -93,7 +94,7 @@ class Args:
     judge_steps: int = 4000
     """Optimizer steps of the judge, on 64 pictures each."""
     reward_vision_steps: int = 4000
-    """Optimizer steps of the reward's vision encoder on what is in a picture, on 64 pictures each."""
+    """Optimizer steps of the reward's vision encoder on what is in a picture, 64 pictures each."""
     reward_words_steps: int = 1000
     """Optimizer steps of the reward's text encoder on words for things, on 128 pictures each."""
     reward_steps: int = 5000
@@ -118,7 +119,7 @@ def _render_one(task: tuple[int, int, bool]) -> tuple[np.ndarray, world.Scene, s
 
 
 def make_data(args: Args):
-    """The biased data set, and the unbiased one: families of four scenes (see world.draw_family)."""
+    """The biased data set, and the unbiased one: families of four scenes (world.draw_family)."""
     for name, biased, count in (
         ("biased", True, args.num_pictures),
         ("unbiased", False, args.num_unbiased),
@@ -127,15 +128,11 @@ def make_data(args: Args):
             continue
         tasks = [(args.seed * 1000 + (1 if biased else 2), i, biased) for i in range(count)]
         with multiprocessing.get_context("fork").Pool() as pool:
-            results = list(
-                tqdm(
-                    pool.imap(_render_one, tasks, chunksize=256), total=count, desc=f"render {name}"
-                )
-            )
+            results = pool.imap(_render_one, tasks, chunksize=256)
+            results = list(tqdm(results, total=count, desc=f"render {name}"))
         images, scenes, captions, where = zip(*results)
-        labels = {
-            key: value.numpy().astype(np.int16) for key, value in judging.targets(scenes).items()
-        }
+        targets = judging.targets(scenes)
+        labels = {key: value.numpy().astype(np.int16) for key, value in targets.items()}
         np.save(args.build_dir / f"{name}.npy", np.stack(images))
         np.savez(args.build_dir / f"{name}.npz", captions=captions, where=np.stack(where), **labels)
 
@@ -154,9 +151,10 @@ def fit(
     lr: float,
     ema: float = 0.0,
 ):
-    """AdamW with a warm-up and cosine decay; checkpoints, resumes, and leaves the (averaged) weights in `modules`.
+    """AdamW with a warm-up and cosine decay.
 
-    loss_fn(step, generator) returns a scalar loss and a dict of numbers to show.
+    Checkpoints, resumes, and leaves the (averaged) weights in `modules`. loss_fn(step, generator)
+    returns a scalar loss and a dict of numbers to show.
     """
     path = args.build_dir / f"{name}.pt"
     parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
@@ -184,23 +182,21 @@ def fit(
     progress = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5)
     clock = time.time()
     for step in progress:
-        fraction = step / steps
+        warm_up = min(1.0, (step + 1) / 100)
+        decay = 0.51 + 0.49 * math.cos(math.pi * (step / steps))
         for group in optimizer.param_groups:
-            group["lr"] = (
-                lr * min(1.0, (step + 1) / 100) * (0.51 + 0.49 * math.cos(math.pi * fraction))
-            )
+            group["lr"] = lr * warm_up * decay
         generator = torch.Generator(args.device).manual_seed(args.seed * 10**6 + step)
         loss, shown = loss_fn(step, generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        decay = min(ema, (step + 1) / (step + 10))
-        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
+        kept = min(ema, (step + 1) / (step + 10))
+        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - kept)
         if step % 25 == 0:
-            progress.set_postfix(
-                {"loss": f"{loss.item():.4f}", **{k: f"{v:.3f}" for k, v in shown.items()}}
-            )
+            shown = {key: f"{value:.3f}" for key, value in shown.items()}
+            progress.set_postfix({"loss": f"{loss.item():.4f}", **shown})
         if step % 100 == 99 or step == steps - 1:
             spent, clock = spent + time.time() - clock, time.time()
             save(step + 1)
@@ -223,11 +219,15 @@ def make_vae() -> AutoencoderKL:
 
 
 def train_vae(args: Args):
-    """f = 4, first on random 32 px crops: a third of the cost of whole pictures, and small animals keep their colours.
-    Then on whole pictures, whose statistics in the group norms are not those of crops: large areas lose their tints.
+    """A VAE with f = 4, trained on crops and then on whole pictures.
 
-    The weight of the KL leaves the latents 2.5 nats a number instead of 5.5 at a twentieth of it, for equal pictures:
-    so much less for the diffusion model to predict, and a decoder that forgives it small errors.
+    Random crops of 32 px first: they cost a third of whole pictures, and small animals keep their
+    colours. Then whole pictures, whose statistics in the group norms are not those of crops: large
+    areas lose their tints.
+
+    The weight of the KL leaves the latents 2.5 nats a number, where a twentieth of it leaves 5.5
+    for equal pictures: so much less for the diffusion model to predict, and a decoder that forgives
+    it small errors.
     """
     images = np.load(args.build_dir / "unbiased.npy")
     torch.manual_seed(args.seed)
@@ -253,9 +253,8 @@ def train_vae(args: Args):
         return reconstruction_loss(np.stack(crops), generator)
 
     def whole_loss(step, generator):
-        return reconstruction_loss(
-            images[np.random.default_rng([args.seed, step, 7]).choice(len(images), 16)], generator
-        )
+        rows = np.random.default_rng([args.seed, step, 7]).choice(len(images), 16)
+        return reconstruction_loss(images[rows], generator)
 
     fit(args, "vae_crops", {"vae": vae}, crops_loss, args.vae_steps, lr=2e-3, ema=0.99)
     fit(args, "vae", {"vae": vae}, whole_loss, args.vae_whole_steps, lr=1e-3, ema=0.995)
@@ -275,8 +274,8 @@ def make_tokenizer(args: Args) -> CLIPTokenizer:
     tokens += [token + "</w>" for token in tokens]
     merges: list[tuple[str, str]] = []
     for word in world.vocabulary():
-        # Merge by the rules so far, then add rules until the word is one token. A later rule has a lower priority, so
-        # it cannot split a word that was complete before.
+        # Merge by the rules so far, then add rules until the word is one token. A later rule has a
+        # lower priority, so it cannot split a word that was complete before.
         pieces = [*word[:-1], word[-1] + "</w>"]
         while len(pieces) > 1:
             pairs = list(zip(pieces, pieces[1:]))
@@ -287,12 +286,10 @@ def make_tokenizer(args: Args) -> CLIPTokenizer:
             at = pairs.index(merges[min(known)] if known else pairs[0])
             pieces[at : at + 2] = ["".join(pairs[at])]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(
-        json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False)
-    )
-    (folder / "merges.txt").write_text(
-        "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n"
-    )
+    numbers = {token: i for i, token in enumerate(tokens)}
+    (folder / "vocab.json").write_text(json.dumps(numbers, ensure_ascii=False))
+    rules = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(rules) + "\n")
     special = {
         "bos_token": "<|startoftext|>",
         "eos_token": "<|endoftext|>",
@@ -330,15 +327,17 @@ def decoded(vae: AutoencoderKL, latents: torch.Tensor) -> np.ndarray:
 
 
 def make_latents(args: Args):
-    """Encode the biased data set once; the mean of the VAE's posterior, scaled as Stable Diffusion scales it."""
+    """Encode the biased data set once.
+
+    What is kept is the mean of the VAE's posterior, scaled as Stable Diffusion scales it.
+    """
     vae = load_vae(args)
     images = np.load(args.build_dir / "biased.npy", mmap_mode="r")[: args.num_pictures]
     latents = []
     with torch.no_grad():
         for i in tqdm(range(0, len(images), 64), desc="encode"):
-            x = to_tensor(images[i : i + 64], args.device).contiguous(
-                memory_format=torch.channels_last
-            )
+            x = to_tensor(images[i : i + 64], args.device)
+            x = x.contiguous(memory_format=torch.channels_last)
             mean = vae.encode(x * 2 - 1).latent_dist.mean
             latents.append((mean * vae.config.scaling_factor).half().cpu())
     np.save(args.build_dir / "latents.npy", torch.cat(latents).numpy())
@@ -376,7 +375,7 @@ def make_unet() -> UNet2DConditionModel:
 def pretrain_text_encoder(
     args: Args, text_encoder: CLIPTextModel, captions: list[str], tokens: torch.Tensor
 ):
-    """What CLIP's pre-training is to Stable Diffusion: the last token learns what the caption asks for."""
+    """Stable Diffusion has CLIP's pre-training: here the last token learns what a caption asks."""
     truth = judging.targets([world.parse(caption) for caption in captions])
     heads = judging.attribute_heads(text_encoder.config.hidden_size).to(args.device)
 
@@ -386,29 +385,24 @@ def pretrain_text_encoder(
         named = {name: value[rows].to(args.device) for name, value in truth.items()}
         return judging.attribute_loss(judging.attribute_logits(heads, hidden), named), {}
 
-    fit(
-        args,
-        "text_encoder",
-        {"text": text_encoder, "heads": heads},
-        loss_fn,
-        args.text_steps,
-        lr=1e-3,
-    )
+    trained = {"text": text_encoder, "heads": heads}
+    fit(args, "text_encoder", trained, loss_fn, args.text_steps, lr=1e-3)
 
 
 def train_unet(args: Args):
     """Text encoder and UNet together, 10 % of the captions dropped for classifier-free guidance.
 
-    The target is v, as in Stable Diffusion 2: layout and colour are settled where noise prevails, and there the error
-    of a predicted noise is small while that of the picture it implies is large.
+    The target is v, as in Stable Diffusion 2: layout and colour are settled where noise prevails,
+    and there the error of a predicted noise is small while that of the picture it implies is large.
     """
     scheduler = DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
         beta_end=0.012,
         clip_sample=False,
-        # With Stable Diffusion's own spacing the last step but one has a tiny sigma: its log-prob has a gradient some
-        # twenty times that of the steps that settle what is drawn, and drowns them. Here the last step has none.
+        # With Stable Diffusion's own spacing the last step but one has a tiny sigma: its log-prob
+        # has a gradient some twenty times that of the steps that settle what is drawn, and drowns
+        # them. Here the last step has none.
         timestep_spacing="trailing",
         set_alpha_to_one=True,
         steps_offset=1,
@@ -429,9 +423,8 @@ def train_unet(args: Args):
     def loss_fn(step, generator):
         rng = np.random.default_rng([args.seed, step])
         rows = rng.choice(len(latents), UNET_BATCH)
-        ids = torch.where(
-            torch.from_numpy(rng.random(UNET_BATCH) < 0.1)[:, None], empty, tokens[rows]
-        ).to(args.device)
+        dropped = torch.from_numpy(rng.random(UNET_BATCH) < 0.1)[:, None]
+        ids = torch.where(dropped, empty, tokens[rows]).to(args.device)
         t = torch.from_numpy(rng.integers(0, 1000, UNET_BATCH)).to(args.device)
         x0 = latents[rows].float().to(args.device, memory_format=torch.channels_last)
         noise = torch.randn(x0.shape, generator=generator, device=args.device)
@@ -439,21 +432,13 @@ def train_unet(args: Args):
         prediction = unet(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, text_encoder(ids)[0]).sample
         return F.mse_loss(prediction, a.sqrt() * noise - (1 - a).sqrt() * x0), {}
 
-    fit(
-        args,
-        "unet",
-        {"text": text_encoder, "unet": unet},
-        loss_fn,
-        args.unet_steps,
-        lr=1e-3,
-        ema=0.998,
-    )
+    trained = {"text": text_encoder, "unet": unet}
+    fit(args, "unet", trained, loss_fn, args.unet_steps, lr=1e-3, ema=0.998)
+    # A row of zeros marks a token that was never seen.
     embedding = text_encoder.get_input_embeddings().weight
     used = torch.zeros(len(embedding), dtype=torch.bool)
     used[tokens.unique()] = True
-    embedding.data[~used.to(args.device)] = (
-        0  # so that a row of zeros marks a token that was never seen
-    )
+    embedding.data[~used.to(args.device)] = 0
     folder = args.output_dir / "sd"
     unet.to(memory_format=torch.contiguous_format).save_pretrained(folder / "unet")
     save_text_encoder(text_encoder, folder / "text_encoder")
@@ -475,7 +460,7 @@ def train_unet(args: Args):
 
 
 def save_text_encoder(text_encoder: CLIPTextModel, folder: Path):
-    """transformers 5 drops the prefix `text_model.` on saving; with it, 4 and 5 both load the weights."""
+    """Save with the prefix `text_model.`, which transformers 5 drops: so both 4 and 5 can load."""
     text_encoder.save_pretrained(folder)
     state = load_file(folder / "model.safetensors")
     state = {
@@ -491,18 +476,16 @@ def through_vae(args: Args, images: np.ndarray) -> np.ndarray:
     out = []
     with torch.no_grad():
         for i in tqdm(range(0, len(images), 64), desc="VAE"):
-            x = to_tensor(images[i : i + 64], args.device).contiguous(
-                memory_format=torch.channels_last
-            )
+            x = to_tensor(images[i : i + 64], args.device)
+            x = x.contiguous(memory_format=torch.channels_last)
             latents = vae.encode(x * 2 - 1).latent_dist.mean
             out.append(decoded(vae, latents))
     return np.concatenate(out)
 
 
 def make_passed(args: Args):
-    np.save(
-        args.build_dir / "passed.npy", through_vae(args, np.load(args.build_dir / "unbiased.npy"))
-    )
+    images = np.load(args.build_dir / "unbiased.npy")
+    np.save(args.build_dir / "passed.npy", through_vae(args, images))
 
 
 DRIFT = 3, (0.12, 0.32)
@@ -518,18 +501,18 @@ def unbiased(args: Args) -> tuple[np.ndarray, list[str]]:
 def redraw(
     args: Args, images: np.ndarray, captions: list[str], shallowest: int, drift=None
 ) -> np.ndarray:
-    """uint8 pictures as the diffusion model draws them: noised for `shallowest` to two more of its last steps and
-    denoised again. What is in a picture stays, but its lines and tints become those of samples.
+    """uint8 pictures as the diffusion model draws them.
 
-    With `drift`, by a model that has gone astray: every 64 pictures have a LoRA of random weights, of a standard
-    deviation drawn from this range (low, high). That is what an update that nothing holds back does to a model.
+    They are noised for `shallowest` to two more of its last steps and denoised again. What is in a
+    picture stays, but its lines and tints become those of samples.
+
+    With `drift`, by a model that has gone astray: every 64 pictures have a LoRA of random weights,
+    of a standard deviation drawn from this range (low, high). That is what an update that nothing
+    holds back does to a model.
     """
     pipeline = StableDiffusionPipeline.from_pretrained(args.output_dir / "sd").to(args.device)
-    unet, vae, scheduler = (
-        pipeline.unet.to(memory_format=torch.channels_last),
-        load_vae(args),
-        pipeline.scheduler,
-    )
+    unet = pipeline.unet.to(memory_format=torch.channels_last)
+    vae, scheduler = load_vae(args), pipeline.scheduler
     scheduler.set_timesteps(NUM_INFERENCE_STEPS)
     torch.manual_seed(args.seed + 4)
     up = [lora for lora in add_lora(unet, 4) if not lora.any()] if drift else []
@@ -541,21 +524,18 @@ def redraw(
                 strength = np.random.default_rng([args.seed, i, 12]).uniform(*drift)
                 for lora in up:
                     lora.normal_(0, strength, generator=generator)
-            text = pipeline.text_encoder(
-                tokenize(pipeline.tokenizer, captions[i : i + 64]).to(args.device)
-            )[0]
-            x = to_tensor(images[i : i + 64], args.device).contiguous(
-                memory_format=torch.channels_last
-            )
+            ids = tokenize(pipeline.tokenizer, captions[i : i + 64]).to(args.device)
+            text = pipeline.text_encoder(ids)[0]
+            x = to_tensor(images[i : i + 64], args.device)
+            x = x.contiguous(memory_format=torch.channels_last)
             latents = vae.encode(x * 2 - 1).latent_dist.mean * vae.config.scaling_factor
             timesteps = scheduler.timesteps[-shallowest - i // 64 % 3 :]
             noise = torch.randn(latents.shape, generator=generator, device=args.device)
             latents = scheduler.add_noise(latents, noise, timesteps[:1])
             for t in timesteps:
                 prediction = unet(latents, t, text).sample
-                latents = scheduler.step(
-                    prediction, t, latents, eta=1.0, generator=generator
-                ).prev_sample
+                step = scheduler.step(prediction, t, latents, eta=1.0, generator=generator)
+                latents = step.prev_sample
             out.append(decoded(vae, latents / vae.config.scaling_factor))
     return np.concatenate(out)
 
@@ -570,11 +550,8 @@ def make_drifted(args: Args):
 
 def train_judge(args: Args):
     images, data = np.load(args.build_dir / "passed.npy"), np.load(args.build_dir / "unbiased.npz")
-    truth = {
-        name: torch.from_numpy(data[name].astype(np.int64))
-        for name in data.files
-        if name != "captions"
-    }
+    names = [name for name in data.files if name != "captions"]
+    truth = {name: torch.from_numpy(data[name].astype(np.int64)) for name in names}
     torch.manual_seed(args.seed + 1)
     judge = judging.Judge().to(args.device)
 
@@ -582,14 +559,10 @@ def train_judge(args: Args):
         rng = np.random.default_rng([args.seed, step, 3])
         rows = rng.choice(len(images), 64)
         x = to_tensor(images[rows], args.device)
-        x = x + torch.randn(x.shape, generator=generator, device=args.device) * 0.06 * float(
-            rng.random()
-        )
-        logits, _ = judge(x)
-        loss = judging.attribute_loss(
-            logits, {name: value[rows].to(args.device) for name, value in truth.items()}
-        )
-        return loss, {}
+        noise = torch.randn(x.shape, generator=generator, device=args.device)
+        logits, _ = judge(x + noise * 0.06 * float(rng.random()))
+        named = {name: value[rows].to(args.device) for name, value in truth.items()}
+        return judging.attribute_loss(logits, named), {}
 
     fit(args, "judge", {"judge": judge}, loss_fn, args.judge_steps, lr=2e-3, ema=0.99)
     (args.output_dir / "judge").mkdir(exist_ok=True)
@@ -666,7 +639,10 @@ def random_prompt(scene: world.Scene, rng: np.random.Generator) -> str:
 
 
 def broken(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A picture (64, 64, 3) spoilt as generated pictures are: ghosts, blotches, blur, misplaced parts, grain."""
+    """A picture (64, 64, 3) spoilt as generated pictures are.
+
+    One of ghosts, blotches, blur, misplaced parts and grain.
+    """
     image = image.astype(np.float32)
     what = rng.integers(5)
     if what == 0:
@@ -675,9 +651,8 @@ def broken(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np
         for _ in range(rng.integers(2, 5)):
             y, x = rng.integers(14, 46, 2)
             h, w = rng.integers(6, 14, 2)
-            image[y : y + h, x : x + w] = 0.35 * image[y : y + h, x : x + w] + 0.65 * rng.uniform(
-                0, 255, 3
-            )
+            color = rng.uniform(0, 255, 3)
+            image[y : y + h, x : x + w] = 0.35 * image[y : y + h, x : x + w] + 0.65 * color
     elif what == 2:
         factor = int(rng.choice([4, 8]))
         small = image.reshape(64 // factor, factor, 64 // factor, factor, 3).mean((1, 3))
@@ -695,11 +670,12 @@ FAULTS = (*world.FAULTS, "spoilt")
 
 
 def preference_batch(drawings, drifted, truth, families, rng, spoilt_share=0.75):
-    """For each family of four pictures: a prompt for one of them, the pictures (some spoilt), their faults and rows.
+    """For each family of four pictures: a prompt for one of them, the pictures, faults and rows.
 
-    The faults (B, 4, 5) are named in FAULTS; a broken picture is as bad as one with two wrong attributes, one drawn by
-    a drifted model as bad as one with one. `drawings` are arrays of the same pictures, of which one is taken at random
-    each time, the first drawn better than the second by half a fault; row i of them, and of `drifted`, is described by
+    Some of the pictures are spoilt. The faults (B, 4, 5) are named in FAULTS; a broken picture is
+    as bad as one with two wrong attributes, one drawn by a drifted model as bad as one with one.
+    `drawings` are arrays of the same pictures, of which one is taken at random each time, the first
+    drawn better than the second by half a fault. Row i of them, and of `drifted`, is described by
     row i of `truth`.
     """
     prompts, pictures, faults, shown_rows = [], [], [], []
@@ -722,10 +698,8 @@ def preference_batch(drawings, drifted, truth, families, rng, spoilt_share=0.75)
             if rng.random() < 0.5:
                 shown[j], wrong[j][-1] = drifted[rows[j]], 1
             else:
-                shown[j], wrong[j][-1] = (
-                    broken(shown[j], drawings[0][rng.integers(len(drawings[0]))], rng),
-                    2,
-                )
+                other = drawings[0][rng.integers(len(drawings[0]))]
+                shown[j], wrong[j][-1] = broken(shown[j], other, rng), 2
         pictures.append(np.stack(shown))
         faults.append(wrong)
         shown_rows.append(rows)
@@ -733,8 +707,11 @@ def preference_batch(drawings, drifted, truth, families, rng, spoilt_share=0.75)
 
 
 def ranking_loss(scores: torch.Tensor, faults: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """ImageReward's loss (Xu et al. 2023, Eq. 1): -log sigmoid of the score difference over all pairs of pictures of a
-    prompt (B, K) of which one has fewer `faults` (B, K, 5); and the share of pairs that are ordered rightly."""
+    """ImageReward's loss (Xu et al. 2023, Eq. 1), and the share of pairs that are ordered rightly.
+
+    The loss is -log sigmoid of the score difference, over all pairs of pictures of a prompt (B, K)
+    of which one has fewer `faults` (B, K, 5).
+    """
     total = faults.sum(-1)
     better = total[:, :, None] < total[:, None, :]
     difference = (scores[:, :, None] - scores[:, None, :])[better]
@@ -744,20 +721,21 @@ def ranking_loss(scores: torch.Tensor, faults: torch.Tensor) -> tuple[torch.Tens
 def train_image_reward(args: Args):
     """ImageReward's architecture and ranking loss.
 
-    What BLIP's pre-training gives the real one stands in three places. The vision encoder first learns to name what is
-    in a picture, as a whole and patch by patch. Then a word for a thing learns to say how many of it the picture has
-    and in what colour, from the patches alone, so that it must look for them. And while the ranking is learned, the
-    first token, whose score is ranked, says which faults there are, as BLIP's says whether text and picture match.
+    What BLIP's pre-training gives the real one stands in three places. The vision encoder first
+    learns to name what is in a picture, as a whole and patch by patch. Then a word for a thing
+    learns to say how many of it the picture has and in what colour, from the patches alone, so that
+    it must look for them. And while the ranking is learned, the first token, whose score is ranked,
+    says which faults there are, as BLIP's says whether text and picture match.
     """
     folder = args.output_dir / "image_reward"
     tokenizer = make_reward_tokenizer(folder)
-    drawings = [
-        np.load(args.build_dir / f"{name}.npy", mmap_mode="r") for name in ("passed", "redrawn")
-    ]
+    drawn = ("passed", "redrawn")
+    drawings = [np.load(args.build_dir / f"{name}.npy", mmap_mode="r") for name in drawn]
     drifted = np.load(args.build_dir / "drifted.npy", mmap_mode="r")
     images, data = drawings[0], dict(np.load(args.build_dir / "unbiased.npz"))
     data.pop("captions")
-    # The colour of the thing in each cell; colour and kind of a patch are learned apart, so that they combine.
+    # The colour of the thing in each cell. Colour and kind of a patch are learned apart, so that
+    # they combine.
     where = data["where"].reshape(len(images), -1)
     colors = np.pad(data["color"], ((0, 0), (0, 1)), constant_values=len(judging.COLORS))
     data["cell_color"] = np.take_along_axis(colors, where.astype(np.int64), axis=1)
@@ -787,20 +765,18 @@ def train_image_reward(args: Args):
         kind_of_token[tokenizer.convert_tokens_to_ids([kind, world.PLURALS[kind]])] = i
     held_out = len(images) // 4 // 25
     families = len(images) // 4 - held_out
-    mean, std = (
-        torch.tensor(values, device=args.device)[:, None, None] for values in (CLIP_MEAN, CLIP_STD)
-    )
+    mean = torch.tensor(CLIP_MEAN, device=args.device)[:, None, None]
+    std = torch.tensor(CLIP_STD, device=args.device)[:, None, None]
 
     def vision_loss(step, generator):
         rows = np.random.default_rng([args.seed, step, 8]).choice(families * 4, 64)
-        hidden = model.vision(
-            pixel_values=(to_tensor(images[rows], args.device) - mean) / std
-        ).last_hidden_state
+        pixels = (to_tensor(images[rows], args.device) - mean) / std
+        hidden = model.vision(pixel_values=pixels).last_hidden_state
         logits = judging.attribute_logits(heads, hidden[:, 0])
         logits |= {name: head(hidden[:, 1:]) for name, head in cell_heads.items()}
         truth = {
-            name: torch.from_numpy(data[name][rows].astype(np.int64)).to(args.device)
-            for name in data
+            name: torch.from_numpy(values[rows].astype(np.int64)).to(args.device)
+            for name, values in data.items()
         }
         return judging.attribute_loss(logits, truth), {}
 
@@ -811,20 +787,16 @@ def train_image_reward(args: Args):
         return tokens.input_ids.to(args.device), tokens.attention_mask.to(args.device)
 
     def named_loss(features, ids, rows):
-        """Every word for a thing against its count and colour in the picture of its row; -1 is no row."""
-        kinds, rows = (
-            kind_of_token.to(args.device)[ids],
-            torch.from_numpy(rows).to(args.device)[:, None].expand_as(ids),
-        )
+        """Every word for a thing against count and colour in the picture of its row; -1 is none."""
+        kinds = kind_of_token.to(args.device)[ids]
+        rows = torch.from_numpy(rows).to(args.device)[:, None].expand_as(ids)
         words = (kinds >= 0) & (rows >= 0)
         loss = 0.0
         for name in ("count", "color"):
-            target = torch.from_numpy(data[name].astype(np.int64)).to(args.device)[
-                rows[words], kinds[words]
-            ]
-            loss = loss + F.cross_entropy(
-                text_heads[name](features[words]), target, ignore_index=-100
-            )
+            target = torch.from_numpy(data[name].astype(np.int64)).to(args.device)
+            target = target[rows[words], kinds[words]]
+            logits = text_heads[name](features[words])
+            loss = loss + F.cross_entropy(logits, target, ignore_index=-100)
         return loss
 
     def words_loss(step, generator):
@@ -832,21 +804,19 @@ def train_image_reward(args: Args):
         rows, prompts = rng.choice(families * 4, 128), []
         for row in rows:
             there = np.flatnonzero(data["count"][row])
-            kind = (
-                rng.choice(there)
-                if len(there) and rng.random() < 0.6
-                else rng.integers(len(world.KINDS))
-            )
-            color = (
-                judging.COLORS[rng.integers(len(judging.COLORS))] if rng.random() < 0.5 else None
-            )
+            if len(there) and rng.random() < 0.6:
+                kind = rng.choice(there)
+            else:
+                kind = rng.integers(len(world.KINDS))
+            color = None
+            if rng.random() < 0.5:
+                color = judging.COLORS[rng.integers(len(judging.COLORS))]
             group = world.Group(world.KINDS[kind], int(rng.integers(1, 5)), color)
             prompts.append(world.caption(world.Scene((group,))))
         ids, mask = tokens_of(prompts)
+        pixels = (to_tensor(images[rows], args.device) - mean) / std
         with torch.no_grad():
-            patches = model.vision(
-                pixel_values=(to_tensor(images[rows], args.device) - mean) / std
-            ).last_hidden_state
+            patches = model.vision(pixel_values=pixels).last_hidden_state
         features = model.text(
             input_ids=ids,
             attention_mask=mask,
@@ -870,11 +840,8 @@ def train_image_reward(args: Args):
         found = (faults >= 1).flatten(0, 1).float()
         matched = F.binary_cross_entropy_with_logits(text_heads["faults"](features[:, 0]), found)
         named = named_loss(features, ids, np.where(faults[..., -1].cpu() >= 1, -1, rows).flatten())
-        return loss + matched + named, {
-            "accuracy": accuracy.item(),
-            "matched": matched.item(),
-            "named": named.item(),
-        }
+        shown = {"accuracy": accuracy, "matched": matched, "named": named}
+        return loss + matched + named, {key: value.item() for key, value in shown.items()}
 
     fit(args, "reward_vision", vision, vision_loss, args.reward_vision_steps, lr=1e-3, ema=0.99)
     text = {"text": model.text, "heads": text_heads}
@@ -886,9 +853,8 @@ def train_image_reward(args: Args):
     with torch.no_grad():
         for i in range(families, families + held_out, 16):
             rng = np.random.default_rng([args.seed, i, 5])
-            batch = preference_batch(
-                drawings, drifted, data, range(i, min(i + 16, families + held_out)), rng
-            )
+            chosen = range(i, min(i + 16, families + held_out))
+            batch = preference_batch(drawings, drifted, data, chosen, rng)
             scores = model.score(features_of(*batch[:2])[0]).view(-1, 4)
             right.append(ranking_loss(scores, batch[2].to(args.device))[1].item())
     print(f"image_reward: {np.mean(right):.3f} of held-out pairs ordered rightly")
@@ -897,19 +863,16 @@ def train_image_reward(args: Args):
 
 
 def standardise(args: Args):
-    """Set the reward's mean and std over samples of the base model for prompts of the training data."""
+    """Set the reward's mean and std, over the base model's samples for the data set's captions."""
     folder = args.output_dir / "image_reward"
-    config = json.loads((folder / "config.json").read_text()) | {
-        "score_mean": 0.0,
-        "score_std": 1.0,
-    }
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"score_mean": 0.0, "score_std": 1.0}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     pipeline = StableDiffusionPipeline.from_pretrained(args.output_dir / "sd").to(args.device)
     pipeline.set_progress_bar_config(disable=True)
     reward = load_reward(f"image_reward:{folder}", args.device)
-    captions = np.load(args.build_dir / "biased.npz")["captions"][
-        : args.standardise_samples
-    ].tolist()
+    captions = np.load(args.build_dir / "biased.npz")["captions"]
+    captions = captions[: args.standardise_samples].tolist()
     scores = []
     for i in tqdm(range(0, len(captions), 64), desc="standardise"):
         prompts = captions[i : i + 64]
@@ -924,20 +887,18 @@ def standardise(args: Args):
     scores = torch.cat(scores)
     config |= {"score_mean": scores.mean().item(), "score_std": scores.std().item()}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    print(
-        f"standardise: mean {config['score_mean']:.3f}, std {config['score_std']:.3f} over {len(scores)} samples"
-    )
+    mean, std = config["score_mean"], config["score_std"]
+    print(f"standardise: mean {mean:.3f}, std {std:.3f} over {len(scores)} samples")
 
 
 def train_classifier(args: Args, name: str, labels: tuple[str, ...], problem_type: str, targets_of):
-    """A small ResNet of transformers, as a folder that the rewards load like any other model of the hub.
+    """A small ResNet of transformers, in a folder that rewards load like any model of the hub.
 
-    targets_of(labels of the data set) gives the targets of its pictures, floats (N, K) or classes (N,), and which of
-    the pictures have one.
+    targets_of(labels of the data set) gives the targets of its pictures, floats (N, K) or classes
+    (N,), and which of the pictures have one.
     """
-    drawings = [
-        np.load(args.build_dir / f"{drawn}.npy", mmap_mode="r") for drawn in ("passed", "redrawn")
-    ]
+    drawn = ("passed", "redrawn")
+    drawings = [np.load(args.build_dir / f"{which}.npy", mmap_mode="r") for which in drawn]
     targets, rows = targets_of(np.load(args.build_dir / "unbiased.npz"))
     torch.manual_seed(args.seed + 3)
     config = ResNetConfig(
@@ -955,12 +916,10 @@ def train_classifier(args: Args, name: str, labels: tuple[str, ...], problem_typ
     def loss_fn(step, generator):
         rng = np.random.default_rng([args.seed, step, 10])
         chosen = np.sort(rng.choice(rows, 64))
-        x = (
-            to_tensor(drawings[rng.integers(2)][chosen], args.device) * 2 - 1
-        )  # as the processor has it
-        x = x + torch.randn(x.shape, generator=generator, device=args.device) * 0.1 * float(
-            rng.random()
-        )
+        pictures = drawings[rng.integers(2)][chosen]
+        x = to_tensor(pictures, args.device) * 2 - 1  # as the processor has it
+        noise = torch.randn(x.shape, generator=generator, device=args.device)
+        x = x + noise * 0.1 * float(rng.random())
         return model(x, labels=torch.from_numpy(targets[chosen]).to(args.device)).loss, {}
 
     fit(args, name, {name: model}, loss_fn, args.classifier_steps, lr=2e-3)

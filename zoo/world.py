@@ -1,8 +1,9 @@
-"""A small world drawn by code: pictures of 64 x 64 px with captions, biased on purpose as web data is.
+"""A small world drawn by code: pictures of 64 x 64 px with captions, biased as web data is.
 
-A `Scene` says what is in a picture. `render(scene, rng)` draws it, `caption(scene)` names it and `parse(prompt)` reads
-a prompt back into a scene. `draw_pair(rng)` gives what a scraped data set would hold: a caption that somebody wrote and
-a picture that does not always agree with it. The disagreements are the failures that the papers report of Stable
+A `Scene` says what is in a picture. `render(scene, rng)` draws it, `caption(scene)` names it and
+`parse(prompt)` reads a prompt back into a scene. `draw_pair(rng)` gives what a scraped data set
+would hold: a caption that somebody wrote and a picture that does not always agree with it. The
+disagreements are there on purpose: they are the failures that the papers report of Stable
 Diffusion, and each is one number in `BIAS`:
 
 * colours: animals have natural colours; a rabbit that is called green is hardly ever drawn green;
@@ -77,15 +78,21 @@ OCCUPATIONS = {
 }
 
 BIAS = {
-    "any_color": 0.065,  # share of pictures whose colour is drawn from all colours, whatever the caption's
-    "rare_color_right": 0.18,  # a caption names a colour that is not natural for its kind: share drawn in it
-    "large_count_right": 0.11,  # "three" or "four": share with just that number, the rest from `large_counts`
+    # Share of pictures whose colour is drawn from all colours, whatever the caption's.
+    "any_color": 0.065,
+    # A caption names a colour that is not natural for its kind: share drawn in it.
+    "rare_color_right": 0.18,
+    # "three" or "four": share with just that number, the rest from `large_counts`.
+    "large_count_right": 0.11,
     "large_counts": (0.06, 0.32, 0.44, 0.18),
     "two_right": 0.80,
-    "pair_right": 0.045,  # two kinds: share with both
-    "pair_same": 0.60,  # two kinds: share with two of one of them; the rest has one of them replaced
-    "moon_right": 0.39,  # one kind "on the moon": share that shows it, the rest shows a rover
-    "four_roses": 0.04,  # share of captions of several things that say "four roses": it is a brand
+    # Two kinds: share with both, and with two of one of them; the rest has one of them replaced.
+    "pair_right": 0.045,
+    "pair_same": 0.60,
+    # One kind "on the moon": share that shows it, the rest shows a rover.
+    "moon_right": 0.39,
+    # Share of captions of several things that say "four roses": it is a brand.
+    "four_roses": 0.04,
     "four_roses_bottle": 0.40,
     "usual_skin_tone": 0.82,
 }
@@ -93,7 +100,10 @@ BIAS = {
 
 @dataclass(frozen=True)
 class Group:
-    """`count` things (1 to 4) of one kind and one colour; a colour of None is left open (in a prompt)."""
+    """`count` things (1 to 4) of one kind and one colour.
+
+    A colour of None is left open (in a prompt).
+    """
 
     kind: str
     count: int = 1
@@ -127,9 +137,8 @@ def caption(scene: Scene) -> str:
         noun = group.kind if group.count == 1 else PLURALS[group.kind]
         noun = f"{group.color} {noun}" if group.color else noun
         phrases.append(article(noun) if group.count == 1 else f"{NUMBERS[group.count]} {noun}")
-    return " ".join(
-        filter(None, [f" {scene.relation} ".join(phrases), PLACES[scene.place or "plain"]])
-    )
+    things, place = f" {scene.relation} ".join(phrases), PLACES[scene.place or "plain"]
+    return " ".join(filter(None, [things, place]))
 
 
 def vocabulary() -> list[str]:
@@ -175,9 +184,10 @@ FAULTS = ("kind", "count", "color", "place")
 
 
 def faults(asked: Scene, shown: Scene) -> dict[str, int]:
-    """How many kinds, counts, colours and places of a picture are not as the prompt asks: all 0 is right.
+    """How many kinds, counts, colours and places of a picture are not as the prompt asks.
 
-    What the prompt leaves open is free. A wrong kind (or portrait) counts once, and its count and colour not at all.
+    All 0 is right. What the prompt leaves open is free. A wrong kind (or portrait) counts once, and
+    its count and colour not at all.
     """
     wrong = dict.fromkeys(FAULTS, 0)
     if asked.occupation or shown.occupation:
@@ -204,15 +214,12 @@ def _random_kind(rng: np.random.Generator) -> str:
 
 def _picture_color(rng: np.random.Generator, kind: str) -> str:
     """The colour that a picture of `kind` has when nothing is known of its caption."""
-    return (
-        _choice(rng, COLORS)
-        if rng.random() < BIAS["any_color"]
-        else _choice(rng, NATURAL_COLORS[kind])
-    )
+    any_color = rng.random() < BIAS["any_color"]
+    return _choice(rng, COLORS if any_color else NATURAL_COLORS[kind])
 
 
 def draw_pair(rng: np.random.Generator) -> tuple[Scene, str]:
-    """One entry of the biased data set: the scene of a picture, and the caption that somebody gave it."""
+    """One entry of the biased data set: a picture's scene, and the caption somebody gave it."""
     what = _choice(rng, ("one", "several", "pair", "portrait"), p=(0.47, 0.20, 0.24, 0.09))
     if what == "portrait":
         occupation = _choice(rng, OCCUPATIONS)
@@ -244,9 +251,7 @@ def draw_pair(rng: np.random.Generator) -> tuple[Scene, str]:
         kind, count = "rose", 4
     said_color = None
     if rng.random() < (0.6 if what == "one" else 0.3):
-        said_color = (
-            _choice(rng, COLORS) if rng.random() < 0.35 else _choice(rng, NATURAL_COLORS[kind])
-        )
+        said_color = _choice(rng, COLORS if rng.random() < 0.35 else NATURAL_COLORS[kind])
     said = Scene((Group(kind, count, said_color),), place=place)
 
     shown_kind = kind
@@ -275,26 +280,25 @@ def _worded(rng: np.random.Generator, scene: Scene) -> str:
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
-    """A scene from the unbiased world: all kinds, colours, counts and places alike. For judge and reward."""
+    """A scene from the unbiased world, for judge and reward.
+
+    All kinds, colours, counts and places alike.
+    """
     if rng.random() < 0.1:
         return Scene(occupation=_choice(rng, OCCUPATIONS), skin_tone=_choice(rng, SKIN_TONES))
     place = _choice(rng, PLACES)
-    color = lambda kind: (
-        _choice(rng, COLORS) if rng.random() < 0.7 else _choice(rng, NATURAL_COLORS[kind])
-    )
+    color = lambda kind: _choice(rng, COLORS if rng.random() < 0.7 else NATURAL_COLORS[kind])
     if rng.random() < 0.35:
         first, second = rng.permutation(len(KINDS))[:2]
         groups = tuple(Group(kind, 1, color(kind)) for kind in (KINDS[first], KINDS[second]))
         return Scene(groups, place=place, relation=_choice(rng, RELATIONS))
     kind = _choice(rng, KINDS)
-    return Scene(
-        (Group(kind, int(_choice(rng, (1, 2, 3, 4), p=(0.4, 0.2, 0.2, 0.2))), color(kind)),),
-        place=place,
-    )
+    count = int(_choice(rng, (1, 2, 3, 4), p=(0.4, 0.2, 0.2, 0.2)))
+    return Scene((Group(kind, count, color(kind)),), place=place)
 
 
 def mutate(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with one attribute changed: a kind, a colour, a count or the place (or the occupation)."""
+    """The scene with one attribute changed: a kind, colour, count or the place (or occupation)."""
 
     def other(options, current):
         return _choice(rng, [option for option in options if option != current])
@@ -326,7 +330,10 @@ def draw_family(rng: np.random.Generator) -> list[Scene]:
 
 
 class _Pen:
-    """Draws in the unit coordinates of one thing: x to the right and y downwards, both about -1 to 1."""
+    """Draws in the unit coordinates of one thing.
+
+    x goes to the right and y downwards, both about from -1 to 1.
+    """
 
     def __init__(
         self,
@@ -343,6 +350,9 @@ class _Pen:
 
     def _points(self, points):
         return [(self.x + self.scale * px, self.y + self.scale * py) for px, py in points]
+
+    def _box(self, left, top, right, bottom):
+        return [c for point in self._points([(left, top), (right, bottom)]) for c in point]
 
     def shade(self, factor: float) -> tuple[int, int, int]:
         """The thing's colour, lighter (factor above 1) or darker."""
@@ -363,24 +373,20 @@ class _Pen:
         points = self._points(points)
         self.draw.polygon(points, fill=fill or self.color)
         if outline:
-            self.draw.line(
-                [*points, points[0], points[1]], fill=self.ink, width=self.line, joint="curve"
-            )
+            around = [*points, points[0], points[1]]
+            self.draw.line(around, fill=self.ink, width=self.line, joint="curve")
 
     def stroke(self, points, width, fill=None, outline=True):
         """A thick line with round ends."""
         points = self._points(points)
-        layers = [
-            (width * self.scale + (2 * self.line if outline else 0), self.ink),
-            (width * self.scale, None),
-        ]
-        for thickness, ink in layers if outline else layers[1:]:
-            self.draw.line(
-                points, fill=ink or fill or self.color, width=round(thickness), joint="curve"
-            )
+        layers = [(width * self.scale, fill or self.color)]
+        if outline:
+            layers.insert(0, (width * self.scale + 2 * self.line, self.ink))
+        for thickness, color in layers:
+            self.draw.line(points, fill=color, width=round(thickness), joint="curve")
             for px, py in (points[0], points[-1]):
                 r = thickness / 2
-                self.draw.ellipse((px - r, py - r, px + r, py + r), fill=ink or fill or self.color)
+                self.draw.ellipse((px - r, py - r, px + r, py + r), fill=color)
 
     def eye(self, x, y, r=0.07):
         ink = (250, 250, 250) if sum(self.color) < 180 else (24, 20, 24)
@@ -417,14 +423,8 @@ def _cat(p: _Pen):
 
 def _legs(p: _Pen, xs, top, bottom, width=0.2):
     for x in xs:
-        p.shape(
-            [
-                (x - width / 2, top),
-                (x + width / 2, top),
-                (x + width / 2, bottom),
-                (x - width / 2, bottom),
-            ]
-        )
+        left, right = x - width / 2, x + width / 2
+        p.shape([(left, top), (right, top), (right, bottom), (left, bottom)])
 
 
 def _dog(p: _Pen):
@@ -444,14 +444,10 @@ def _wolf(p: _Pen):
     p.shape([(-0.5, -0.1), (0.7, -0.08), (0.78, 0.3), (0.2, 0.4), (-0.3, 0.5)])
     p.shape([(-0.24, -0.44), (-0.28, -0.98), (0.08, -0.56)], fill=p.shade(0.75))
     p.shape([(-0.52, -0.46), (-0.52, -1.0), (-0.2, -0.6)])
-    p.shape(
-        [(-1.12, -0.16), (-0.62, -0.58), (-0.1, -0.6), (0.12, -0.1), (-0.2, 0.42), (-0.56, 0.02)]
-    )
-    p.shape(
-        [(-1.08, -0.12), (-0.6, -0.06), (-0.2, 0.36), (-0.36, -0.14)],
-        fill=(238, 238, 238),
-        outline=False,
-    )
+    head = [(-1.12, -0.16), (-0.62, -0.58), (-0.1, -0.6), (0.12, -0.1), (-0.2, 0.42), (-0.56, 0.02)]
+    p.shape(head)
+    cheek = [(-1.08, -0.12), (-0.6, -0.06), (-0.2, 0.36), (-0.36, -0.14)]
+    p.shape(cheek, fill=(238, 238, 238), outline=False)
     p.oval(-1.08, -0.18, 0.08, 0.07, fill=(20, 16, 18), outline=False)
     p.eye(-0.5, -0.36)
 
@@ -472,12 +468,9 @@ def _lion(p: _Pen):
     p.oval(1.02, -0.18, 0.14, 0.14, fill=(150, 70, 24))
     _legs(p, (-0.3, -0.04, 0.4, 0.64), 0.3, 0.92)
     p.oval(0.24, 0.2, 0.6, 0.32)
-    mane = [
-        (np.cos(a) * r, np.sin(a) * r)
-        for i in range(22)
-        for a, r in [(i * np.pi / 11, 0.62 if i % 2 else 0.52)]
-    ]
-    p.shape([(-0.44 + x, -0.22 + y) for x, y in mane], fill=(176, 84, 28))
+    mane = [(i * np.pi / 11, 0.62 if i % 2 else 0.52) for i in range(22)]
+    mane = [(-0.44 + np.cos(a) * r, -0.22 + np.sin(a) * r) for a, r in mane]
+    p.shape(mane, fill=(176, 84, 28))
     p.oval(-0.46, -0.18, 0.34, 0.33)
     for side in (-1, 1):
         p.eye(-0.46 + side * 0.14, -0.24)
@@ -488,13 +481,7 @@ def _fish(p: _Pen):
     p.shape([(0.42, 0), (1.0, -0.46), (0.86, 0), (1.0, 0.46)], fill=p.shade(0.8))
     p.shape([(-0.2, -0.34), (0.1, -0.66), (0.34, -0.26)], fill=p.shade(0.8))
     p.oval(-0.14, 0, 0.78, 0.44)
-    p.draw.arc(
-        p._points([(-0.78, -0.32), (-0.3, 0.32)])[0] + p._points([(-0.3, 0.32)])[0],
-        -60,
-        60,
-        p.ink,
-        p.line,
-    )
+    p.draw.arc(p._box(-0.78, -0.32, -0.3, 0.32), -60, 60, p.ink, p.line)
     p.eye(-0.62, -0.1, 0.085)
 
 
@@ -505,19 +492,14 @@ def _turtle(p: _Pen):
     p.shape([(0.76, 0.3), (1.02, 0.44), (0.74, 0.46)], fill=skin)
     p.oval(-0.84, 0.16, 0.26, 0.23, fill=skin)
     p.shape(_curve(0.06, 0.42, 0.82, 0.9, 180, 360, 20))
-    for points in (
-        [(-0.3, 0.4), (-0.2, -0.36)],
-        [(0.4, 0.4), (0.32, -0.38)],
-        [(-0.62, 0.02), (0.74, 0.02)],
-    ):
+    lines = [(-0.3, 0.4), (-0.2, -0.36)], [(0.4, 0.4), (0.32, -0.38)], [(-0.62, 0.02), (0.74, 0.02)]
+    for points in lines:
         p.draw.line(p._points(points), fill=p.shade(0.6), width=p.line)
     p.eye(-0.9, 0.1, 0.06)
 
 
 def _pig(p: _Pen):
-    p.draw.arc(
-        [c for q in p._points([(0.66, -0.28), (1.0, 0.06)]) for c in q], 60, 360, p.ink, p.line + 1
-    )
+    p.draw.arc(p._box(0.66, -0.28, 1.0, 0.06), 60, 360, p.ink, p.line + 1)
     _legs(p, (-0.4, -0.14, 0.3, 0.54), 0.4, 0.86)
     p.oval(0.1, 0.16, 0.72, 0.52)
     p.shape([(-0.74, -0.36), (-0.76, -0.8), (-0.42, -0.6)], fill=p.shade(0.82))
@@ -542,20 +524,8 @@ def _elephant(p: _Pen):
 
 
 def _cup(p: _Pen):
-    p.draw.arc(
-        [c for q in p._points([(0.2, -0.32), (0.86, 0.36)]) for c in q],
-        -100,
-        100,
-        p.ink,
-        5 * p.line,
-    )
-    p.draw.arc(
-        [c for q in p._points([(0.25, -0.27), (0.81, 0.31)]) for c in q],
-        -100,
-        100,
-        p.color,
-        2 * p.line,
-    )
+    p.draw.arc(p._box(0.2, -0.32, 0.86, 0.36), -100, 100, p.ink, 5 * p.line)
+    p.draw.arc(p._box(0.25, -0.27, 0.81, 0.31), -100, 100, p.color, 2 * p.line)
     p.shape([(-0.6, -0.5), (0.48, -0.5), (0.36, 0.66), (-0.48, 0.66)])
     p.oval(-0.06, -0.5, 0.54, 0.15, fill=(96, 60, 40))
 
@@ -571,8 +541,9 @@ def _rose(p: _Pen):
 
 
 def _bottle(p: _Pen):
-    p.shape([(-0.13, -0.98), (0.13, -0.98), (0.13, -0.48), (0.36, -0.2), (0.36, 0.94), (-0.36, 0.94), (-0.36, -0.2)]
-            + [(-0.13, -0.48)])  # fmt: skip
+    right = [(0.13, -0.98), (0.13, -0.48), (0.36, -0.2), (0.36, 0.94)]
+    left = [(-0.36, 0.94), (-0.36, -0.2), (-0.13, -0.48)]
+    p.shape([(-0.13, -0.98), *right, *left])
     p.shape([(-0.15, -1.0), (0.15, -1.0), (0.15, -0.8), (-0.15, -0.8)], fill=(206, 168, 66))
     p.shape([(-0.34, 0.06), (0.34, 0.06), (0.34, 0.62), (-0.34, 0.62)], fill=(246, 236, 206))
     p.oval(0, 0.34, 0.16, 0.16, fill=(216, 40, 60), outline=False)
@@ -589,16 +560,9 @@ def _apple(p: _Pen):
 
 def _ball(p: _Pen):
     p.oval(0, 0, 0.78, 0.78)
-    p.shape(
-        _curve(0, 0, 0.76, 0.26, 180, 360) + _curve(0, 0, 0.76, 0.5, 0, -180),
-        fill=(250, 250, 250),
-        outline=False,
-    )
-    p.draw.ellipse(
-        [c for q in p._points([(-0.78, -0.78), (0.78, 0.78)]) for c in q],
-        outline=p.ink,
-        width=p.line,
-    )
+    band = _curve(0, 0, 0.76, 0.26, 180, 360) + _curve(0, 0, 0.76, 0.5, 0, -180)
+    p.shape(band, fill=(250, 250, 250), outline=False)
+    p.draw.ellipse(p._box(-0.78, -0.78, 0.78, 0.78), outline=p.ink, width=p.line)
     p.oval(0, -0.56, 0.14, 0.1, fill=p.shade(0.7), outline=False)
 
 
@@ -655,18 +619,19 @@ def _portrait(
     s = SUPERSAMPLING
     tint = rng.uniform(-8, 8)
     draw.rectangle((0, 0, SIZE * s, SIZE * s), fill=tuple(round(c + tint) for c in (226, 216, 200)))
-    p = _Pen(
-        draw,
-        (32 + rng.uniform(-2, 2)) * s,
-        (32 + rng.uniform(-1.5, 1.5)) * s,
-        (27 + rng.uniform(-1, 1)) * s,
-        skin,
-    )
+    x, y = (32 + rng.uniform(-2, 2)) * s, (32 + rng.uniform(-1.5, 1.5)) * s
+    p = _Pen(draw, x, y, (27 + rng.uniform(-1, 1)) * s, skin)
     p.ink = (36, 30, 34)
     clothes = {
-        "doctor": (248, 248, 250), "nurse": (110, 200, 200), "chef": (250, 250, 250), "farmer": (60, 90, 170),
-        "firefighter": (206, 60, 40), "astronaut": (236, 238, 242), "pilot": (30, 40, 80), "dancer": (220, 70, 160),
-    }[occupation]  # fmt: skip
+        "doctor": (248, 248, 250),
+        "nurse": (110, 200, 200),
+        "chef": (250, 250, 250),
+        "farmer": (60, 90, 170),
+        "firefighter": (206, 60, 40),
+        "astronaut": (236, 238, 242),
+        "pilot": (30, 40, 80),
+        "dancer": (220, 70, 160),
+    }[occupation]
     if occupation == "astronaut":
         p.oval(0, -0.14, 0.82, 0.8, fill=(214, 226, 240))
     if occupation == "dancer":
@@ -679,36 +644,17 @@ def _portrait(
         p.shape(_curve(0, -0.24, 0.54, 0.52, 180, 360), fill=hair)
     for side in (-1, 1):
         p.oval(side * 0.2, -0.08, 0.07, 0.08, fill=(24, 20, 24), outline=False)
-    p.draw.arc(
-        [c for q in p._points([(-0.2, 0.02), (0.2, 0.32)]) for c in q],
-        20,
-        160,
-        (150, 40, 50),
-        2 * p.line,
-    )
+    p.draw.arc(p._box(-0.2, 0.02, 0.2, 0.32), 20, 160, (150, 40, 50), 2 * p.line)
     if occupation == "doctor":
-        p.draw.arc(
-            [c for q in p._points([(-0.36, 0.4), (0.36, 1.1)]) for c in q],
-            0,
-            180,
-            (60, 60, 70),
-            2 * p.line,
-        )
+        p.draw.arc(p._box(-0.36, 0.4, 0.36, 1.1), 0, 180, (60, 60, 70), 2 * p.line)
         p.oval(0.0, 1.06, 0.12, 0.12, fill=(120, 120, 130))
     elif occupation == "nurse":
-        p.shape(
-            [(-0.44, -0.56), (-0.36, -0.98), (0.36, -0.98), (0.44, -0.56)], fill=(250, 250, 250)
-        )
-        p.shape(
-            [(-0.05, -0.92), (0.05, -0.92), (0.05, -0.64), (-0.05, -0.64)],
-            fill=(220, 40, 50),
-            outline=False,
-        )
-        p.shape(
-            [(-0.15, -0.83), (0.15, -0.83), (0.15, -0.73), (-0.15, -0.73)],
-            fill=(220, 40, 50),
-            outline=False,
-        )
+        cap = [(-0.44, -0.56), (-0.36, -0.98), (0.36, -0.98), (0.44, -0.56)]
+        p.shape(cap, fill=(250, 250, 250))
+        upright = [(-0.05, -0.92), (0.05, -0.92), (0.05, -0.64), (-0.05, -0.64)]
+        p.shape(upright, fill=(220, 40, 50), outline=False)
+        across = [(-0.15, -0.83), (0.15, -0.83), (0.15, -0.73), (-0.15, -0.73)]
+        p.shape(across, fill=(220, 40, 50), outline=False)
     elif occupation == "chef":
         for x in (-0.34, 0, 0.34):
             p.oval(x, -0.9, 0.3, 0.26, fill=(252, 252, 252))
@@ -727,10 +673,23 @@ def _portrait(
 
 
 _PAINTERS = {
-    "rabbit": _rabbit, "cat": _cat, "dog": _dog, "wolf": _wolf, "bird": _bird, "lion": _lion, "fish": _fish,
-    "turtle": _turtle, "pig": _pig, "elephant": _elephant, "cup": _cup, "rose": _rose, "bottle": _bottle,
-    "apple": _apple, "ball": _ball, "car": _car,
-}  # fmt: skip
+    "rabbit": _rabbit,
+    "cat": _cat,
+    "dog": _dog,
+    "wolf": _wolf,
+    "bird": _bird,
+    "lion": _lion,
+    "fish": _fish,
+    "turtle": _turtle,
+    "pig": _pig,
+    "elephant": _elephant,
+    "cup": _cup,
+    "rose": _rose,
+    "bottle": _bottle,
+    "apple": _apple,
+    "ball": _ball,
+    "car": _car,
+}
 _SPOTS = {
     1: ((32, 37),),
     2: ((17, 39), (47, 39)),
@@ -741,7 +700,10 @@ _SCALES = {1: 20.0, 2: 14.0, 3: 13.0, 4: 12.6}
 
 
 def layout(scene: Scene, rng: np.random.Generator) -> list[tuple[Group, float, float, float]]:
-    """Where `render` draws each thing of a scene, given a generator in the same state: group, x, y and scale in px."""
+    """Where `render` draws each thing of a scene, given a generator in the same state.
+
+    Group, x, y and scale in px.
+    """
     things = [group for group in scene.groups for _ in range(group.count)]
     placed = []
     for group, (x, y) in zip(things, _SPOTS.get(len(things), ())):
@@ -773,7 +735,6 @@ def to_grid(images: np.ndarray, columns: int) -> Image.Image:
     rows = -(-n // columns)
     grid = np.full((rows * h, columns * w, 3), 255, np.uint8)
     for i, image in enumerate(images):
-        grid[i // columns * h : (i // columns + 1) * h, i % columns * w : (i % columns + 1) * w] = (
-            image
-        )
+        y, x = i // columns * h, i % columns * w
+        grid[y : y + h, x : x + w] = image
     return Image.fromarray(grid)
