@@ -14,7 +14,7 @@ from harness.args import (
 from harness.metrics import mean_and_std
 from harness.prompts import read_prompts, tag_of, warn_of_prompts
 from harness.rewards import load_run_reward
-from harness.run import Run, micro_batches
+from harness.run import Run, micro_batches, progress
 from harness.seeds import GRID, PRETRAINING, PROGRESS, ROLLOUT, UPDATES, VALUE, seeded
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "mean_and_std",
     "micro_batches",
     "parse_args",
+    "progress",
     "read_prompts",
     "require",
     "seeded",

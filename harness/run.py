@@ -287,3 +287,9 @@ class Run:
 def micro_batches(n: int, size: int) -> list[slice]:
     """Slices of at most `size` of n things; none of them is empty."""
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def progress(items, what: str) -> tqdm:
+    """A bar for what an iteration goes through, of the first rank."""
+    rank = int(os.environ.get("RANK", 0))
+    return tqdm(items, desc=what, leave=False, disable=rank > 0)
