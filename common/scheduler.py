@@ -104,7 +104,7 @@ def _mean_and_std(scheduler, model_output, timestep, sample, eta):
 
 
 def steps_with_noise(scheduler: DDIMScheduler, eta: float) -> torch.Tensor:
-    """Numbers of the sampler's steps whose sigma_t is above 0, int64; the others have no log-prob."""
+    """Numbers, int64, of the sampler's steps whose sigma_t is above 0: others have no log-prob."""
     zeros = torch.zeros(len(scheduler.timesteps), 1, 1, 1)
     step = ddim_step_with_logprob(scheduler, zeros, scheduler.timesteps, zeros, eta, noise=zeros)
     return torch.nonzero(step.std > 0)[:, 0]

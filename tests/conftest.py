@@ -18,7 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(config, items):
-    """For --dist loadgroup: tests that share a fixture run in one process, those of test_scripts.py in any."""
+    """For --dist loadgroup: tests that share a fixture run in one process.
+
+    Those of test_scripts.py run in any.
+    """
     if not config.pluginmanager.hasplugin("xdist"):
         return
     for item in items:
@@ -33,16 +36,10 @@ def pytest_collection_modifyitems(config, items):
 
 
 def run_script(*args, ranks: int = 1, timeout: int = 300) -> subprocess.CompletedProcess:
-    """Run a script as a user would, in the project's root; under torchrun when `ranks` is more than 1."""
+    """Run a script as a user would, in the project's root; under torchrun for several ranks."""
     launcher = [sys.executable]
     if ranks > 1:
-        launcher = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={ranks}",
-        ]
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}  # tiny models: threads cost more than they save
     return subprocess.run(
         [*launcher, *map(str, args)],

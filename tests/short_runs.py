@@ -10,55 +10,22 @@ from conftest import ROOT, read_metrics
 from safetensors.torch import load_file
 
 SCRIPTS = ("dpok.py", "ddpo.py", "rwr.py", "sft_kl.py", "large_scale_ppo.py")
-COMMON = (
-    "zoo",
-    "--num-inference-steps",
-    3,
-    "--num-iterations",
-    3,
-    "--save-every",
-    1,
-    "--micro-batch-size",
-    4,
-)
-# Less than the preset's 2e-3: AdamW's first step is large for the smallest gradient too, which ranks round differently.
+COMMON = ("zoo", "--num-inference-steps", 3, "--num-iterations", 3)
+COMMON += ("--save-every", 1, "--micro-batch-size", 4)
+# Less than the preset's 2e-3: AdamW's first step is large for the smallest gradient too, which
+# ranks round differently.
 COMMON += ("--learning-rate", 1e-4)
 SHORT = {
-    "dpok.py": (
-        "--samples-per-iteration",
-        4,
-        "--batch-size",
-        8,
-        "--value-batch-size",
-        8,
-        "--replay-rollouts",
-        2,
-    ),
+    "dpok.py": ("--samples-per-iteration", 4, "--batch-size", 8, "--value-batch-size", 8),
     "ddpo.py": ("--samples-per-iteration", 4, "--min-count", 2, "--gradient-steps", 2),
-    "rwr.py": (
-        "--samples-per-iteration",
-        8,
-        "--shard-size",
-        4,
-        "--batch-size",
-        4,
-        "--gradient-steps",
-        2,
-    ),
-    "sft_kl.py": (
-        "--dataset-size",
-        8,
-        "--shard-size",
-        4,
-        "--samples-per-iteration",
-        4,
-        "--batch-size",
-        4,
-    ),
-    "large_scale_ppo.py": ("--pretrain-batch-size", 4, "--training-timesteps", 2, "--tasks"),
+    "rwr.py": ("--samples-per-iteration", 8, "--shard-size", 4, "--batch-size", 4),
+    "sft_kl.py": ("--dataset-size", 8, "--shard-size", 4, "--samples-per-iteration", 4),
+    "large_scale_ppo.py": ("--pretrain-batch-size", 4, "--training-timesteps", 2),
 }
-SHORT["sft_kl.py"] += ("--gradient-steps", 2)
-SHORT["large_scale_ppo.py"] += ("image_reward:zoo/image_reward prompts/zoo.txt 2x2",)
+SHORT["dpok.py"] += ("--replay-rollouts", 2)
+SHORT["rwr.py"] += ("--gradient-steps", 2)
+SHORT["sft_kl.py"] += ("--batch-size", 4, "--gradient-steps", 2)
+SHORT["large_scale_ppo.py"] += ("--tasks", "image_reward:zoo/image_reward prompts/zoo.txt 2x2")
 FINAL = "pytorch_lora_weights.safetensors"
 
 
@@ -98,12 +65,8 @@ def iteration_of(run: Path) -> int:
 
 def workers_of(process: subprocess.Popen) -> list[int]:
     """Processes that torchrun has started."""
-    return [
-        int(pid)
-        for pid in subprocess.run(
-            ["pgrep", "-P", str(process.pid)], capture_output=True
-        ).stdout.split()
-    ]
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True)
+    return [int(pid) for pid in found.stdout.split()]
 
 
 def steady_metrics(run_dir: Path) -> list[dict]:

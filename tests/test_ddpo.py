@@ -1,8 +1,12 @@
-"""ddpo.py: its gradients against Eq. 3 and 4 written out, its estimator against a closed form, its advantages."""
+"""ddpo.py: its gradients against Eq. 3 and 4 written out.
+
+And its estimator against a closed form, and its advantages.
+"""
 
 import itertools
 import sys
 from collections import defaultdict, deque
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,33 +22,20 @@ PROMPT = "A cat and a dog"
 
 
 def run_recorded(tiny_sd, tmp_path, monkeypatch, *flags):
-    """One iteration in this process: the (weight, gradient) pairs of each update, the rollout and the advantages."""
+    """One iteration in this process.
+
+    The (weight, gradient) pairs of each update, the rollout and the advantages.
+    """
     rollout, advantages = [], []
     sample, per_prompt_advantages = ddpo.sample, ddpo.per_prompt_advantages
     monkeypatch.setattr(ddpo, "sample", lambda *a: rollout.append(sample(*a)) or rollout[-1])
     recorded_advantages = lambda *a: advantages.append(per_prompt_advantages(*a)) or advantages[-1]
     monkeypatch.setattr(ddpo, "per_prompt_advantages", recorded_advantages)
     recorded = record_updates(monkeypatch)
-    words = [
-        "--model",
-        tiny_sd,
-        "--prompt",
-        PROMPT,
-        "--reward",
-        "jpeg_incompressibility",
-        "--num-inference-steps",
-        4,
-    ]
-    words += [
-        "--samples-per-iteration",
-        10,
-        "--num-iterations",
-        1,
-        "--micro-batch-size",
-        10,
-        "--guidance-scale",
-        3,
-    ]
+    words = ["--model", tiny_sd, "--prompt", PROMPT]
+    words += ["--reward", "jpeg_incompressibility", "--num-inference-steps", 4]
+    words += ["--samples-per-iteration", 10, "--num-iterations", 1]
+    words += ["--micro-batch-size", 10, "--guidance-scale", 3]
     words += ["--max-grad-norm", 1e9, "--lora-rank", 4, "--output-dir", tmp_path / "run", *flags]
     monkeypatch.setattr(sys, "argv", ["ddpo.py", *map(str, words)])
     ddpo.main()
@@ -64,27 +55,26 @@ def gradient(update):
 def test_gradient_is_that_of_the_paper_written_out(
     tiny_sd, tmp_path, monkeypatch, estimator, share, fraction
 ):
-    """The gradient handed to the optimizer (with "is" at the second update, when the ratios are not 1) against autograd
-    in float64 of Eq. 3, and of PPO's surrogate (Schulman et al. 2017, Eq. 7)."""
+    """The gradient handed to the optimizer against autograd in float64.
+
+    Of Eq. 3, and of PPO's surrogate (Schulman et al. 2017, Eq. 7): with "is" at the second update,
+    when the ratios are not 1.
+    """
     clip, T, m, updates = 3e-4, 4, 10, 2 if estimator == "is" else 1
     flags = ["--estimator", estimator, "--rewarded-share", share, "--timestep-fraction", fraction]
-    flags += ["--clip-range", clip, "--learning-rate", 3e-3]
-    recorded, trajectory, log_prob, advantages = run_recorded(
-        tiny_sd, tmp_path, monkeypatch, "--gradient-steps", 2, *flags
-    )
+    flags += ["--clip-range", clip, "--learning-rate", 3e-3, "--gradient-steps", 2]
+    run = run_recorded(tiny_sd, tmp_path, monkeypatch, *flags)
+    recorded, trajectory, log_prob, advantages = run
     assert len(recorded) == updates
 
     generator = ddpo.seeded(0, 1, 0)
     learned = round(share * T)
-    chosen_steps = torch.rand(m, learned, generator=generator).argsort(1)[
-        :, : round(fraction * learned)
-    ]
+    chosen_steps = torch.rand(m, learned, generator=generator).argsort(1)
+    chosen_steps = chosen_steps[:, : round(fraction * learned)]
     samples = torch.randperm(m, generator=generator)
     samples = samples[m // 2 :] if estimator == "is" else samples
-    i, j = (
-        torch.tensor(x)
-        for x in zip(*((i, j) for i in samples.tolist() for j in chosen_steps[i].tolist()))
-    )
+    pairs = [(i, j) for i in samples.tolist() for j in chosen_steps[i].tolist()]
+    i, j = torch.tensor(pairs).T
     weights = [weight for weight, _ in recorded[-1]]
     leaves, policy, *_ = policies(tiny_sd, weights, T, 3.0, PROMPT, trajectory[i, j], j)
     log_p = policy.log_prob(trajectory[i, j + 1].double()).flatten(1).mean(1)
@@ -96,9 +86,8 @@ def test_gradient_is_that_of_the_paper_written_out(
         objective = torch.minimum(A * ratio, A * torch.clamp(ratio, 1 - clip, 1 + clip))
         outside = ((ratio > 1 + clip) & (A > 0)) | ((ratio < 1 - clip) & (A < 0))
         back = ((ratio > 1 + clip) & (A < 0)) | ((ratio < 1 - clip) & (A > 0))
-        assert outside.any() and back.any() and not (outside | back).all(), (
-            "all of PPO's cases should occur"
-        )
+        every_case = outside.any() and back.any() and not (outside | back).all()
+        assert every_case, "all of PPO's cases should occur"
         of_outside = torch.autograd.grad(objective[outside].sum(), leaves, retain_graph=True)
         assert all((g == 0).all() for g in of_outside)
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(-objective.mean(), leaves)])
@@ -106,17 +95,19 @@ def test_gradient_is_that_of_the_paper_written_out(
 
 
 def test_importance_sampling_at_ratio_1_is_the_score_function(tiny_sd, tmp_path, monkeypatch):
-    one = run_recorded(
-        tiny_sd, tmp_path / "is", monkeypatch, "--estimator", "is", "--gradient-steps", 1
-    )[0][0]
+    flags = ["--estimator", "is", "--gradient-steps", 1]
+    one = run_recorded(tiny_sd, tmp_path / "is", monkeypatch, *flags)[0][0]
     other = run_recorded(tiny_sd, tmp_path / "sf", monkeypatch, "--estimator", "sf")[0][0]
     assert gradient(other).norm() > 0
     assert (gradient(one) - gradient(other)).norm() < 1e-6 * gradient(other).norm()
 
 
 def test_score_function_is_unbiased():
-    """Eq. 3 with a baseline, on x_{t-1} ~ N(theta x_t pushed through the scheduler): against the exact gradient of
-    E x_0^2 = Var(x_0) for three thetas, one a step, so that a step left out or weighted wrongly shows."""
+    """Eq. 3 with a baseline, on x_{t-1} ~ N(theta x_t pushed through the scheduler).
+
+    Against the exact gradient of E x_0^2 = Var(x_0) for three thetas, one a step, so that a step
+    left out or weighted wrongly shows.
+    """
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
     )
@@ -127,12 +118,11 @@ def test_score_function_is_unbiased():
     for k, t in enumerate(scheduler.timesteps.tolist()):
         a, a_prev = alphas[t], alphas[t - 333] if t >= 333 else torch.ones((), dtype=torch.float64)
         sigma2 = (1 - a_prev) / (1 - a) * (1 - a / a_prev)
-        c = (
-            a_prev.sqrt() * (1 - (1 - a).sqrt() * theta[k]) / a.sqrt()
-            + (1 - a_prev - sigma2).sqrt() * theta[k]
-        )
+        of_x0 = a_prev.sqrt() * (1 - (1 - a).sqrt() * theta[k]) / a.sqrt()
+        c = of_x0 + (1 - a_prev - sigma2).sqrt() * theta[k]
         variance = c**2 * variance + sigma2
-    # The last step has no noise: its theta acts through x_0 = c x_1 alone and has no score; see the two others.
+    # The last step has no noise: its theta acts through x_0 = c x_1 alone and has no score; see the
+    # two others.
     exact = torch.autograd.grad(variance, theta)[0][:2]
 
     estimates = []
@@ -141,20 +131,14 @@ def test_score_function_is_unbiased():
         theta = start.float().requires_grad_()
         x, score = torch.randn(20_000, 1, 1, 1, generator=generator), 0.0
         for k, t in enumerate(scheduler.timesteps):
-            drawn = torch.randn(x.shape, generator=generator)
+            step = partial(ddim_step_with_logprob, scheduler, theta[k] * x, t, x)
             with torch.no_grad():
-                x_prev = ddim_step_with_logprob(
-                    scheduler, theta[k] * x, t, x, noise=drawn
-                ).prev_sample
-            score = (
-                score
-                + ddim_step_with_logprob(scheduler, theta[k] * x, t, x, prev_sample=x_prev).log_prob
-            )
+                x_prev = step(noise=torch.randn(x.shape, generator=generator)).prev_sample
+            score = score + step(prev_sample=x_prev).log_prob
             x = x_prev
         reward = x.flatten() ** 2
-        estimates.append(
-            torch.autograd.grad(((reward - variance.item()) * score).mean(), theta)[0][:2]
-        )
+        objective = ((reward - variance.item()) * score).mean()
+        estimates.append(torch.autograd.grad(objective, theta)[0][:2])
     estimates = torch.stack(estimates).double()
     error = estimates.std(0) / len(estimates) ** 0.5
     assert (error < 0.1 * exact.abs()).all(), (error, exact)
@@ -169,22 +153,19 @@ def test_per_prompt_advantages_against_a_plain_tracker(num_prompts, dtype):
     history = torch.full((num_prompts + 1, 7), float("nan"), dtype=torch.float64)
     tracker = defaultdict(lambda: deque(maxlen=7))
     seen_few = seen_many = 0
+    chances = np.array([1.0] if num_prompts == 1 else [0.5, 0.3, 0.1, 0.07, 0.03])
     for _ in range(6):
-        prompts = rng.choice(
-            num_prompts, 12, p=np.array([1.0] if num_prompts == 1 else [0.5, 0.3, 0.1, 0.07, 0.03])
-        )
+        prompts = rng.choice(num_prompts, 12, p=chances)
         rewards = rng.integers(-20, 20, 12)
-        ours = ddpo.per_prompt_advantages(
-            history, torch.tensor(prompts), torch.tensor(rewards, dtype=dtype), 4
-        )
+        given = torch.tensor(prompts), torch.tensor(rewards, dtype=dtype)
+        ours = ddpo.per_prompt_advantages(history, *given, 4)
         for prompt, reward in zip(prompts, rewards):
             tracker[prompt].append(float(reward))
         for advantage, prompt, reward in zip(ours.tolist(), prompts, rewards):
             known = tracker[prompt] if len(tracker[prompt]) >= 4 else rewards
             seen_few, seen_many = seen_few + (known is rewards), seen_many + (known is not rewards)
-            assert advantage == pytest.approx(
-                (reward - np.mean(known)) / (np.std(known) + 1e-6), abs=1e-9
-            )
+            expected = (reward - np.mean(known)) / (np.std(known) + 1e-6)
+            assert advantage == pytest.approx(expected, abs=1e-9)
         assert ours.dtype == torch.float64
     assert history[num_prompts].isnan().all() and seen_many and (seen_few or num_prompts == 1)
 

@@ -1,6 +1,10 @@
-"""dpok.py: its gradient against Eq. 9 written out, its estimator against a closed form, its paper's settings."""
+"""dpok.py: its gradient against Eq. 9 written out.
+
+And its estimator against a closed form, and its paper's settings.
+"""
 
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,25 +17,23 @@ import dpok
 from common.scheduler import ddim_step_with_logprob
 from common.stable_diffusion import PromptEncoder
 
-TINY = (
-    "--num-inference-steps",
-    "4",
-    "--samples-per-iteration",
-    "10",
-    "--reward",
-    "jpeg_incompressibility",
-)
+TINY = ("--num-inference-steps", "4", "--samples-per-iteration", "10")
+TINY += ("--reward", "jpeg_incompressibility")
 
 
 @pytest.mark.parametrize("kl, rewarded_share", [("exact", 1.0), ("released", 1.0), ("exact", 0.5)])
 def test_gradient_is_that_of_eq_9_written_out(tiny_sd, tmp_path, monkeypatch, kl, rewarded_share):
-    """The gradient that the script hands to its optimizer at the third update, where neither the ratios are 1 nor the
-    KL is 0, against autograd of Eq. 9 in float64 with torch.distributions and LoRA merged into the weights."""
+    """The gradient that the script hands to its optimizer, against autograd of Eq. 9.
+
+    At the third update, where neither the ratios are 1 nor the KL is 0; in float64, with
+    torch.distributions and LoRA merged into the weights.
+    """
     alpha, beta, clip, w, n, T = 300.0, 30.0 if kl == "exact" else 150.0, 5e-4, 3.0, 12, 4
     recorded = record_updates(monkeypatch)
-    flags = f"--num-iterations 1 --gradient-steps 3 --batch-size {n} --micro-batch-size 5 --learning-rate 3e-3 "
-    flags += f"--alpha {alpha} --beta {beta} --clip-range {clip} --guidance-scale {w} --kl {kl} --max-grad-norm 1e9 "
-    flags += f"--rewarded-share {rewarded_share} --value-function --output-dir {tmp_path / 'run'} --model {tiny_sd}"
+    flags = f"--num-iterations 1 --gradient-steps 3 --batch-size {n} --micro-batch-size 5 "
+    flags += f"--learning-rate 3e-3 --alpha {alpha} --beta {beta} --clip-range {clip} --kl {kl} "
+    flags += f"--guidance-scale {w} --max-grad-norm 1e9 --rewarded-share {rewarded_share} "
+    flags += f"--value-function --output-dir {tmp_path / 'run'} --model {tiny_sd}"
     monkeypatch.setattr(sys, "argv", ["dpok.py", *flags.split(), *TINY])
     dpok.main()
     weights_and_gradients = recorded[-1]
@@ -43,31 +45,28 @@ def test_gradient_is_that_of_eq_9_written_out(tiny_sd, tmp_path, monkeypatch, kl
     x_t, x_prev = replay["trajectory"][0, i, j], replay["trajectory"][0, i, j + 1].double()
     weights = [weight for weight, _ in weights_and_gradients]
     leaves, policy, pre, eps, eps_pre = policies(tiny_sd, weights, T, w, dpok.Args().prompt, x_t, j)
-    _, pooled = PromptEncoder(StableDiffusionPipeline.from_pretrained(tiny_sd), "cpu")(
-        [dpok.Args().prompt]
-    )
+    encode = PromptEncoder(StableDiffusionPipeline.from_pretrained(tiny_sd), "cpu")
+    _, pooled = encode([dpok.Args().prompt])
     value_function = dpok.ValueFunction(4 * 8 * 8 + 32, T)
     value_function.load_state_dict(state["value_function"])
-    # It began at the mean of the first rewards, and has since made one step of AdamW with a learning rate of 1e-4.
+    # It began at the mean of the first rewards, and has since made one step of AdamW with a
+    # learning rate of 1e-4.
     assert abs(value_function.out.bias.item() - replay["reward"][0].mean().item()) < 2e-4
     with torch.no_grad():
         value = value_function(x_t.float(), j, pooled.expand(n, -1)).double()
     advantages = replay["reward"][0, i].double() - value
-    ratio = (
-        policy.log_prob(x_prev).flatten(1).mean(1) - replay["log_prob"][0, i, j].double()
-    ).exp()
+    log_prob = policy.log_prob(x_prev).flatten(1).mean(1)
+    ratio = (log_prob - replay["log_prob"][0, i, j].double()).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
     penalty = kl_divergence(policy, pre) if kl == "exact" else (eps - eps_pre) ** 2
     policy_loss = (-alpha * advantages * clipped * (j < rewarded_share * T)).mean()
     kl_loss = beta * penalty.flatten(1).mean(1).mean()
-    parts = [
-        torch.autograd.grad(part, leaves, retain_graph=True) for part in (policy_loss, kl_loss)
-    ]
+    losses = (policy_loss, kl_loss)
+    parts = [torch.autograd.grad(loss, leaves, retain_graph=True) for loss in losses]
     of_policy, of_kl = (torch.cat([gradient.flatten() for gradient in part]) for part in parts)
 
-    assert 0 < (ratio != clipped).sum() < n, (
-        "the case should have ratios inside and outside of the band"
-    )
+    outside = (ratio != clipped).sum()
+    assert 0 < outside < n, "the case should have ratios inside and outside of the band"
     ours = torch.cat([gradient.flatten() for _, gradient in weights_and_gradients]).double()
     expected = of_policy + of_kl
     assert 0.1 < (share := of_policy.norm() / of_kl.norm()) < 10, (
@@ -77,22 +76,25 @@ def test_gradient_is_that_of_eq_9_written_out(tiny_sd, tmp_path, monkeypatch, kl
 
 
 def test_cooldown_is_a_straight_line_to_0(tiny_sd, tmp_path, monkeypatch):
-    """Of four iterations the last two have the learning rates 1 and 1/2: the first is where the line begins."""
+    """Of four iterations the last two have the learning rates 1 and 1/2.
+
+    The first of them is where the line begins.
+    """
     rates, step = [], torch.optim.AdamW.step
-    monkeypatch.setattr(
-        torch.optim.AdamW,
-        "step",
-        lambda self: rates.append(self.param_groups[0]["lr"]) or step(self),
-    )
-    flags = f"--num-iterations 4 --cooldown-share 0.5 --learning-rate 1e-3 --output-dir {tmp_path / 'run'} "
-    flags += f"--gradient-steps 1 --model {tiny_sd}"
+    recorded_step = lambda self: rates.append(self.param_groups[0]["lr"]) or step(self)
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded_step)
+    flags = "--num-iterations 4 --cooldown-share 0.5 --learning-rate 1e-3 --gradient-steps 1 "
+    flags += f"--output-dir {tmp_path / 'run'} --model {tiny_sd}"
     monkeypatch.setattr(sys, "argv", ["dpok.py", *flags.split(), *TINY])
     dpok.main()
     assert rates == [1e-3, 1e-3, 1e-3, 5e-4]
 
 
 def test_score_function_estimator_is_unbiased():
-    """E[r sum_t grad log p] (Eq. 6) against the closed form of a one-dimensional Gaussian chain: eps = theta x_t."""
+    """E[r sum_t grad log p] (Eq. 6) against the closed form of a one-dimensional Gaussian chain.
+
+    eps = theta x_t; x_{t-1} = c x_t + sigma z, so that Var <- c^2 Var + sigma^2; r = x_0^2.
+    """
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False
     )
@@ -100,16 +102,12 @@ def test_score_function_estimator_is_unbiased():
     scheduler.set_timesteps(5)
     theta = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     variance = torch.ones((), dtype=torch.float64)
-    for t in (
-        scheduler.timesteps
-    ):  # x_{t-1} = c x_t + sigma z, so that Var <- c^2 Var + sigma^2; r = x_0^2
+    for t in scheduler.timesteps:
         a = scheduler.alphas_cumprod.double()[t]
         a_prev = scheduler.alphas_cumprod.double()[max(int(t) - 200, 0)]
         sigma2 = (1 - a_prev) / (1 - a) * (1 - a / a_prev)
-        c = (
-            a_prev.sqrt() * (1 - (1 - a).sqrt() * theta) / a.sqrt()
-            + (1 - a_prev - sigma2).sqrt() * theta
-        )
+        of_x0 = a_prev.sqrt() * (1 - (1 - a).sqrt() * theta) / a.sqrt()
+        c = of_x0 + (1 - a_prev - sigma2).sqrt() * theta
         variance = c**2 * variance + sigma2
     exact = torch.autograd.grad(variance, theta)[0].item()
 
@@ -119,13 +117,10 @@ def test_score_function_estimator_is_unbiased():
         theta = torch.tensor(0.3, requires_grad=True)
         x, score = torch.randn(4000, 1, 1, 1, generator=generator), 0.0
         for t in scheduler.timesteps:
-            drawn = torch.randn(x.shape, generator=generator)
+            step = partial(ddim_step_with_logprob, scheduler, theta * x, t, x)
             with torch.no_grad():
-                x_prev = ddim_step_with_logprob(scheduler, theta * x, t, x, noise=drawn).prev_sample
-            score = (
-                score
-                + ddim_step_with_logprob(scheduler, theta * x, t, x, prev_sample=x_prev).log_prob
-            )
+                x_prev = step(noise=torch.randn(x.shape, generator=generator)).prev_sample
+            score = score + step(prev_sample=x_prev).log_prob
             x = x_prev
         estimates.append(torch.autograd.grad((x.flatten() ** 2 * score).mean(), theta)[0].item())
     error = np.std(estimates, ddof=1) / np.sqrt(len(estimates))
@@ -136,9 +131,5 @@ def test_score_function_estimator_is_unbiased():
 def test_default_is_the_setting_of_the_paper():
     args = dpok.Args()
     assert (args.alpha, args.beta, args.learning_rate, args.lora_rank) == (10.0, 0.01, 1e-5, 4)
-    assert (args.samples_per_iteration, args.gradient_steps, args.batch_size, args.clip_range) == (
-        10,
-        5,
-        32,
-        1e-4,
-    )
+    assert (args.samples_per_iteration, args.gradient_steps) == (10, 5)
+    assert (args.batch_size, args.clip_range) == (32, 1e-4)

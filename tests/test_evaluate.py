@@ -1,5 +1,7 @@
-"""evaluate.py: its statistics against scipy, its KL against torch.distributions, and real runs: what they leave, ranks,
-batches, a stop in the middle, wrong input."""
+"""evaluate.py: its statistics against scipy, its KL against torch.distributions, and real runs.
+
+Of the runs: what they leave, ranks, batches, a stop in the middle, wrong input.
+"""
 
 import json
 import shutil
@@ -26,16 +28,8 @@ from evaluation.sheet import GAP, LEFT, TOP
 from evaluation.statistics import compare, diversity, mean_and_error
 
 PROMPTS = ["A green colored rabbit", "A cat and a dog", "a dog on the moon"]
-SETTINGS = (
-    "--images-per-prompt",
-    4,
-    "--shard-size",
-    4,
-    "--num-inference-steps",
-    3,
-    "--guidance-scale",
-    2,
-)
+SETTINGS = ("--images-per-prompt", 4, "--shard-size", 4)
+SETTINGS += ("--num-inference-steps", 3, "--guidance-scale", 2)
 SETTINGS += ("--seed", 7)
 
 
@@ -55,8 +49,11 @@ def make_lora(pipeline_folder, folder, rank: int, size: float, reward: str | Non
 
 @pytest.fixture(scope="module")
 def work(tiny_sd, tmp_path_factory):
-    """Three LoRAs on the tiny model: a run's folder that was trained on brightness, one that changes nothing, and a
-    bare file; prompts; two rewards."""
+    """Three LoRAs on the tiny model, prompts, and two rewards.
+
+    The LoRAs are a run's folder that was trained on brightness, one that changes nothing, and a
+    bare file.
+    """
     work = tmp_path_factory.mktemp("evaluate")
     (work / "prompts.txt").write_text("\n".join(PROMPTS))
     (work / "mine.py").write_text(
@@ -66,13 +63,11 @@ def work(tiny_sd, tmp_path_factory):
         "    return 10 * (images[:, 0].mean((1, 2)) - 0.48)\n"
         "def contrast(images, prompts): return 10 * images.flatten(1).std(1)\n"
     )
-    make_lora(
-        tiny_sd, work / "runs/red", 3, 0.5, f"0.5*{work}/mine.py:red+0.5*jpeg_compressibility"
-    )
+    reward = f"0.5*{work}/mine.py:red+0.5*jpeg_compressibility"
+    make_lora(tiny_sd, work / "runs/red", 3, 0.5, reward)
     make_lora(tiny_sd, work / "runs/nothing", 2, 0.0, "aesthetic")
-    shutil.move(
-        make_lora(tiny_sd, work / "runs/bare", 4, 0.3) / FILE_NAME, work / "bare.safetensors"
-    )
+    bare = make_lora(tiny_sd, work / "runs/bare", 4, 0.3)
+    shutil.move(bare / FILE_NAME, work / "bare.safetensors")
     return work
 
 
@@ -94,32 +89,22 @@ def read(folder) -> dict:
 @pytest.fixture(scope="module")
 def evaluation(work, tiny_sd):
     """The whole command as a user makes it."""
-    parity = "statistical_parity:zoo/skin_tone"
-    words = flags(
-        work, tiny_sd, "--rewards", parity, "--micro-batch-size", 16, "--output-dir", work / "out"
-    )
-    words += [
-        "--lora",
-        work / "runs/red",
-        work / "runs/nothing",
-        "--lora",
-        work / "bare.safetensors",
-    ]
+    words = flags(work, tiny_sd, "--rewards", "statistical_parity:zoo/skin_tone")
+    words += ["--micro-batch-size", 16, "--output-dir", work / "out"]
+    words += ["--lora", work / "runs/red", work / "runs/nothing"]
+    words += ["--lora", work / "bare.safetensors"]
     result = run_script("evaluate.py", *words)
     assert result.returncode == 0, result.stderr
-    assert "| red |" in result.stdout and "warning" not in result.stderr.replace(
-        "warning: the model does not", ""
-    )
+    assert "| red |" in result.stdout
+    assert "warning" not in result.stderr.replace("warning: the model does not", "")
     return work / "out"
 
 
 def samples(folder, name: str) -> dict[str, np.ndarray]:
     """All shards of a model, (P, N, ...)."""
     shards = [dict(np.load(file)) for file in sorted((folder / "samples" / name).glob("*.npz"))]
-    return {
-        key: np.concatenate([s[key] for s in shards]).reshape(3, 4, *shards[0][key].shape[1:])
-        for key in shards[0]
-    }
+    whole = {key: np.concatenate([shard[key] for shard in shards]) for key in shards[0]}
+    return {key: value.reshape(3, 4, *value.shape[1:]) for key, value in whole.items()}
 
 
 def test_statistics_equal_those_of_scipy():
@@ -133,27 +118,26 @@ def test_statistics_equal_those_of_scipy():
         assert found["mean"] == pytest.approx(np.mean(ours[j]))
         assert found["standard_error"] == pytest.approx(stats.sem(ours[j]), rel=1e-12)
         assert found["gain"] == pytest.approx(np.mean(ours[j]) - np.mean(base[j]))
-        assert found["gain_standard_error"] == pytest.approx(
-            found["gain"] / paired.statistic, rel=1e-9
-        )
+        error = found["gain"] / paired.statistic
+        assert found["gain_standard_error"] == pytest.approx(error, rel=1e-9)
         # In each pair the better one has rank 2, and 1.5 where they are equal.
         ranks = stats.rankdata(np.stack([base[j], ours[j]]), axis=0)[1]
         assert found["win_rate"] == pytest.approx(np.mean(ranks - 1))
         assert found["win_rate_standard_error"] == pytest.approx(stats.sem(ranks - 1))
     found = compare(ours, base)
-    assert found["mean"] == pytest.approx(ours.mean()) and found["gain"] == pytest.approx(
-        (ours - base).mean()
-    )
-    assert found["standard_error"] == pytest.approx(
-        np.sqrt(np.mean(stats.sem(ours, axis=1) ** 2) / 5), rel=1e-12
-    )
-    assert found["win_rate"] == pytest.approx(
-        np.mean(stats.rankdata(np.stack([base, ours]), axis=0)[1] - 1)
-    )
+    assert found["mean"] == pytest.approx(ours.mean())
+    assert found["gain"] == pytest.approx((ours - base).mean())
+    error = np.sqrt(np.mean(stats.sem(ours, axis=1) ** 2) / 5)
+    assert found["standard_error"] == pytest.approx(error, rel=1e-12)
+    ranks = stats.rankdata(np.stack([base, ours]), axis=0)[1]
+    assert found["win_rate"] == pytest.approx(np.mean(ranks - 1))
 
 
 def test_standard_error_in_all_is_that_of_other_noise_and_the_same_prompts():
-    """The estimate against the spread of the mean over 4000 evaluations, whose prompts differ a lot and stay."""
+    """The estimate against the spread of the mean over 4000 evaluations.
+
+    Their prompts differ a lot and stay.
+    """
     rng = np.random.default_rng(1)
     means, spreads = np.array([[-3.0], [0.0], [5.0]]), np.array([[1.0], [0.2], [2.0]])
     found = [mean_and_error(rng.normal(means, spreads, size=(3, 10))) for _ in range(4000)]
@@ -171,7 +155,10 @@ def test_diversity_is_the_mean_over_pairs():
 
 @torch.no_grad()
 def test_kl_is_that_of_torch_distributions(work, tiny_sd):
-    """Of the fine-tuned model's own steps, run again along its trajectories; 0 where the LoRA changes nothing."""
+    """Of the fine-tuned model's own steps, run again along its trajectories.
+
+    0 where the LoRA changes nothing.
+    """
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
     args = evaluate.Args(guidance_scale=3.0, num_inference_steps=5)
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
@@ -185,16 +172,14 @@ def test_kl_is_that_of_torch_distributions(work, tiny_sd):
         expected = torch.zeros(2, dtype=torch.float64)
         for j, t in enumerate(scheduler.timesteps):
             steps = []
+            x_t, x_prev = trajectory[:, j], trajectory[:, j + 1]
             for network in (unet, pipeline.unet):
-                guided = guided_noise(args, network, trajectory[:, j], t.expand(2), text, no_text)
-                step = ddim_step_with_logprob(
-                    scheduler, guided, t, trajectory[:, j], prev_sample=trajectory[:, j + 1]
-                )
+                guided = guided_noise(args, network, x_t, t.expand(2), text, no_text)
+                step = ddim_step_with_logprob(scheduler, guided, t, x_t, prev_sample=x_prev)
                 steps.append(Normal(step.mean.double(), step.std.double().view(2, 1, 1, 1)))
             expected += kl_divergence(*steps).sum((1, 2, 3))
-        found = kl_to_pretrained(
-            args, pipeline.unet, scheduler, text, no_text, noise, trajectory, stds
-        )
+        texts = (text, no_text)
+        found = kl_to_pretrained(args, pipeline.unet, scheduler, *texts, noise, trajectory, stds)
         if run == "red":
             assert expected.min() > 1e-3
             torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-6)
@@ -211,14 +196,11 @@ def test_what_a_run_leaves(evaluation, work):
         own = samples(evaluation, name)
         pictures = own["images"].astype(float) / 255
         assert own[specs[0]] == pytest.approx(10 * (pictures[..., 0].mean((2, 3)) - 0.48), abs=1e-4)
-        assert own[specs[1]] == pytest.approx(
-            10 * pictures.reshape(3, 4, -1).std(-1, ddof=1), abs=1e-4
-        )
+        contrast = 10 * pictures.reshape(3, 4, -1).std(-1, ddof=1)
+        assert own[specs[1]] == pytest.approx(contrast, abs=1e-4)
         assert (own[parity] == own[parity][:, :1]).all()  # one for all pictures of a prompt
-        for level, rows in [
-            (found["all"], slice(None)),
-            *((found["prompts"][p], [j]) for j, p in enumerate(PROMPTS)),
-        ]:
+        levels = [(found["prompts"][prompt], [j]) for j, prompt in enumerate(PROMPTS)]
+        for level, rows in [(found["all"], slice(None)), *levels]:
             for spec in specs:
                 figures = level["rewards"][spec]
                 assert figures["mean"] == pytest.approx(own[spec][rows].mean())
@@ -226,25 +208,17 @@ def test_what_a_run_leaves(evaluation, work):
                 if name != "base":
                     ranks = stats.rankdata(np.stack([base[spec][rows], own[spec][rows]]), axis=0)[1]
                     assert figures["win_rate"] == pytest.approx(np.mean(ranks - 1))
-                    assert figures["gain"] == pytest.approx(
-                        (own[spec][rows] - base[spec][rows]).mean(), abs=1e-6
-                    )
+                    gain = (own[spec][rows] - base[spec][rows]).mean()
+                    assert figures["gain"] == pytest.approx(gain, abs=1e-6)
             assert level["rewards"][parity]["standard_error"] is None
             flat = pictures[rows].reshape(-1, 4, 64 * 64 * 3)
-            apart = [
-                np.sqrt(((s[i] - s[j]) ** 2).mean())
-                for s in flat
-                for i in range(4)
-                for j in range(i)
-            ]
+            pairs = [(s[i], s[j]) for s in flat for i in range(4) for j in range(i)]
+            apart = [np.sqrt(((a - b) ** 2).mean()) for a, b in pairs]
             assert level["diversity"] == pytest.approx(np.mean(apart), rel=1e-4)
-            assert level["kl"]["mean"] == (
-                0 if name == "base" else pytest.approx(own["kl"][rows].mean(), rel=1e-5)
-            )
-    assert (
-        results["red"]["all"]["kl"]["mean"] > 1e-4
-        and results["nothing"]["all"]["kl"]["mean"] < 1e-5
-    )
+            kl = 0 if name == "base" else pytest.approx(own["kl"][rows].mean(), rel=1e-5)
+            assert level["kl"]["mean"] == kl
+    assert results["red"]["all"]["kl"]["mean"] > 1e-4
+    assert results["nothing"]["all"]["kl"]["mean"] < 1e-5
     assert np.abs(samples(evaluation, "red")["images"].astype(int) - base["images"]).max() > 3
     nothing = results["nothing"]["all"]["rewards"][specs[0]]
     assert (nothing["gain"], nothing["win_rate"]) == (0, 0.5)
@@ -252,13 +226,10 @@ def test_what_a_run_leaves(evaluation, work):
     assert results["bare"]["trained_on"] == dict.fromkeys([*specs, parity])
 
     table = (evaluation / "table.md").read_text()
-    assert (
-        f"`{specs[1]}` (red: held out, nothing: held out, bare: not known if trained on)" in table
-    )
-    assert (
-        f"{nothing['mean']:+.3f} ± {nothing['standard_error']:.3f} | +0.000 ± 0.000 | 50% |"
-        in table
-    )
+    trained_on = "red: held out, nothing: held out, bare: not known if trained on"
+    assert f"`{specs[1]}` ({trained_on})" in table
+    mean = f"{nothing['mean']:+.3f} ± {nothing['standard_error']:.3f}"
+    assert f"{mean} | +0.000 ± 0.000 | 50% |" in table
     assert all(table.count(f"| {prompt} |") == 4 for prompt in PROMPTS)
 
     sheet, names = np.asarray(Image.open(evaluation / "comparison.png")), list(results)
@@ -285,25 +256,17 @@ def figures_of(tree, path=""):
 def test_ranks_and_batches_do_not_change_the_figures(
     evaluation, work, tiny_sd, tmp_path, monkeypatch, ranks, micro_batch_size
 ):
-    words = flags(
-        work,
-        tiny_sd,
-        "--rewards",
-        "statistical_parity:zoo/skin_tone",
-        "--output-dir",
-        tmp_path / "out",
-    )
-    words += ["--micro-batch-size", micro_batch_size, "--lora", work / "runs/red"]
+    words = flags(work, tiny_sd, "--rewards", "statistical_parity:zoo/skin_tone")
+    words += ["--output-dir", tmp_path / "out", "--lora", work / "runs/red"]
+    words += ["--micro-batch-size", micro_batch_size]
     if ranks == 1:
         run_here(monkeypatch, *words)
     else:
         result = run_script("evaluate.py", *words, ranks=ranks)
         assert result.returncode == 0, result.stderr
     expected, found = dict(figures_of(read(evaluation))), dict(figures_of(read(tmp_path / "out")))
-    assert (
-        found.keys() == {path for path in expected if path.startswith(("/base/", "/red/"))}
-        and len(found) > 90
-    )
+    assert found.keys() == {path for path in expected if path.startswith(("/base/", "/red/"))}
+    assert len(found) > 90
     for path in found:
         assert found[path] == pytest.approx(expected[path], rel=1e-4, abs=1e-4), path
 
@@ -313,24 +276,12 @@ def test_a_picture_is_a_function_of_seed_prompt_and_number(
 ):
     """Two prompts and three pictures of each are part of three and four."""
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
-    words = [
-        "--model",
-        tiny_sd,
-        "--prompts-file",
-        tmp_path / "prompts.txt",
-        *SETTINGS,
-        "--images-per-prompt",
-        3,
-    ]
-    words = [
-        word for i, word in enumerate(words) if i not in (4, 5)
-    ]  # the first --images-per-prompt
-    run_here(
-        monkeypatch, *words, "--rewards", "jpeg_compressibility", "--output-dir", tmp_path / "out"
-    )
-    shards = [
-        np.load(file)["images"] for file in sorted((tmp_path / "out/samples/base").glob("*.npz"))
-    ]
+    words = ["--model", tiny_sd, "--prompts-file", tmp_path / "prompts.txt"]
+    words += ["--images-per-prompt", 3, *SETTINGS[2:]]  # in place of the first of SETTINGS
+    words += ["--rewards", "jpeg_compressibility", "--output-dir", tmp_path / "out"]
+    run_here(monkeypatch, *words)
+    files = sorted((tmp_path / "out/samples/base").glob("*.npz"))
+    shards = [np.load(file)["images"] for file in files]
     fewer = np.concatenate(shards).reshape(2, 3, 64, 64, 3).astype(int)
     assert np.abs(fewer - samples(evaluation, "base")["images"][:2, :3]).max() <= 1
     other = samples(evaluation, "base")["images"].reshape(12, -1)
@@ -338,16 +289,18 @@ def test_a_picture_is_a_function_of_seed_prompt_and_number(
 
 
 def test_stopped_in_the_middle_it_goes_on(evaluation, work, tiny_sd, tmp_path, monkeypatch, capsys):
-    """Killed while it draws, and begun again: the same figures, and what was drawn is not drawn again. Then with a
-    reward and a model more; with another seed it refuses."""
+    """Killed while it draws, and begun again: the same figures.
+
+    What was drawn is not drawn again. Then with a reward and a model more; with another seed it
+    refuses.
+    """
     words = flags(work, tiny_sd, "--micro-batch-size", 16, "--output-dir", tmp_path / "out")
     words = [*map(str, [*words, "--lora", work / "bare.safetensors"])]
     first = tmp_path / "out/samples/base/00000.npz"
     monkeypatch.setenv("SLOW", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    process = subprocess.Popen(
-        [sys.executable, "evaluate.py", *words], cwd=ROOT, stderr=subprocess.DEVNULL
-    )
+    command = [sys.executable, "evaluate.py", *words]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     try:
         clock = time.monotonic()
         while not first.exists() and time.monotonic() - clock < 200:
@@ -369,43 +322,28 @@ def test_stopped_in_the_middle_it_goes_on(evaluation, work, tiny_sd, tmp_path, m
         for prompt in PROMPTS:
             ours, theirs = (figures[name]["prompts"][prompt] for figures in (found, expected))
             for spec in ours["rewards"]:
-                assert ours["rewards"][spec] == pytest.approx(
-                    theirs["rewards"][spec], rel=1e-4, abs=1e-6
-                ), (
-                    name,
-                    prompt,
-                )
+                close = pytest.approx(theirs["rewards"][spec], rel=1e-4, abs=1e-6)
+                assert ours["rewards"][spec] == close, (name, prompt)
             assert ours["kl"]["mean"] == pytest.approx(theirs["kl"]["mean"], rel=1e-4)
 
     pictures = {path: np.load(path)["images"] for path in tmp_path.glob("out/samples/*/*.npz")}
     run_here(monkeypatch, *words, "--rewards", "jpeg_compressibility", "--lora", work / "runs/red")
     assert all(np.array_equal(np.load(path)["images"], before) for path, before in pictures.items())
     found = read(tmp_path / "out")
-    assert found["red"]["all"]["kl"]["mean"] == pytest.approx(
-        expected["red"]["all"]["kl"]["mean"], rel=1e-4
-    )
-    assert all(
-        model["all"]["rewards"]["jpeg_compressibility"]["mean"] < 0 for model in found.values()
-    )
+    kl = expected["red"]["all"]["kl"]["mean"]
+    assert found["red"]["all"]["kl"]["mean"] == pytest.approx(kl, rel=1e-4)
+    of_all = [model["all"]["rewards"]["jpeg_compressibility"] for model in found.values()]
+    assert all(figures["mean"] < 0 for figures in of_all)
 
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         run_here(monkeypatch, *words, "--eta", 0.5, "--num-inference-steps", 4)
     stderr = capsys.readouterr().err
-    assert (
-        end.value.code == 2
-        and "--eta" in stderr
-        and "--num-inference-steps" in stderr
-        and "--seed" not in stderr
-    )
-    save_file(
-        {k: v + 1 for k, v in load_file(work / "bare.safetensors").items()},
-        tmp_path / "bare.safetensors",
-    )
-    words = [
-        str(tmp_path / "bare.safetensors") if word == str(work / "bare.safetensors") else word
-        for word in words
-    ]
+    assert end.value.code == 2 and "--eta" in stderr and "--num-inference-steps" in stderr
+    assert "--seed" not in stderr
+    bare, other = work / "bare.safetensors", tmp_path / "bare.safetensors"
+    save_file({key: value + 1 for key, value in load_file(bare).items()}, other)
+    words = [str(other) if word == str(bare) else word for word in words]
     with pytest.raises(SystemExit) as end:
         run_here(monkeypatch, *words)
     assert end.value.code == 2 and "weights named bare" in capsys.readouterr().err
@@ -421,31 +359,18 @@ def test_a_unet_saved_whole_is_evaluated_as_the_lora_merged_into_it(
             layer = unet.get_submodule(key.removeprefix("unet.").removesuffix(".lora_A.weight"))
             layer.weight += state[key.replace("lora_A", "lora_B")] @ state[key]
     unet.save_pretrained(tmp_path / "whole/unet")
-    (tmp_path / "whole/args.json").write_text(
-        json.dumps({"tasks": ["jpeg_compressibility prompts/zoo.txt 8x4"]})
-    )
-    words = [
-        "--model",
-        tiny_sd,
-        "--lora",
-        tmp_path / "whole",
-        "--prompts-file",
-        work / "prompts.txt",
-        *SETTINGS,
-    ]
-    run_here(
-        monkeypatch, *words, "--rewards", "jpeg_compressibility", "--output-dir", tmp_path / "out"
-    )
+    run = {"tasks": ["jpeg_compressibility prompts/zoo.txt 8x4"]}
+    (tmp_path / "whole/args.json").write_text(json.dumps(run))
+    words = ["--model", tiny_sd, "--lora", tmp_path / "whole"]
+    words += ["--prompts-file", work / "prompts.txt", *SETTINGS]
+    words += ["--rewards", "jpeg_compressibility", "--output-dir", tmp_path / "out"]
+    run_here(monkeypatch, *words)
     found = read(tmp_path / "out")["whole"]
     assert found["trained_on"] == {"jpeg_compressibility": True}
-    assert found["all"]["kl"]["mean"] == pytest.approx(
-        read(evaluation)["red"]["all"]["kl"]["mean"], rel=1e-3
-    )
-    difference = (
-        samples(tmp_path / "out", "whole")["images"].astype(int)
-        - samples(evaluation, "red")["images"]
-    )
-    assert np.abs(difference).max() <= 1
+    kl = read(evaluation)["red"]["all"]["kl"]["mean"]
+    assert found["all"]["kl"]["mean"] == pytest.approx(kl, rel=1e-3)
+    ours, theirs = samples(tmp_path / "out", "whole"), samples(evaluation, "red")
+    assert np.abs(ours["images"].astype(int) - theirs["images"]).max() <= 1
 
 
 def test_the_zoo_has_its_judge(tmp_path, monkeypatch):
@@ -453,15 +378,8 @@ def test_the_zoo_has_its_judge(tmp_path, monkeypatch):
 
     folder = make_lora(ROOT / "zoo/sd", tmp_path / "some", 2, 0.05)
     (tmp_path / "prompts.txt").write_text("A cat and a dog\na cat made of glass\n")
-    words = [
-        "zoo",
-        "--prompts-file",
-        tmp_path / "prompts.txt",
-        "--images-per-prompt",
-        6,
-        "--num-inference-steps",
-        6,
-    ]
+    words = ["zoo", "--prompts-file", tmp_path / "prompts.txt"]
+    words += ["--images-per-prompt", 6, "--num-inference-steps", 6]
     run_here(monkeypatch, *words, "--lora", folder, "--output-dir", tmp_path / "out")
     judge = judging.load_judge(ROOT / "zoo/judge")
     vae = StableDiffusionPipeline.from_pretrained(ROOT / "zoo/sd").vae
@@ -473,13 +391,11 @@ def test_the_zoo_has_its_judge(tmp_path, monkeypatch):
         assert one["success"]["mean"] == pytest.approx(expected) and other["success"] is None
         assert found["all"]["success"]["mean"] == pytest.approx(expected)
         for level, rows in ((found["all"], slice(None)), (one, slice(6)), (other, slice(6, 12))):
-            assert level["image_quality"] == pytest.approx(
-                judging.image_quality(judge, vae, pictures[rows]), rel=1e-3
-            )
+            quality = judging.image_quality(judge, vae, pictures[rows])
+            assert level["image_quality"] == pytest.approx(quality, rel=1e-3)
         features = judge(pictures[:6])[1].double()
-        assert one["diversity_judge"] == pytest.approx(
-            torch.pdist(features).mean().item() / 8, rel=1e-4
-        )
+        apart = torch.pdist(features).mean().item() / 8
+        assert one["diversity_judge"] == pytest.approx(apart, rel=1e-4)
     assert "distance to renders" in (tmp_path / "out/table.md").read_text()
 
 
@@ -537,15 +453,14 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     (tmp_path / "prompt.txt").write_text("colorless ideas sleep")
     words, mentioned = WRONG[name]
     places = {"OTHER": tmp_path / "other", "UNET": tmp_path / "whole", "RED": work / "runs/red"}
-    words = [
-        places.get(word, tmp_path / "empty.txt" if word == "EMPTY" else word) for word in words
-    ]
+    places["EMPTY"] = tmp_path / "empty.txt"
+    words = [places.get(word, word) for word in words]
     defaults = {
         "--model": tiny_sd,
         "--prompts-file": tmp_path / "prompt.txt",
         "--rewards": "jpeg_compressibility",
+        "--output-dir": tmp_path / "out",
     }
-    defaults["--output-dir"] = tmp_path / "out"
     for flag, value in defaults.items():
         if flag not in words and not (flag == "--prompts-file" and "--prompt" in words):
             words += [flag, value]
@@ -560,14 +475,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(
 
 def test_wrong_input_as_a_user_sees_it(work, tiny_sd):
     """In a process of its own: nothing that a library prints comes beside the line."""
-    result = run_script(
-        "evaluate.py",
-        "--model",
-        tiny_sd,
-        "--prompt",
-        "a cat",
-        "--lora",
-        "zoo/judge/model.safetensors",
-    )
+    words = ["--model", tiny_sd, "--prompt", "a cat", "--lora", "zoo/judge/model.safetensors"]
+    result = run_script("evaluate.py", *words)
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     assert result.returncode == 2 and len(lines) == 1 and "--lora" in lines[0], result.stderr

@@ -1,4 +1,7 @@
-"""human_eval.py: its page in a real browser, what the page does not tell, its tally against scipy, wrong input."""
+"""human_eval.py: its page in a real browser, and what the page does not tell.
+
+And its tally against scipy, and wrong input.
+"""
 
 import base64
 import hashlib
@@ -35,25 +38,10 @@ def study(tiny_sd, tmp_path_factory):
     work = tmp_path_factory.mktemp("human")
     (work / "prompts.txt").write_text("\n".join(PROMPTS))
     make_lora(tiny_sd, work / "runs/my-secret-run", 3, 0.5)
-    words = [
-        "build",
-        "--model",
-        tiny_sd,
-        "--lora",
-        work / "runs/my-secret-run",
-        "--prompts-file",
-        work / "prompts.txt",
-    ]
-    words += [
-        "--images-per-prompt",
-        2,
-        "--num-inference-steps",
-        3,
-        "--guidance-scale",
-        2,
-        "--shuffle-seed",
-        5,
-    ]
+    words = ["build", "--model", tiny_sd, "--lora", work / "runs/my-secret-run"]
+    words += ["--prompts-file", work / "prompts.txt"]
+    words += ["--images-per-prompt", 2, "--num-inference-steps", 3]
+    words += ["--guidance-scale", 2, "--shuffle-seed", 5]
     result = run_script("human_eval.py", *words, "--output-dir", work / "study")
     assert result.returncode == 0, result.stderr
     return work / "study"
@@ -68,11 +56,8 @@ def run_here(monkeypatch, *words) -> None:
 def read_page(study) -> dict:
     """What the page holds, as a rater who looks at its source sees it."""
     source = (study / "human_eval.html").read_text()
-    return json.loads(
-        re.search(r'<script type="application/json" id="study">(.*?)</script>', source, re.DOTALL)[
-            1
-        ]
-    )
+    held = r'<script type="application/json" id="study">(.*?)</script>'
+    return json.loads(re.search(held, source, re.DOTALL)[1])
 
 
 def to_array(uri: str) -> np.ndarray:
@@ -84,44 +69,32 @@ def test_key_says_whose_picture_is_where(study):
     assert key["models"] == ["base", "my-secret-run"] and key["study"] == page["study"]
     drawn = {}
     for name in key["models"]:
-        shards = [
-            np.load(file)["images"]
-            for file in sorted((study / f"pictures/samples/{name}").glob("*.npz"))
-        ]
+        files = sorted((study / f"pictures/samples/{name}").glob("*.npz"))
+        shards = [np.load(file)["images"] for file in files]
         drawn[name] = np.concatenate(shards).reshape(3, 2, 64, 64, 3)
     seen = set()
     for pair, shown in zip(key["pairs"], page["pairs"], strict=True):
         j = PROMPTS.index(pair["prompt"])
-        assert shown["prompt"] == pair["prompt"] and {pair["left"], pair["right"]} == set(
-            key["models"]
-        )
-        for side in ("left", "right"):
-            assert np.array_equal(to_array(shown[side]), drawn[pair[side]][j, pair["image"]])
-        assert not np.array_equal(to_array(shown["left"]), to_array(shown["right"])), (
-            "a case in which they differ"
-        )
+        assert shown["prompt"] == pair["prompt"]
+        assert {pair["left"], pair["right"]} == set(key["models"])
+        left, right = to_array(shown["left"]), to_array(shown["right"])
+        assert np.array_equal(left, drawn[pair["left"]][j, pair["image"]])
+        assert np.array_equal(right, drawn[pair["right"]][j, pair["image"]])
+        assert not np.array_equal(left, right), "a case in which they differ"
         seen.add((j, pair["image"]))
     assert len(seen) == 6
     assert [pair["left"] for pair in key["pairs"]].count("base") == 3
 
 
 def test_nothing_in_the_page_tells_whose_picture_is_where(study, tmp_path, monkeypatch):
-    """Not its words, its structure, nor the pictures' files; and with the models exchanged the page is the same but
-    for the shuffle."""
+    """Not its words, its structure, nor the pictures' files.
+
+    And with the models exchanged the page is the same but for the shuffle.
+    """
     source, page = (study / "human_eval.html").read_text(), read_page(study)
     words = re.sub(r"base64,[A-Za-z0-9+/=]+", "", source).lower()
-    for word in (
-        "my-secret-run",
-        "secret",
-        "base",
-        "fine",
-        "tuned",
-        "lora",
-        "model",
-        "key.json",
-        "seed",
-        str(ROOT),
-    ):
+    telling = ["my-secret-run", "secret", "base", "fine", "tuned", "lora", "model"]
+    for word in [*telling, "key.json", "seed", str(ROOT)]:
         assert word not in words, word
     assert set(page) == {"study", "questions", "answers", "pairs"}
     assert all(list(pair) == ["prompt", "left", "right"] for pair in page["pairs"])
@@ -133,11 +106,8 @@ def test_nothing_in_the_page_tells_whose_picture_is_where(study, tmp_path, monke
                 length = int.from_bytes(file[at : at + 4], "big")
                 chunks.append(file[at + 4 : at + 8])
                 at += 12 + length
-            assert set(chunks) == {b"IHDR", b"IDAT", b"IEND"} and to_array(pair[side]).shape == (
-                64,
-                64,
-                3,
-            )
+            assert set(chunks) == {b"IHDR", b"IDAT", b"IEND"}
+            assert to_array(pair[side]).shape == (64, 64, 3)
     # Sides are balanced over many pairs, in no order that shows, and differ from seed to seed.
     sides = []
     for seed in range(200):
@@ -149,15 +119,8 @@ def test_nothing_in_the_page_tells_whose_picture_is_where(study, tmp_path, monke
     # Without --shuffle-seed two pages of the same pictures are not shuffled alike.
     keys = []
     for name in ("one", "two"):
-        words = [
-            "build",
-            "--evaluation",
-            study / "pictures",
-            "--images-per-prompt",
-            2,
-            "--output-dir",
-            tmp_path / name,
-        ]
+        words = ["build", "--evaluation", study / "pictures"]
+        words += ["--images-per-prompt", 2, "--output-dir", tmp_path / name]
         run_here(monkeypatch, *words)
         keys.append(json.loads((tmp_path / name / "key.json").read_text()))
     assert keys[0]["pairs"] != keys[1]["pairs"] and keys[0]["study"] != keys[1]["study"]
@@ -166,30 +129,23 @@ def test_nothing_in_the_page_tells_whose_picture_is_where(study, tmp_path, monke
 @pytest.fixture
 def browser(tmp_path):
     """Headless Chromium, that saves what it downloads in tmp_path/downloads."""
-    webdriver = pytest.importorskip(
-        "selenium.webdriver", reason="needs selenium: pip install -r requirements-test.txt"
-    )
-    binary = (
-        shutil.which("chromium")
-        or shutil.which("chromium-browser")
-        or shutil.which("google-chrome")
-    )
+    reason = "needs selenium: pip install -r requirements-test.txt"
+    webdriver = pytest.importorskip("selenium.webdriver", reason=reason)
+    names = ("chromium", "chromium-browser", "google-chrome")
+    binary = next(filter(None, map(shutil.which, names)), None)
     driver = shutil.which("chromedriver")
     if not binary or not driver:
         pytest.skip("needs chromium and its driver: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = binary
-    flags = (
-        "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
-    )
-    flags += "disable-component-update disable-sync disable-dev-shm-usage"
+    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-sync "
+    flags += "disable-background-networking disable-component-update disable-dev-shm-usage"
     for flag in flags.split():
         options.add_argument(f"--{flag}")
     options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
     (tmp_path / "downloads").mkdir()
-    options.add_experimental_option(
-        "prefs", {"download.default_directory": str(tmp_path / "downloads")}
-    )
+    prefs = {"download.default_directory": str(tmp_path / "downloads")}
+    options.add_experimental_option("prefs", prefs)
     # With the driver's path given, selenium looks for none and downloads none.
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     yield browser
@@ -197,12 +153,16 @@ def browser(tmp_path):
 
 
 def test_page_in_a_browser(browser, study, tmp_path, monkeypatch, capsys):
-    """Half of the pairs answered by mouse, half by keyboard, with a reload in between; then saved, and tallied."""
+    """Half of the pairs answered by mouse, half by keyboard, with a reload in between.
+
+    Then saved, and tallied.
+    """
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
     key = json.loads((study / "key.json").read_text())
-    # By question: the run wins 4 and loses 2; 2, 3 and a similar one; 1, 1, two similar ones and two not loaded.
+    # By question: the run wins 4 and loses 2; 2, 3 and a similar one; 1, 1, two similar ones and
+    # two not loaded.
     run, base = "my-secret-run", "base"
     planned = {
         "fidelity": [run, run, base, run, base, run],
@@ -219,11 +179,10 @@ def test_page_in_a_browser(browser, study, tmp_path, monkeypatch, capsys):
 
     def pressed() -> dict:
         buttons = browser.find_elements(By.CSS_SELECTOR, "#questions button[aria-pressed=true]")
+        questions = [button.find_element(By.XPATH, "../..") for button in buttons]
         return {
-            button.find_element(By.XPATH, "../..").get_attribute("id"): button.get_attribute(
-                "value"
-            )
-            for button in buttons
+            question.get_attribute("id"): button.get_attribute("value")
+            for question, button in zip(questions, buttons)
         }
 
     def type_keys(*keys: str):
@@ -232,10 +191,8 @@ def test_page_in_a_browser(browser, study, tmp_path, monkeypatch, capsys):
     url = (study / "human_eval.html").as_uri()
     browser.get(url)
     assert element("prompt").text == key["pairs"][0]["prompt"]
-    shown = browser.execute_script(
-        "return ['left', 'right'].map(id => document.getElementById(id).naturalWidth)"
-    )
-    assert shown == [64, 64]
+    widths = "['left', 'right'].map(id => document.getElementById(id).naturalWidth)"
+    assert browser.execute_script(f"return {widths}") == [64, 64]
     assert element("count").text == "pair 1 of 6, 0 answered"
     element("rater").send_keys("Ann 1")  # digits in a name are no answers
     assert pressed() == {} and not element("next").is_enabled()
@@ -243,9 +200,8 @@ def test_page_in_a_browser(browser, study, tmp_path, monkeypatch, capsys):
     for n in range(3):  # by mouse
         for question in QUESTIONS:
             assert not element("next").is_enabled()
-            browser.find_element(
-                By.CSS_SELECTOR, f"#{question} button[value={to_click(question, n)}]"
-            ).click()
+            button = f"#{question} button[value={to_click(question, n)}]"
+            browser.find_element(By.CSS_SELECTOR, button).click()
         assert pressed() == {question: to_click(question, n) for question in QUESTIONS}
         element("next").click()
     assert element("count").text == "pair 4 of 6, 3 answered"
@@ -254,10 +210,8 @@ def test_page_in_a_browser(browser, study, tmp_path, monkeypatch, capsys):
 
     browser.get("about:blank")
     browser.get(url)
-    assert (
-        element("count").text == "pair 4 of 6, 3 answered"
-        and element("rater").get_attribute("value") == "Ann 1"
-    )
+    assert element("count").text == "pair 4 of 6, 3 answered"
+    assert element("rater").get_attribute("value") == "Ann 1"
     assert pressed() == {"fidelity": to_click("fidelity", 3)}
     assert element("prompt").text == key["pairs"][3]["prompt"]
     type_keys(Keys.ENTER)  # not before all three are answered
@@ -266,29 +220,16 @@ def test_page_in_a_browser(browser, study, tmp_path, monkeypatch, capsys):
         type_keys(str(values.index(to_click(question, 3)) + 1))
     type_keys(Keys.ENTER)
     # A wrong answer, put right after going back and forth, and up.
-    type_keys(
-        "4",
-        "4",
-        "4",
-        Keys.ARROW_LEFT,
-        Keys.ARROW_RIGHT,
-        Keys.ARROW_UP,
-        Keys.ARROW_UP,
-        Keys.ARROW_UP,
-    )
+    type_keys("4", "4", "4", Keys.ARROW_LEFT, Keys.ARROW_RIGHT, *[Keys.ARROW_UP] * 3)
     for n in (4, 5):
         for question in QUESTIONS:
             type_keys(str(values.index(to_click(question, n)) + 1))
-            if n == 4:
-                type_keys(
-                    Keys.ARROW_DOWN
-                )  # all are answered, so the frame does not go on by itself
+            if n == 4:  # all are answered, so the frame does not go on by itself
+                type_keys(Keys.ARROW_DOWN)
         assert pressed() == {question: to_click(question, n) for question in QUESTIONS}
         type_keys(Keys.ENTER)
-    assert (
-        element("count").text == "pair 6 of 6, 6 answered"
-        and "That was all" in element("message").text
-    )
+    assert element("count").text == "pair 6 of 6, 6 answered"
+    assert "That was all" in element("message").text
     assert browser.execute_script("return document.getElementById('progress').value") == 6
     type_keys("s")
     file, clock = tmp_path / "downloads/answers-Ann-1.json", time.monotonic()
@@ -300,9 +241,8 @@ def test_page_in_a_browser(browser, study, tmp_path, monkeypatch, capsys):
     }
     assert not [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
 
-    run_here(
-        monkeypatch, "tally", file, "--key", study / "key.json", "--output", tmp_path / "tally.json"
-    )
+    words = ["tally", file, "--key", study / "key.json", "--output", tmp_path / "tally.json"]
+    run_here(monkeypatch, *words)
     found = json.loads((tmp_path / "tally.json").read_text())["answers"]
     assert {question: found[question]["preferred"] for question in QUESTIONS} == {
         "fidelity": {base: 2, run: 4},
@@ -326,15 +266,14 @@ def test_wilson_interval_equals_scipy():
 
 
 def write_answers(key: dict, path, session: str, wanted: dict[int, dict[str, str]]) -> None:
-    """A rater's file; `wanted` has a model's name, "similar" or "not_loaded" by pair and question."""
+    """A rater's file; `wanted` has a model, "similar" or "not_loaded" by pair and question."""
     sides = [{pair["left"]: "left", pair["right"]: "right"} for pair in key["pairs"]]
     given = {
         str(n): {q: sides[n].get(value, value) for q, value in pair.items()}
         for n, pair in wanted.items()
     }
-    path.write_text(
-        json.dumps({"study": key["study"], "session": session, "rater": "", "answers": given})
-    )
+    saved = {"study": key["study"], "session": session, "rater": "", "answers": given}
+    path.write_text(json.dumps(saved))
 
 
 def test_tally_of_several_raters(study, tmp_path, monkeypatch, capsys):
@@ -353,13 +292,9 @@ def test_tally_of_several_raters(study, tmp_path, monkeypatch, capsys):
     for rater in range(3):
         wanted = {n: {"overall": of[rater]} for n, of in enumerate(votes) if of[rater]}
         write_answers(key, tmp_path / f"answers/{rater}.json", f"s{rater}", wanted)
-    words = [
-        "tally",
-        *sorted((tmp_path / "answers").glob("*.json")),
-        "--output",
-        tmp_path / "out.json",
-    ]
-    run_here(monkeypatch, *words)  # the key is found one folder up
+    files = sorted((tmp_path / "answers").glob("*.json"))
+    # The key is found one folder up.
+    run_here(monkeypatch, "tally", *files, "--output", tmp_path / "out.json")
     found = json.loads((tmp_path / "out.json").read_text())
     pooled, of_pairs = found["answers"]["overall"], found["majority"]["overall"]
     assert pooled["preferred"] == {base: 4, run: 5} and pooled["preference"] == 5 / 9
@@ -374,34 +309,17 @@ def test_tally_of_several_raters(study, tmp_path, monkeypatch, capsys):
 
 
 def test_two_runs_against_each_other(tiny_sd, study, tmp_path, monkeypatch):
-    """Without the base; the same noise as the base's page, so that the run's pictures are the same."""
+    """Without the base; the noise is that of the base's page, so the run's pictures are equal."""
     run = study.parent / "runs/my-secret-run"
     other = make_lora(tiny_sd, tmp_path / "runs/other", 2, 0.3)
-    words = [
-        "build",
-        "--model",
-        tiny_sd,
-        "--lora",
-        run,
-        "--lora",
-        other,
-        "--num-inference-steps",
-        3,
-    ]
-    words += [
-        "--guidance-scale",
-        2,
-        "--images-per-prompt",
-        2,
-        "--prompts-file",
-        study.parent / "prompts.txt",
-    ]
+    words = ["build", "--model", tiny_sd, "--lora", run]
+    words += ["--lora", other, "--num-inference-steps", 3]
+    words += ["--guidance-scale", 2, "--images-per-prompt", 2]
+    words += ["--prompts-file", study.parent / "prompts.txt"]
     run_here(monkeypatch, *words, "--output-dir", tmp_path / "study")
     key = json.loads((tmp_path / "study/key.json").read_text())
-    assert (
-        key["models"] == ["my-secret-run", "other"]
-        and not (tmp_path / "study/pictures/samples/base").exists()
-    )
+    assert key["models"] == ["my-secret-run", "other"]
+    assert not (tmp_path / "study/pictures/samples/base").exists()
     digests = []
     for folder in (study, tmp_path / "study"):
         file = next((folder / "pictures/samples/my-secret-run").glob("*.npz"))

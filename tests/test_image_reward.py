@@ -15,24 +15,20 @@ from safetensors.torch import save_file
 from common.rewards import RewardError, load_reward
 from common.rewards.image_reward import ImageReward
 
-ORACLE = json.loads(
-    (Path(__file__).parent / "oracle/image_reward_scores.json").read_text(encoding="utf-8")
-)
+ORACLE = Path(__file__).parent / "oracle/image_reward_scores.json"
+ORACLE = json.loads(ORACLE.read_text(encoding="utf-8"))
 PROMPTS = ["a cat", "a dog on the moon", "two cats", ""]
 
 
 def to_tensor(*pictures: Image.Image) -> torch.Tensor:
-    return (
-        torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2).float()
-        / 255
-    )
+    array = np.stack([np.asarray(picture) for picture in pictures])
+    return torch.from_numpy(array).permute(0, 3, 1, 2).float() / 255
 
 
 def write_tokenizer(folder: Path, vocabulary: list[str]) -> None:
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
-    (folder / "tokenizer_config.json").write_text(
-        '{"tokenizer_class": "BertTokenizer", "do_lower_case": true}'
-    )
+    config = '{"tokenizer_class": "BertTokenizer", "do_lower_case": true}'
+    (folder / "tokenizer_config.json").write_text(config)
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +43,15 @@ def full_size(tmp_path_factory):
 
 
 def case_pictures(cases: list[dict]) -> torch.Tensor:
-    return to_tensor(
-        *(recipe.picture(case["width"], case["height"], case["seed"]) for case in cases)
-    )
+    keys = ("width", "height", "seed")
+    return to_tensor(*(recipe.picture(*(case[key] for key in keys)) for case in cases))
 
 
 def test_recipe_draws_what_the_oracle_drew():
-    """When this fails, the parity below fails too, and says nothing: make the oracle's scores again."""
+    """When this fails, the parity below fails too, and says nothing: make the scores again."""
     assert recipe.fingerprint() == pytest.approx(ORACLE["fingerprint"], abs=1e-3)
-    cases = [
-        (case["width"], case["height"], case["seed"], case["prompt"]) for case in ORACLE["cases"]
-    ]
-    assert cases == recipe.CASES
+    keys = ("width", "height", "seed", "prompt")
+    assert [tuple(case[key] for key in keys) for case in ORACLE["cases"]] == recipe.CASES
 
 
 def test_scores_equal_the_packages(full_size):
@@ -109,21 +102,8 @@ TINY_CONFIG = {
 @pytest.fixture
 def tiny_folder(tmp_path) -> Path:
     """A reward of one's own, as zoo.pretrain saves one."""
-    vocabulary = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        "a",
-        "cat",
-        "cats",
-        "dog",
-        "on",
-        "the",
-        "moon",
-        "two",
-    ]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary += ["a", "cat", "cats", "dog", "on", "the", "moon", "two"]
     config = TINY_CONFIG | {"text": TINY_CONFIG["text"] | {"vocab_size": len(vocabulary)}}
     folder = tmp_path / "tiny-reward"
     folder.mkdir()
@@ -160,10 +140,8 @@ def test_tiny_folder(tiny_folder, images):
 
 def test_score_is_standardised_by_the_config(tiny_folder, images):
     scores = load_reward(f"image_reward:{tiny_folder}")(images, PROMPTS)
-    config = json.loads((tiny_folder / "config.json").read_text()) | {
-        "score_mean": 0.0,
-        "score_std": 1.0,
-    }
+    config = json.loads((tiny_folder / "config.json").read_text())
+    config |= {"score_mean": 0.0, "score_std": 1.0}
     (tiny_folder / "config.json").write_text(json.dumps(config))
     raw = load_reward(f"image_reward:{tiny_folder}")(images, PROMPTS)
     torch.testing.assert_close(scores, (raw - 0.5) / 2.0)
@@ -180,9 +158,8 @@ def test_prompts_are_cut_at_the_models_length(tiny_folder, images):
 def test_other_tokenizer_beside_the_published_weights(tiny_folder):
     """Its ids would be looked up in the wrong rows of the embedding, without an error."""
     torch.save({}, tiny_folder / "ImageReward.pt")
-    with pytest.raises(
-        RewardError, match=r"tokenizer beside .*tiny-reward.* is not bert-base-uncased"
-    ):
+    message = r"tokenizer beside .*tiny-reward.* is not bert-base-uncased"
+    with pytest.raises(RewardError, match=message):
         load_reward(f"image_reward:{tiny_folder}")
 
 
@@ -207,12 +184,8 @@ def kilobytes(picture: Image.Image) -> float:
 def test_jpeg_size():
     pictures = [recipe.picture(64, 48, seed) for seed in range(5)]
     black, white = Image.new("RGB", (64, 48)), Image.new("RGB", (64, 48), "white")
-    pictures = [
-        pictures[0],
-        black,
-        *pictures[1:],
-        white,
-    ]  # plain ones are much smaller: their places are seen
+    # Plain ones are much smaller: their places are seen.
+    pictures = [pictures[0], black, *pictures[1:], white]
     expected = torch.tensor([kilobytes(picture) for picture in pictures])
     assert expected[1] < expected[0] / 2 and expected[-1] < expected[0] / 2
     images, prompts = to_tensor(*pictures), [""] * len(pictures)

@@ -1,4 +1,7 @@
-"""large_scale_ppo.py: Eq. 7, 9 and 10 against what is written out, parity in closed form, streams over kills, ranks."""
+"""large_scale_ppo.py: Eq. 7, 9 and 10 against what is written out, parity in closed form.
+
+And streams over kills, and ranks.
+"""
 
 import itertools
 import json
@@ -32,43 +35,22 @@ def run_here(monkeypatch, *flags):
 
 @pytest.fixture
 def small(tiny_sd, tmp_path):
-    """Flags of a run with ten samples of one prompt in four steps, and four pairs with one caption."""
+    """Flags of a run: ten samples of one prompt in four steps, and four pairs with one caption."""
     (tmp_path / "prompt.txt").write_text(PROMPT)
     (tmp_path / "pairs.py").write_text(
         "import numpy as np\n"
         "from PIL import Image\n"
         "def f(seed):\n"
         "    rng = np.random.default_rng(seed)\n"
-        f"    return [(Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)), {PROMPT!r}) for _ in range(9)]\n"
+        "    arrays = [rng.integers(0, 256, (64, 64, 3), np.uint8) for _ in range(9)]\n"
+        f"    return [(Image.fromarray(array), {PROMPT!r}) for array in arrays]\n"
     )
-    flags = [
-        "--model",
-        tiny_sd,
-        "--tasks",
-        f"jpeg_incompressibility {tmp_path}/prompt.txt 1x10",
-        "--num-iterations",
-        1,
-    ]
-    flags += [
-        "--num-inference-steps",
-        4,
-        "--training-timesteps",
-        3,
-        "--guidance-scale",
-        3,
-        "--micro-batch-size",
-        10,
-    ]
-    flags += ["--lora-rank", 4]
-    return [
-        *flags,
-        "--pretrain-data",
-        f"{tmp_path}/pairs.py:f",
-        "--pretrain-batch-size",
-        4,
-        "--max-grad-norm",
-        1e9,
-    ]
+    flags = ["--model", tiny_sd, "--tasks", f"jpeg_incompressibility {tmp_path}/prompt.txt 1x10"]
+    flags += ["--num-iterations", 1]
+    flags += ["--num-inference-steps", 4, "--training-timesteps", 3]
+    flags += ["--guidance-scale", 3, "--micro-batch-size", 10]
+    flags += ["--pretrain-data", f"{tmp_path}/pairs.py:f", "--pretrain-batch-size", 4]
+    return [*flags, "--lora-rank", 4, "--max-grad-norm", 1e9]
 
 
 def gradient(update):
@@ -76,32 +58,21 @@ def gradient(update):
 
 
 def test_gradients_of_the_policy_are_those_of_eq_7(tiny_sd, tmp_path, monkeypatch, small):
-    """Every update's gradient against autograd in float64 of Eq. 7 and 10: one timestep each, all samples, log-probs
-    of the rollout; the ratios are 1 at the first and leave the band on either side later."""
+    """Every update's gradient against autograd in float64 of Eq. 7 and 10.
+
+    One timestep each, all samples, log-probs of the rollout; the ratios are 1 at the first and
+    leave the band on either side later.
+    """
     clip, T, m = 3e-4, 4, 10
-    rollout, rewards, sample, advantages = (
-        [],
-        [],
-        large_scale_ppo.sample,
-        large_scale_ppo.per_batch_advantages,
-    )
-    monkeypatch.setattr(
-        large_scale_ppo, "sample", lambda *a: rollout.append(sample(*a)) or rollout[-1]
-    )
-    monkeypatch.setattr(
-        large_scale_ppo, "per_batch_advantages", lambda r: rewards.append(r) or advantages(r)
-    )
+    rollout, sample = [], large_scale_ppo.sample
+    recorded_sample = lambda *a: rollout.append(sample(*a)) or rollout[-1]
+    monkeypatch.setattr(large_scale_ppo, "sample", recorded_sample)
+    rewards, advantages = [], large_scale_ppo.per_batch_advantages
+    recorded_advantages = lambda r: rewards.append(r) or advantages(r)
+    monkeypatch.setattr(large_scale_ppo, "per_batch_advantages", recorded_advantages)
     recorded = record_updates(monkeypatch)
-    flags = [
-        "--clip-range",
-        clip,
-        "--learning-rate",
-        3e-3,
-        "--pretrain-beta",
-        0,
-        "--output-dir",
-        tmp_path / "run",
-    ]
+    flags = ["--clip-range", clip, "--learning-rate", 3e-3]
+    flags += ["--pretrain-beta", 0, "--output-dir", tmp_path / "run"]
     run_here(monkeypatch, *small, *flags)
     monkeypatch.undo()
     trajectory, log_prob, _ = rollout[1]  # the first is that of the grid of samples
@@ -111,10 +82,8 @@ def test_gradients_of_the_policy_are_those_of_eq_7(tiny_sd, tmp_path, monkeypatc
     assert len(recorded) == 3
     deviations, of_all_cases = [], set()
     for update, j in zip(recorded, timesteps):
-        steps = torch.full((m,), j)
-        leaves, policy, *_ = policies(
-            tiny_sd, [w for w, _ in update], T, 3.0, PROMPT, trajectory[:, j], steps
-        )
+        weights, x_t, steps = [w for w, _ in update], trajectory[:, j], torch.full((m,), j)
+        leaves, policy, *_ = policies(tiny_sd, weights, T, 3.0, PROMPT, x_t, steps)
         log_p = policy.log_prob(trajectory[:, j + 1].double()).flatten(1).mean(1)
         w = (log_p - log_prob[:, j].double()).exp()
         total = 0.0
@@ -138,48 +107,36 @@ def test_gradients_of_the_policy_are_those_of_eq_7(tiny_sd, tmp_path, monkeypatc
 def test_gradient_of_the_pretraining_loss_is_that_of_eq_9(
     tiny_sd, tmp_path, monkeypatch, small, prediction_type, dropout
 ):
-    """The last update of an iteration, with beta, on pairs that the VAE encoded; dropout 1 is the empty caption."""
+    """The last update of an iteration, with beta, on pairs that the VAE encoded.
+
+    Dropout 1 is the empty caption.
+    """
     model = shutil.copytree(tiny_sd, tmp_path / "model")
-    config = json.loads((model / "scheduler/scheduler_config.json").read_text())
-    (model / "scheduler/scheduler_config.json").write_text(
-        json.dumps(config | {"prediction_type": prediction_type})
-    )
+    config = model / "scheduler/scheduler_config.json"
+    changed = json.loads(config.read_text()) | {"prediction_type": prediction_type}
+    config.write_text(json.dumps(changed))
     recorded = record_updates(monkeypatch)
-    flags = [
-        "--pretrain-beta",
-        0.3,
-        "--caption-dropout",
-        dropout,
-        "--learning-rate",
-        1e-3,
-        "--model",
-        model,
-    ]
+    flags = ["--pretrain-beta", 0.3, "--caption-dropout", dropout]
+    flags += ["--learning-rate", 1e-3, "--model", model]
     run_here(monkeypatch, *small, *flags, "--output-dir", tmp_path / "run")
     monkeypatch.undo()
     assert len(recorded) == 4, "three timesteps of the task, and the pre-training loss"
 
     pairs = large_scale_ppo.open_pairs_or_fail(f"{tmp_path}/pairs.py:f", 0)
     order = np.random.default_rng([0, 0]).permutation(np.arange(9, dtype=np.int32))[:4]
-    pictures = (
-        torch.stack([torch.from_numpy(np.array(pairs[i][0])) for i in order])
-        .permute(0, 3, 1, 2)
-        .double()
-    )
+    pictures = torch.from_numpy(np.stack([np.array(pairs[i][0]) for i in order]))
     pipeline = StableDiffusionPipeline.from_pretrained(model)
-    mean, log_var = (
-        pipeline.vae.double().encode(pictures / 127.5 - 1).latent_dist.parameters.chunk(2, dim=1)
-    )
+    x = pictures.permute(0, 3, 1, 2).double() / 127.5 - 1
+    encoded = pipeline.vae.double().encode(x).latent_dist
+    mean, log_var = encoded.parameters.chunk(2, dim=1)
     z, t, eps = [], [], []
     for i in range(4):
         generator = large_scale_ppo.seeded(0, 2, 0, i)
         torch.rand(1, generator=generator)
         t.append(torch.randint(1000, (1,), generator=generator))
         noise = torch.randn(2, 4, 8, 8, generator=generator).double()
-        z.append(
-            (mean[i] + (log_var[i] / 2).exp() * noise[0]).detach()
-            * pipeline.vae.config.scaling_factor
-        )
+        latent = (mean[i] + (log_var[i] / 2).exp() * noise[0]).detach()
+        z.append(latent * pipeline.vae.config.scaling_factor)
         eps.append(noise[1])
     z, t, eps = torch.stack(z), torch.cat(t), torch.stack(eps)
     alpha = pipeline.scheduler.alphas_cumprod.double()[t].view(-1, 1, 1, 1)
@@ -190,30 +147,29 @@ def test_gradient_of_the_pretraining_loss_is_that_of_eq_9(
     loss = 0.3 * ((predicted(z_t, t) - target) ** 2).mean()
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, leaves)])
     assert (gradient(recorded[3]) - expected).norm() < 1e-3 * expected.norm() > 0
-    assert read_metrics(tmp_path / "run")[0]["loss/pretrain"] == pytest.approx(
-        loss.item() / 0.3, rel=1e-3
-    )
+    line = read_metrics(tmp_path / "run")[0]
+    assert line["loss/pretrain"] == pytest.approx(loss.item() / 0.3, rel=1e-3)
 
 
 def test_parity_has_a_gradient_per_batch_and_none_per_prompt():
-    """Two prompts, two images each, of class 1 with probability p. The chance of a mixed group is u = 2 p (1 - p). With
-    the batch's mean and std the advantages are +1 and -1 where one group is mixed and the other not, and the expected
-    gradient is 2 (E[score, mixed] (1 - u) - E[score, not mixed] u) = 2 du/dp = 4 (1 - 2p). With each prompt's own mean
-    every advantage is 0, as its images share their reward. All 16 outcomes, enumerated."""
+    """Two prompts, two images each, of class 1 with probability p. All 16 outcomes, enumerated.
+
+    The chance of a mixed group is u = 2 p (1 - p). With the batch's mean and std the advantages are
+    +1 and -1 where one group is mixed and the other not, and the expected gradient is
+    2 (E[score, mixed] (1 - u) - E[score, not mixed] u) = 2 du/dp = 4 (1 - 2p). With each prompt's
+    own mean every advantage is 0, as its images share their reward.
+    """
     for p in (0.1, 0.4, 0.5, 0.8):
         per_batch = 0.0
         for images in itertools.product((0, 1), repeat=4):
             groups = images[:2], images[2:]
-            rewards = torch.tensor(
-                [-statistical_parity(list(group), 2) for group in groups for _ in group]
-            )
+            rewards = [-statistical_parity(list(group), 2) for group in groups for _ in group]
+            rewards = torch.tensor(rewards)
             chance = np.prod([p if image else 1 - p for image in images])
-            score = torch.tensor(
-                [1 / p if image else -1 / (1 - p) for image in images], dtype=torch.float64
-            )
-            per_batch += (
-                chance * (large_scale_ppo.per_batch_advantages(rewards) * score).sum().item()
-            )
+            score = [1 / p if image else -1 / (1 - p) for image in images]
+            score = torch.tensor(score, dtype=torch.float64)
+            advantages = large_scale_ppo.per_batch_advantages(rewards)
+            per_batch += chance * (advantages * score).sum().item()
             history = torch.full((2, 8), float("nan"), dtype=torch.float64)
             per_prompt = ddpo.per_prompt_advantages(history, torch.tensor([0, 0, 1, 1]), rewards, 2)
             assert (per_prompt == 0).all()
@@ -223,57 +179,48 @@ def test_parity_has_a_gradient_per_batch_and_none_per_prompt():
 def test_equal_rewards_give_no_advantage():
     assert (large_scale_ppo.per_batch_advantages(torch.full((7,), 0.1)).abs() < 1e-6).all()
     ours = large_scale_ppo.per_batch_advantages(torch.tensor([3, -1, 4, 1, -5]))
-    assert ours.mean().item() == pytest.approx(0, abs=1e-12) and ours.std(
-        correction=0
-    ).item() == pytest.approx(1)
+    assert ours.mean().item() == pytest.approx(0, abs=1e-12)
+    assert ours.std(correction=0).item() == pytest.approx(1)
 
 
 def test_groups_are_places_in_the_batch(tmp_path, monkeypatch, small):
-    """Three places for two prompts: one of them is there twice, in two groups of exactly G pictures."""
+    """Three places for two prompts: one is there twice, in two groups of exactly G pictures."""
     seen = []
-    recorder = lambda images, prompts, groups: (
-        seen.append((prompts, groups)) or images.mean((1, 2, 3))
-    )
+
+    def recorder(images, prompts, groups):
+        seen.append((prompts, groups))
+        return images.mean((1, 2, 3))
+
     monkeypatch.setattr(large_scale_ppo, "load_reward_or_fail", lambda *args: recorder)
     (tmp_path / "two.txt").write_text("a cat\na dog\n")
     tasks = ["--tasks", f"jpeg_compressibility {tmp_path}/two.txt 3x4", "--pretrain-beta", 0]
     run_here(monkeypatch, *small, *tasks, "--output-dir", tmp_path / "run")
     [(prompts, groups)] = seen
-    assert groups == [0] * 4 + [1] * 4 + [2] * 4 and sorted(
-        prompts.count(p) for p in set(prompts)
-    ) == [4, 8]
+    assert groups == [0] * 4 + [1] * 4 + [2] * 4
+    assert sorted(prompts.count(prompt) for prompt in set(prompts)) == [4, 8]
 
 
 def test_shares_of_a_parity_group_on_several_ranks(tmp_path):
-    """Two tasks on one process and on two, of which one has two images of a group of five and the other three."""
+    """Two tasks on one process and on two.
+
+    Of the two, one has two images of a group of five and the other three.
+    """
     tasks = ["statistical_parity:zoo/skin_tone prompts/zoo_portraits.txt 3x5"]
     tasks += ["image_reward:zoo/image_reward prompts/zoo_preference.txt 2x2"]
-    flags = [
-        "zoo",
-        "--tasks",
-        *tasks,
-        "--num-inference-steps",
-        4,
-        "--training-timesteps",
-        2,
-        "--num-iterations",
-        2,
-    ]
+    flags = ["zoo", "--tasks", *tasks, "--num-inference-steps", 4]
+    flags += ["--training-timesteps", 2, "--num-iterations", 2]
     for ranks in (1, 2):
-        result = run_script(
-            "large_scale_ppo.py", *flags, "--output-dir", tmp_path / str(ranks), ranks=ranks
-        )
+        words = [*flags, "--output-dir", tmp_path / str(ranks)]
+        result = run_script("large_scale_ppo.py", *words, ranks=ranks)
         assert result.returncode == 0, result.stderr
     for a, b in zip(read_metrics(tmp_path / "1"), read_metrics(tmp_path / "2"), strict=True):
-        assert a["reward/statistical_parity/mean"] == pytest.approx(
-            b["reward/statistical_parity/mean"], abs=1e-6
-        )
+        parity = "reward/statistical_parity/mean"
+        assert a[parity] == pytest.approx(b[parity], abs=1e-6)
         for key in a:
             if not key.startswith(("time/", "ratio/first")):
                 assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
-    one, two = (
-        load_file(tmp_path / ranks / "pytorch_lora_weights.safetensors") for ranks in ("1", "2")
-    )
+    one = load_file(tmp_path / "1/pytorch_lora_weights.safetensors")
+    two = load_file(tmp_path / "2/pytorch_lora_weights.safetensors")
     difference = sum((one[key] - two[key]).square().sum() for key in one) ** 0.5
     assert difference < 1e-4 * sum(value.square().sum() for value in one.values()) ** 0.5
     assert read_metrics(tmp_path / "1")[0]["reward/statistical_parity/std"] > 0
@@ -289,49 +236,27 @@ def f(images, prompts):
 
 
 def test_killed_and_resumed_run_sees_every_prompt_once(tiny_sd, tmp_path, monkeypatch, capsys):
-    """Two processes are killed in the middle of an epoch and three go on: what the model has learned from, counted."""
+    """Two processes are killed in the middle of an epoch and three go on.
+
+    What the model has learned from is counted.
+    """
     (tmp_path / "mine.py").write_text(REWARD)
-    (tmp_path / "prompts.txt").write_text(
-        "".join(f"{word} cat {i}\n" for i in range(10) for word in ("a", "one"))
-    )
-    flags = [
-        "--model",
-        tiny_sd,
-        "--tasks",
-        f"{tmp_path}/mine.py:f {tmp_path}/prompts.txt 3x3",
-        "--pretrain-beta",
-        0,
-    ]
-    flags += [
-        "--num-inference-steps",
-        2,
-        "--training-timesteps",
-        1,
-        "--guidance-scale",
-        1,
-        "--save-every",
-        2,
-    ]
-    command = [
-        sys.executable,
-        "large_scale_ppo.py",
-        *map(str, flags),
-        "--output-dir",
-        str(tmp_path / "run"),
-    ]
+    lines = [f"{word} cat {i}\n" for i in range(10) for word in ("a", "one")]
+    (tmp_path / "prompts.txt").write_text("".join(lines))
+    flags = ["--model", tiny_sd, "--tasks", f"{tmp_path}/mine.py:f {tmp_path}/prompts.txt 3x3"]
+    flags += ["--pretrain-beta", 0]
+    flags += ["--num-inference-steps", 2, "--training-timesteps", 1]
+    flags += ["--guidance-scale", 1, "--save-every", 2]
+    command = [sys.executable, "large_scale_ppo.py", *map(str, flags)]
+    command += ["--output-dir", str(tmp_path / "run")]
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        env = os.environ | {
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(free.getsockname()[1]),
-            "WORLD_SIZE": "2",
-        }
+        port = str(free.getsockname()[1])
+    env = os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     env |= {"OMP_NUM_THREADS": "1", "SEEN": str(tmp_path / "before")}
     # Without torchrun, whose workers outlive it when it is killed.
-    ranks = [
-        subprocess.Popen(command, cwd=ROOT, env=env | {"RANK": rank}, stderr=subprocess.DEVNULL)
-        for rank in "01"
-    ]
+    options = {"cwd": ROOT, "stderr": subprocess.DEVNULL}
+    ranks = [subprocess.Popen(command, env=env | {"RANK": rank}, **options) for rank in "01"]
     state, metrics = tmp_path / "run/checkpoint/state.pt", tmp_path / "run/metrics.jsonl"
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
         assert all(rank.poll() is None for rank in ranks), "it ended by itself"
@@ -344,31 +269,22 @@ def test_killed_and_resumed_run_sees_every_prompt_once(tiny_sd, tmp_path, monkey
     assert done >= 2 and saved["positions"] == [3 * done, 0] and saved["lengths"] == [20, 0]
     monkeypatch.setenv("SEEN", str(tmp_path / "after"))
     total = done + 7
-    result = run_script(
-        "large_scale_ppo.py", "--resume", tmp_path / "run", "--num-iterations", total, ranks=3
-    )
+    words = ["--resume", tmp_path / "run", "--num-iterations", total]
+    result = run_script("large_scale_ppo.py", *words, ranks=3)
     assert result.returncode == 0, result.stderr
 
     def seen(name: str, ranks: int, iterations: int) -> list[str]:
         """In the order of the samples; a killed rank may have begun another iteration."""
-        calls = [
-            (tmp_path / f"{name}{rank}").read_text().splitlines()[:iterations]
-            for rank in range(ranks)
-        ]
-        return [
-            prompt
-            for shares in zip(*calls, strict=True)
-            for share in shares
-            for prompt in json.loads(share)
-        ]
+        calls = [(tmp_path / f"{name}{rank}").read_text().splitlines() for rank in range(ranks)]
+        calls = [lines[:iterations] for lines in calls]
+        shares = [share for shares in zip(*calls, strict=True) for share in shares]
+        return [prompt for share in shares for prompt in json.loads(share)]
 
     learned = seen("before", 2, done) + seen("after", 3, 7)
     stream = take(open_prompts(str(tmp_path / "prompts.txt"), 0), 0, 0, 3 * total)
     assert learned == [prompt for prompt in stream for _ in range(3)]
-    assert len(set(stream[:20])) == 20 and torch.load(state, weights_only=True)["positions"] == [
-        3 * total,
-        0,
-    ]
+    assert len(set(stream[:20])) == 20
+    assert torch.load(state, weights_only=True)["positions"] == [3 * total, 0]
     (tmp_path / "prompts.txt").write_text("a cat\n" * 21)
     with pytest.raises(SystemExit) as end:
         run_here(monkeypatch, "--resume", tmp_path / "run", "--num-iterations", total + 1)
@@ -376,20 +292,15 @@ def test_killed_and_resumed_run_sees_every_prompt_once(tiny_sd, tmp_path, monkey
 
 
 def test_checkpointing_and_no_monitoring(tiny_sd, tmp_path, monkeypatch, small):
-    """All weights, without a copy of the pretrained ones: no KL; activation checkpointing changes nothing."""
-    flags = [
-        *small,
-        "--lora-rank",
-        0,
-        "--learning-rate",
-        1e-4,
-        "--gradient-checkpointing",
-        "--no-monitor-kl",
-    ]
+    """All weights, without a copy of the pretrained ones: no KL.
+
+    Activation checkpointing changes nothing.
+    """
+    flags = [*small, "--lora-rank", 0, "--learning-rate", 1e-4]
+    flags += ["--gradient-checkpointing", "--no-monitor-kl"]
     for folder, iterations in (("whole", 3), ("parts", 1)):
-        run_here(
-            monkeypatch, *flags, "--num-iterations", iterations, "--output-dir", tmp_path / folder
-        )
+        words = ["--num-iterations", iterations, "--output-dir", tmp_path / folder]
+        run_here(monkeypatch, *flags, *words)
     resume = ["--resume", tmp_path / "parts", "--num-iterations", 3, "--no-gradient-checkpointing"]
     run_here(monkeypatch, *resume)
     whole, parts = (read_metrics(tmp_path / name) for name in ("whole", "parts"))
@@ -398,10 +309,8 @@ def test_checkpointing_and_no_monitoring(tiny_sd, tmp_path, monkeypatch, small):
         for key in a:
             if not key.startswith("time/"):
                 assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
-    whole, parts = (
-        UNet2DConditionModel.from_pretrained(tmp_path / name / "unet").state_dict()
-        for name in ("whole", "parts")
-    )
+    whole = UNet2DConditionModel.from_pretrained(tmp_path / "whole/unet").state_dict()
+    parts = UNet2DConditionModel.from_pretrained(tmp_path / "parts/unet").state_dict()
     assert all(torch.allclose(whole[key], parts[key], atol=1e-5) for key in whole)
 
 
@@ -416,11 +325,8 @@ def test_two_tasks_of_one_reward_have_names_of_their_own(tmp_path, monkeypatch, 
     run_here(monkeypatch, *others, "--tasks", *tasks, "--output-dir", tmp_path / "run")
     line = read_metrics(tmp_path / "run")[0]
     means = line["reward/jpeg_compressibility/mean"], line["reward/jpeg_compressibility-2/mean"]
-    assert (
-        line["samples"] == 10
-        and line["reward/mean"] == pytest.approx(sum(means) / 2)
-        and means[0] != means[1]
-    )
+    assert line["samples"] == 10 and means[0] != means[1]
+    assert line["reward/mean"] == pytest.approx(sum(means) / 2)
 
 
 def test_presets_are_those_of_the_paper():
@@ -428,11 +334,8 @@ def test_presets_are_those_of_the_paper():
         args = large_scale_ppo.PRESETS[name]
         assert (args.guidance_scale, args.lora_rank, args.learning_rate) == (7, 0, None)
         assert (args.num_inference_steps, args.clip_range) == (50, 1e-4)
-        assert (args.prompts_per_task, args.images_per_prompt, args.training_timesteps) == (
-            128,
-            16,
-            5,
-        )
+        assert (args.prompts_per_task, args.images_per_prompt) == (128, 16)
+        assert args.training_timesteps == 5
         assert (args.weight_decay, args.pretrain_batch_size) == (1e-2, 128 * 16)
     rewards = [task.split()[0] for task in large_scale_ppo.PRESETS["joint"].tasks]
     assert rewards == ["image_reward", "object_detection", "statistical_parity"]

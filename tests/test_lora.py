@@ -1,4 +1,4 @@
-"""The LoRA processor against diffusers' own attention, and its file against diffusers' own loader."""
+"""The LoRA processor against diffusers' own attention, its file against diffusers' own loader."""
 
 import pytest
 import torch
@@ -56,16 +56,14 @@ def test_equals_merged_weights(unet, inputs):
 @pytest.mark.parametrize("rank", [1, 4, 16])
 def test_only_the_lora_is_trained_and_all_of_it(unet, inputs, rank):
     parameters = add_lora(unet, rank)
-    assert sum(p.numel() for p in parameters) == sum(
-        p.numel() for p in unet.parameters() if p.requires_grad
-    )
+    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    assert sum(p.numel() for p in parameters) == trained
     assert all(p.dtype == torch.float32 for p in parameters)
     randomise(parameters)
     x, t, text = inputs
     # Of 8 x 8 latents one token is left in the middle, whose attention to itself has no gradient.
-    unet(
-        x.repeat(1, 1, 2, 2) + torch.randn(1, 4, 16, 16), t, text
-    ).sample.square().mean().backward()
+    x = x.repeat(1, 1, 2, 2) + torch.randn(1, 4, 16, 16)
+    unet(x, t, text).sample.square().mean().backward()
     assert all(p.grad.abs().max() > 0 for p in parameters)
 
 
@@ -79,15 +77,16 @@ def test_float32_weights_under_half_precision(unet, inputs):
 
 @pytest.mark.parametrize("rank", [1, 4])
 def test_picture_of_plain_diffusers_equals_our_own(tiny_sd, tmp_path, rank):
-    """`pipe.load_lora_weights(run_dir)` in a fresh pipeline gives the picture that the script's UNet gives."""
+    """`pipe.load_lora_weights(run_dir)` in a fresh pipeline.
+
+    It gives the picture that the script's UNet gives.
+    """
     pytest.importorskip("peft")
 
     def picture(pipeline):
         pipeline.set_progress_bar_config(disable=True)
-        generator = torch.Generator().manual_seed(0)
-        return pipeline(
-            "a cat", num_inference_steps=4, generator=generator, output_type="pt"
-        ).images
+        settings = {"num_inference_steps": 4, "output_type": "pt"}
+        return pipeline("a cat", generator=torch.Generator().manual_seed(0), **settings).images
 
     ours = StableDiffusionPipeline.from_pretrained(tiny_sd)
     base = picture(ours)
@@ -106,9 +105,8 @@ def test_save_and_load(unet, tiny_sd, tmp_path):
     add_lora(other, 4)
     load_lora(other, tmp_path)
     expected, loaded = lora_state_dict(unet), lora_state_dict(other)
-    assert (tmp_path / FILE_NAME).is_file() and all(
-        torch.equal(expected[key], loaded[key]) for key in expected
-    )
+    assert (tmp_path / FILE_NAME).is_file()
+    assert all(torch.equal(expected[key], loaded[key]) for key in expected)
     third = UNet2DConditionModel.from_pretrained(tiny_sd / "unet")
     add_lora(third, 2)
     with pytest.raises(ValueError, match="another model or rank"):

@@ -1,4 +1,7 @@
-"""common/pairs.py: picture folders, tar shards and functions give the same pairs; broken pictures; cropping."""
+"""common/pairs.py: picture folders, tar shards and functions give the same pairs.
+
+And broken pictures, and cropping.
+"""
 
 import io
 import json
@@ -31,9 +34,8 @@ def write_folder(folder, count=5):
     lines = []
     for i in range(count):
         (folder / f"sub/{i}.png").write_bytes(png(i))
-        lines.append(
-            json.dumps({"file_name": f"sub/{i}.png", ("text", "caption")[i % 2]: f"caption {i}"})
-        )
+        pair = {"file_name": f"sub/{i}.png", ("text", "caption")[i % 2]: f"caption {i}"}
+        lines.append(json.dumps(pair))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return str(folder)
 
@@ -45,17 +47,17 @@ def add(tar, name: str, data: bytes):
 
 
 def write_shards(folder):
-    """Five pairs in two shards, as img2dataset writes them; beside them what does not belong to a pair."""
+    """Five pairs in two shards, as img2dataset writes them.
+
+    Beside them what does not belong to a pair.
+    """
     folder.mkdir()
     for shard, members in (("00000", (0, 1, 2)), ("00001", (3, 4))):
         with tarfile.open(folder / f"{shard}.tar", "w") as tar:
             for i in members:
                 if i % 2:
-                    add(
-                        tar,
-                        f"{i:09}.json",
-                        json.dumps({"caption": f"caption {i}", "nsfw": None}).encode(),
-                    )
+                    record = {"caption": f"caption {i}", "nsfw": None}
+                    add(tar, f"{i:09}.json", json.dumps(record).encode())
                     add(tar, f"{i:09}.png", png(i))
                 else:
                     add(tar, f"{i:09}.png", png(i))
@@ -70,8 +72,10 @@ def write_function(folder):
     folder.mkdir()
     (folder / "mine.py").write_text(
         "from PIL import Image\n"
+        "def picture(i):\n"
+        "    return Image.new('RGB', (12, 8), (10 * i, 0, 255))\n"
         "def f(seed):\n"
-        "    return [(Image.new('RGB', (12, 8), (10 * i, 0, 255)), f'caption {i}') for i in range(5)]\n"
+        "    return [(picture(i), f'caption {i}') for i in range(5)]\n"
     )
     return f"{folder}/mine.py:f"
 
@@ -82,13 +86,11 @@ def test_sources(write, tmp_path):
     for _ in range(2):  # the second time from the cache
         pairs = open_pairs(source, 0)
         assert len(pairs) == 5
-        assert [(picture.getpixel((3, 3)), caption) for picture, caption in pairs] == [
-            ((10 * i, 0, 255), f"caption {i}") for i in range(5)
-        ]
+        expected = [((10 * i, 0, 255), f"caption {i}") for i in range(5)]
+        assert [(picture.getpixel((3, 3)), caption) for picture, caption in pairs] == expected
     pictures, captions = take_pairs(pairs, 1, 3, 7, 8)
-    assert pictures.shape == (7, 3, 8, 8) and sorted(captions[2:]) == [
-        f"caption {i}" for i in range(5)
-    ]
+    assert pictures.shape == (7, 3, 8, 8)
+    assert sorted(captions[2:]) == [f"caption {i}" for i in range(5)]
     for picture, caption in zip(pictures, captions):
         assert (picture[0] * 255).round().unique().tolist() == [10 * int(caption[-1])]
     if write is write_shards:
@@ -139,15 +141,12 @@ def test_wrong_sources_are_named(name, tmp_path):
 
 @pytest.mark.parametrize("width, height", [(8, 8), (16, 8), (8, 20), (4, 6), (33, 17)])
 def test_middle_of_a_picture(width, height):
-    """A picture whose red grows to the right and green downwards: the crop's middle is the picture's."""
+    """Red grows to the right and green downwards: the crop's middle is the picture's."""
     x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     picture = Image.fromarray(np.stack([x, y, 0 * x], axis=-1).round().astype(np.uint8))
     tensor = to_tensor(picture, 8)
-    assert (
-        tensor.shape == (3, 8, 8)
-        and tensor.dtype == torch.float32
-        and 0 <= tensor.min() <= tensor.max() <= 1
-    )
+    assert tensor.shape == (3, 8, 8) and tensor.dtype == torch.float32
+    assert 0 <= tensor.min() <= tensor.max() <= 1
     assert tensor[0].mean().item() == pytest.approx(0.5, abs=0.04)
     assert tensor[1].mean().item() == pytest.approx(0.5, abs=0.04)
     if (width, height) == (8, 8):

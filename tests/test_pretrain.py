@@ -23,25 +23,12 @@ def test_makes_everything_from_nothing(tmp_path):
         "--output-dir": tmp_path / "zoo",
         "--build-dir": tmp_path,
     }
-    for stage in (
-        "vae",
-        "vae-whole",
-        "text",
-        "unet",
-        "judge",
-        "reward-vision",
-        "reward-words",
-        "reward",
-        "classifier",
-    ):
-        flags[f"--{stage}-steps"] = 2
+    stages = ["vae", "vae-whole", "text", "unet", "judge"]
+    stages += ["reward-vision", "reward-words", "reward", "classifier"]
+    flags |= {f"--{stage}-steps": 2 for stage in stages}
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "zoo.pretrain",
-        *(str(word) for pair in flags.items() for word in pair),
-    ]
+    command = [sys.executable, "-m", "zoo.pretrain"]
+    command += [str(word) for pair in flags.items() for word in pair]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=env)
     assert result.returncode == 0, result.stderr
     assert all(f"stage {stage}:" in result.stdout for stage in pretrain.STAGES)
@@ -49,16 +36,12 @@ def test_makes_everything_from_nothing(tmp_path):
     images = pipeline(["a cat", "a dog."], num_inference_steps=2, output_type="pt").images
     assert images.shape == (2, 3, 64, 64)
     config = json.loads((tmp_path / "zoo/image_reward/config.json").read_text())
-    scores = load_reward(f"image_reward:{tmp_path / 'zoo/image_reward'}", "cpu")(
-        images, ["a cat", "a dog."]
-    )
-    assert scores.shape == (2,) and config["score_std"] > 0
-    assert load_reward(f"object_detection:{tmp_path / 'zoo/detector'}")(
-        images, ["a cat"] * 2
-    ).shape == (2,)
-    assert load_reward(f"statistical_parity:{tmp_path / 'zoo/skin_tone'}")(
-        images, ["a portrait"] * 2
-    ).shape == (2,)
+    reward = load_reward(f"image_reward:{tmp_path / 'zoo/image_reward'}", "cpu")
+    assert reward(images, ["a cat", "a dog."]).shape == (2,) and config["score_std"] > 0
+    reward = load_reward(f"object_detection:{tmp_path / 'zoo/detector'}")
+    assert reward(images, ["a cat"] * 2).shape == (2,)
+    reward = load_reward(f"statistical_parity:{tmp_path / 'zoo/skin_tone'}")
+    assert reward(images, ["a portrait"] * 2).shape == (2,)
     assert len(judging.read(judging.load_judge(tmp_path / "zoo/judge"), images)) == 2
 
 

@@ -1,4 +1,7 @@
-"""common/prompts.py and prompts/: every prompt once an epoch, whatever the file; formats, faults, the paper's lists."""
+"""common/prompts.py and prompts/: every prompt once an epoch, whatever the file.
+
+And formats, faults, the paper's lists.
+"""
 
 import gzip
 import json
@@ -42,14 +45,16 @@ def test_every_prompt_once_an_epoch(tmp_path):
 
 
 def test_order_is_shuffled_evenly():
-    """Each item is at each place equally often, over seeds and epochs: chi-square of 6 items at 6 places."""
+    """Each item is at each place equally often, over seeds and epochs.
+
+    Chi-square of 6 items at 6 places.
+    """
     counts = np.zeros((6, 6))
     for seed in range(40):
         for epoch in range(30):
             counts[np.arange(6), order(6, seed, epoch)] += 1
-    assert ((counts - 200) ** 2 / 200).sum() < 60, (
-        "25 degrees of freedom: less than 60 in all but 1 of 10000"
-    )
+    chi_square = ((counts - 200) ** 2 / 200).sum()
+    assert chi_square < 60, "25 degrees of freedom: less than 60 in all but 1 of 10000"
 
 
 FORMATS = {
@@ -120,9 +125,8 @@ def test_wrong_sources_are_named(name, tmp_path, own_cache):
     with pytest.raises(SourceError) as error:
         open_prompts(str(tmp_path / file), 0)
     assert mentioned in str(error.value) and "\n" not in str(error.value)
-    assert not own_cache.exists() or not list(own_cache.iterdir()), (
-        "nothing half made may stay in the cache"
-    )
+    left = list(own_cache.iterdir()) if own_cache.exists() else []
+    assert not left, "nothing half made may stay in the cache"
 
 
 def test_any_text_is_a_prompt(tmp_path):
@@ -157,10 +161,8 @@ def test_parquet(tmp_path):
 
 
 def test_objects_reach_the_reward(tmp_path):
-    source = write(
-        tmp_path / "p.jsonl",
-        json.dumps({"prompt": "salt and pepper, a cup", "objects": ["salt", "a cup"]}),
-    )
+    record = {"prompt": "salt and pepper, a cup", "objects": ["salt", "a cup"]}
+    source = write(tmp_path / "p.jsonl", json.dumps(record))
     assert objects_of(open_prompts(source, 0)[0]) == ["salt", "cup"]
 
 
@@ -192,9 +194,8 @@ def test_several_processes_index_a_file_at_once(tmp_path, own_cache):
 
 def test_a_long_file_starts_quickly(tmp_path, monkeypatch):
     """150 000 lines here; benchmarks/prompt_stream.py has 1.5 million."""
-    source = write(
-        tmp_path / "p.txt", "".join(f"prompt number {i} of very many\n" for i in range(150_000))
-    )
+    lines = [f"prompt number {i} of very many\n" for i in range(150_000)]
+    source = write(tmp_path / "p.txt", "".join(lines))
     open_prompts(source, 0)
     monkeypatch.setattr(prompts.Lines, "index", lambda self: pytest.fail("read again"))
     clock = time.perf_counter()
@@ -203,20 +204,14 @@ def test_a_long_file_starts_quickly(tmp_path, monkeypatch):
 
 
 def test_lists_are_those_of_the_paper():
-    objects, occupations = (
-        (ROOT / f"prompts/{name}.txt").read_text().splitlines()
-        for name in ("objects", "occupations")
-    )
-    assert (
-        len(objects) == len(set(objects)) == 532
-        and len(occupations) == len(set(occupations)) == 100
-    )
+    objects = (ROOT / "prompts/objects.txt").read_text().splitlines()
+    occupations = (ROOT / "prompts/occupations.txt").read_text().splitlines()
+    assert len(objects) == len(set(objects)) == 532
+    assert len(occupations) == len(set(occupations)) == 100
     assert (objects[0], objects[265], objects[-1]) == ("an accordion", "a mailbox", "a zucchini")
     assert {"an suv", "a utility pole", "french fries", "rice", "a rifle, gun"} <= {*objects}
-    assert (
-        occupations[0] == "a portrait of an accountant"
-        and occupations[-1] == "a portrait of a web designer"
-    )
+    assert occupations[0] == "a portrait of an accountant"
+    assert occupations[-1] == "a portrait of a web designer"
     for line in occupations:
         article, name = line.removeprefix("a portrait of ").split(" ", 1)
         assert article == ("an" if name[0] in "aeiou" else "a"), line
@@ -228,9 +223,10 @@ def test_composition_prompts():
     assert composition.split(4)[0] != train
     prompts = composition.train(3)
     assert len(prompts) == 450 * 449 * 5
-    small = list(composition.Composition(["a cat", "an owl", "rice"]))
-    expected = {f"{a} {r} {b}" for a in ("a cat", "an owl", "rice") for b in ("a cat", "an owl", "rice") if a != b
-                for r in world.RELATIONS}  # fmt: skip
+    objects = ["a cat", "an owl", "rice"]
+    small = list(composition.Composition(objects))
+    pairs = [(a, b) for a in objects for b in objects if a != b]
+    expected = {f"{a} {relation} {b}" for a, b in pairs for relation in world.RELATIONS}
     assert len(small) == len(set(small)) == 30 and set(small) == expected
     for prompt in (prompts[0], prompts[-1], *take(prompts, 0, 0, 200)):
         first, second = objects_of(prompt)
@@ -247,8 +243,6 @@ def test_files_of_the_zoo_are_those_of_the_generator(tmp_path, monkeypatch):
         assert text == (ROOT / "prompts" / path.name).read_text(), path.name
         assert all(world.parse(line) for line in text.splitlines())
     for name in ("preference", "composition", "portraits"):
-        seen, unseen = (
-            {*(tmp_path / f"zoo_{n}.txt").read_text().splitlines()}
-            for n in (name, f"{name}_held_out")
-        )
+        seen = {*(tmp_path / f"zoo_{name}.txt").read_text().splitlines()}
+        unseen = {*(tmp_path / f"zoo_{name}_held_out.txt").read_text().splitlines()}
         assert seen and unseen and not seen & unseen

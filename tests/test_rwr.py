@@ -1,4 +1,7 @@
-"""rwr.py: its weights against scipy and numpy, its loss against the one written out, samples that survive a stop."""
+"""rwr.py: its weights against scipy and numpy, its loss against the one written out.
+
+And samples that survive a stop.
+"""
 
 import sys
 
@@ -14,26 +17,10 @@ from written_out import merged_unet, record_updates
 import rwr
 
 PROMPT = "A cat and a dog"
-FLAGS = (
-    "--num-inference-steps",
-    4,
-    "--samples-per-iteration",
-    12,
-    "--shard-size",
-    6,
-    "--prompt",
-    PROMPT,
-)
-FLAGS += (
-    "--reward",
-    "jpeg_incompressibility",
-    "--batch-size",
-    5,
-    "--gradient-steps",
-    2,
-    "--micro-batch-size",
-    3,
-)
+FLAGS = ("--num-inference-steps", 4, "--samples-per-iteration", 12)
+FLAGS += ("--shard-size", 6, "--prompt", PROMPT)
+FLAGS += ("--reward", "jpeg_incompressibility", "--batch-size", 5)
+FLAGS += ("--gradient-steps", 2, "--micro-batch-size", 3)
 FLAGS += ("--lora-rank", 4)
 
 
@@ -46,9 +33,8 @@ def test_softmax_weights_against_scipy(normalise):
     groups = prompts if normalise == "per-prompt" else np.zeros_like(prompts)
     for group in np.unique(groups):
         of_group = groups == group
-        assert ours[of_group] == pytest.approx(
-            softmax(0.2 * rewards[of_group]) * of_group.sum(), rel=1e-9
-        )
+        expected = softmax(0.2 * rewards[of_group]) * of_group.sum()
+        assert ours[of_group] == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("normalise", ["per-prompt", "pool"])
@@ -80,29 +66,15 @@ def test_target_is_what_a_right_model_predicts(prediction_type):
 
 @pytest.mark.parametrize("weights", ["softmax", "sparse"])
 def test_gradient_is_that_of_the_loss_written_out(tiny_sd, tmp_path, monkeypatch, weights):
-    """The gradient of the second update against autograd in float64 of Eq. 1 with the guided prediction (Eq. 5)."""
+    """The gradient of the second update against autograd in float64 of Eq. 1.
+
+    With the guided prediction (Eq. 5).
+    """
     recorded = record_updates(monkeypatch)
-    flags = [
-        *FLAGS,
-        "--num-iterations",
-        1,
-        "--model",
-        tiny_sd,
-        "--weights",
-        weights,
-        "--inverse-temperature",
-        9,
-    ]
-    flags += [
-        "--percentile",
-        0.4,
-        "--guidance-scale",
-        3,
-        "--max-grad-norm",
-        1e9,
-        "--output-dir",
-        tmp_path / "run",
-    ]
+    flags = [*FLAGS, "--num-iterations", 1, "--model", tiny_sd]
+    flags += ["--weights", weights, "--inverse-temperature", 9]
+    flags += ["--percentile", 0.4, "--guidance-scale", 3]
+    flags += ["--max-grad-norm", 1e9, "--output-dir", tmp_path / "run"]
     monkeypatch.setattr(sys, "argv", ["rwr.py", *map(str, flags)])
     rwr.main()
     shards = [load_file(tmp_path / f"run/pool/000/{first:06d}.safetensors") for first in (0, 6)]
@@ -120,11 +92,8 @@ def test_gradient_is_that_of_the_loss_written_out(tiny_sd, tmp_path, monkeypatch
         batch, order = order[:5], order[5:]
         t = torch.randint(1000, (5,), generator=generator)
         noise = torch.randn(5, 4, 8, 8, generator=generator).double()
-    alpha = (
-        StableDiffusionPipeline.from_pretrained(tiny_sd)
-        .scheduler.alphas_cumprod.double()[t]
-        .view(-1, 1, 1, 1)
-    )
+    alphas = StableDiffusionPipeline.from_pretrained(tiny_sd).scheduler.alphas_cumprod.double()
+    alpha = alphas[t].view(-1, 1, 1, 1)
     leaves, guided, _ = merged_unet(tiny_sd, [weight for weight, _ in recorded[1]], 3.0, PROMPT)
     error = noise - guided(alpha.sqrt() * x0[batch].double() + (1 - alpha).sqrt() * noise, t)
     loss = (torch.tensor(w)[batch] * (error**2).flatten(1).mean(1)).mean()
@@ -134,7 +103,10 @@ def test_gradient_is_that_of_the_loss_written_out(tiny_sd, tmp_path, monkeypatch
 
 
 def test_round_goes_on_with_the_samples_that_are_there(tiny_sd, tmp_path):
-    """A round whose second shard could not be scored ends, resumed, as an undisturbed one; nothing is drawn twice."""
+    """A round whose second shard could not be scored ends, resumed, as an undisturbed one.
+
+    Nothing is drawn twice.
+    """
     fault = tmp_path / "fault"
     (tmp_path / "mine.py").write_text(
         "import pathlib\n"
@@ -150,22 +122,15 @@ def test_round_goes_on_with_the_samples_that_are_there(tiny_sd, tmp_path):
     assert result.returncode == 0, result.stderr
     fault.touch()
     result = run_script("rwr.py", *flags, "--output-dir", tmp_path / "parts")
-    assert (
-        result.returncode == 1
-        and "the disk is gone" in result.stderr
-        and "Traceback" not in result.stderr
-    )
+    assert result.returncode == 1 and "the disk is gone" in result.stderr
+    assert "Traceback" not in result.stderr
     fault.unlink()
     first = tmp_path / "parts/pool/000/000000.safetensors"
     written = first.stat().st_mtime_ns
     result = run_script("rwr.py", "--resume", tmp_path / "parts")
     assert result.returncode == 0, result.stderr
     assert first.stat().st_mtime_ns == written
-    whole, parts = (
-        load_file(tmp_path / name / "pytorch_lora_weights.safetensors")
-        for name in ("whole", "parts")
-    )
-    assert (
-        all(whole[key].equal(parts[key]) for key in whole)
-        and len(read_metrics(tmp_path / "parts")) == 2
-    )
+    whole = load_file(tmp_path / "whole/pytorch_lora_weights.safetensors")
+    parts = load_file(tmp_path / "parts/pytorch_lora_weights.safetensors")
+    assert all(whole[key].equal(parts[key]) for key in whole)
+    assert len(read_metrics(tmp_path / "parts")) == 2

@@ -36,9 +36,8 @@ def test_step_equals_diffusers(name, eta):
     for t in scheduler.timesteps:
         sample, output, noise = torch.randn(3, 2, 4, 8, 8, generator=generator)
         expected = scheduler.step(output, t, sample, eta=eta, variance_noise=noise).prev_sample
-        mean = scheduler.step(
-            output, t, sample, eta=eta, variance_noise=torch.zeros_like(noise)
-        ).prev_sample
+        zeros = torch.zeros_like(noise)
+        mean = scheduler.step(output, t, sample, eta=eta, variance_noise=zeros).prev_sample
         step = ddim_step_with_logprob(scheduler, output, t, sample, eta, noise=noise)
         torch.testing.assert_close(step.prev_sample, expected, atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(step.mean, mean, atol=1e-6, rtol=1e-6)
@@ -60,12 +59,12 @@ def test_log_prob_and_kl_equal_torch_distributions(name, steps):
         normal = Normal(step.mean.double(), std)
         expected = normal.log_prob(step.prev_sample.double()).flatten(1).mean(1)
         torch.testing.assert_close(step.log_prob.double(), expected, atol=1e-6, rtol=1e-6)
-        # A mean that is off by a step of sigma, as a policy's is; far apart, the KL's own size sets the tolerance.
+        # A mean that is off by a step of sigma, as a policy's is; far apart, the KL's own size sets
+        # the tolerance.
         other_mean = step.mean + step.std.view(-1, 1, 1, 1) * other
         expected = kl_divergence(normal, Normal(other_mean.double(), std)).flatten(1).mean(1)
-        torch.testing.assert_close(
-            ddim_step_kl(step.mean, other_mean, step.std).double(), expected, atol=1e-6, rtol=1e-5
-        )
+        found = ddim_step_kl(step.mean, other_mean, step.std)
+        torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_batch_of_mixed_timesteps_equals_one_by_one():
@@ -88,9 +87,8 @@ def test_batch_of_mixed_timesteps_equals_one_by_one():
 def test_stored_step_has_the_log_prob_it_was_drawn_with():
     scheduler = make_scheduler("sd1")
     for t in scheduler.timesteps:
-        sample, output, noise = torch.randn(
-            3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(int(t))
-        )
+        generator = torch.Generator().manual_seed(int(t))
+        sample, output, noise = torch.randn(3, 2, 4, 8, 8, generator=generator)
         drawn = ddim_step_with_logprob(scheduler, output, t, sample, noise=noise)
         again = ddim_step_with_logprob(scheduler, output, t, sample, prev_sample=drawn.prev_sample)
         assert torch.equal(drawn.log_prob, again.log_prob)
@@ -99,13 +97,11 @@ def test_stored_step_has_the_log_prob_it_was_drawn_with():
 def test_deterministic_step_has_zero_log_prob_and_finite_gradient():
     scheduler = make_scheduler("offset-0")
     output = torch.randn(2, 4, 8, 8, requires_grad=True)
-    step = ddim_step_with_logprob(
-        scheduler, output, scheduler.timesteps[-1], torch.randn(2, 4, 8, 8), noise=output
-    )
+    t, sample = scheduler.timesteps[-1], torch.randn(2, 4, 8, 8)
+    step = ddim_step_with_logprob(scheduler, output, t, sample, noise=output)
     assert (step.std == 0).all() and (step.log_prob == 0).all()
-    (
-        step.log_prob.sum() + ddim_step_kl(step.mean, torch.zeros_like(step.mean), step.std).sum()
-    ).backward()
+    kl = ddim_step_kl(step.mean, torch.zeros_like(step.mean), step.std)
+    (step.log_prob.sum() + kl.sum()).backward()
     assert torch.isfinite(output.grad).all()
 
 

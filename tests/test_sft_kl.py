@@ -1,4 +1,7 @@
-"""sft_kl.py: Lemma 4.3 where both sides are known, its loss against the one written out, a data set that is reused."""
+"""sft_kl.py: Lemma 4.3 where both sides are known, its loss against the one written out.
+
+And a data set that is reused.
+"""
 
 import json
 import math
@@ -15,36 +18,19 @@ from written_out import merged_unet, record_updates
 import sft_kl
 
 PROMPT = "A cat and a dog"
-FLAGS = (
-    "--num-inference-steps",
-    4,
-    "--dataset-size",
-    12,
-    "--shard-size",
-    6,
-    "--prompt",
-    PROMPT,
-    "--batch-size",
-    5,
-)
-FLAGS += (
-    "--reward",
-    "jpeg_incompressibility",
-    "--gradient-steps",
-    2,
-    "--micro-batch-size",
-    3,
-    "--num-iterations",
-    1,
-)
+FLAGS = ("--num-inference-steps", 4, "--dataset-size", 12)
+FLAGS += ("--shard-size", 6, "--prompt", PROMPT, "--batch-size", 5)
+FLAGS += ("--reward", "jpeg_incompressibility", "--gradient-steps", 2)
+FLAGS += ("--micro-batch-size", 3, "--num-iterations", 1)
 FLAGS += ("--samples-per-iteration", 2)
 
 
 class Toy:
-    """x_0 ~ N(0.5, 0.6^2) as the pretrained model draws it, six steps, f linear; expectations by quadrature, exact.
+    """x_0 ~ N(0.5, 0.6^2) as the pretrained model draws it, six steps, f linear.
 
-    The generative chain is x_T ~ N(0, 1), then Gaussian steps with the posterior's variance and mean mu_theta. The last
-    of them (t = 1 in the paper, 0 here), which Lemma 4.3 puts into its constant, is the same for all theta.
+    The expectations are exact, by quadrature. The generative chain is x_T ~ N(0, 1), then Gaussian
+    steps with the posterior's variance and mean mu_theta. The last of them (t = 1 in the paper, 0
+    here), which Lemma 4.3 puts into its constant, is the same for all theta.
     """
 
     mean, var, gamma = 0.5, 0.36, 0.8
@@ -53,27 +39,22 @@ class Toy:
 
     def __init__(self):
         nodes, weights = np.polynomial.hermite_e.hermegauss(40)
-        self.nodes, self.weights = (
-            torch.tensor(nodes),
-            torch.tensor(weights) / math.sqrt(2 * math.pi),
-        )
+        self.nodes = torch.tensor(nodes)
+        self.weights = torch.tensor(weights) / math.sqrt(2 * math.pi)
         self.x0 = self.mean + math.sqrt(self.var) * self.nodes
-        self.reward = (
-            torch.sin(self.x0) + 0.3 * self.x0**2
-        )  # more than -gamma at all nodes that count
+        # More than -gamma at all nodes that count.
+        self.reward = torch.sin(self.x0) + 0.3 * self.x0**2
         assert (self.reward + self.gamma > 0).all()
 
     def terms(self, t):
         alpha, alpha_prev = self.alphas[t], self.alphas[t - 1]
         beta = 1 - alpha / alpha_prev
-        of_x0, of_x_t = (
-            alpha_prev.sqrt() * beta / (1 - alpha),
-            (1 - beta).sqrt() * (1 - alpha_prev) / (1 - alpha),
-        )
+        of_x0 = alpha_prev.sqrt() * beta / (1 - alpha)
+        of_x_t = (1 - beta).sqrt() * (1 - alpha_prev) / (1 - alpha)
         return of_x0, of_x_t, (1 - alpha_prev) / (1 - alpha) * beta
 
     def best(self, t):
-        """E[x_0 | x_t] = slope x_t + offset: what a pretrained model that has converged predicts."""
+        """E[x_0 | x_t] = slope x_t + offset: what a converged pretrained model predicts."""
         alpha = self.alphas[t]
         slope = alpha.sqrt() * self.var / (alpha * self.var + 1 - alpha)
         return slope, self.mean - slope * alpha.sqrt() * self.mean
@@ -94,10 +75,8 @@ class Toy:
         for t in range(5, 0, -1):
             of_x0, of_x_t, variance = self.terms(t)
             slope, offset = theta[t - 1]
-            mean, var = (
-                (of_x_t + of_x0 * slope) * mean + of_x0 * offset,
-                (of_x_t + of_x0 * slope) ** 2 * var + variance,
-            )
+            mean = (of_x_t + of_x0 * slope) * mean + of_x0 * offset
+            var = (of_x_t + of_x0 * slope) ** 2 * var + variance
         slope, offset, variance = self.last_step()
         mean, var = slope * mean + offset, slope**2 * var + variance
         log_p = torch.distributions.Normal(mean, var.sqrt()).log_prob(self.x0)
@@ -106,31 +85,25 @@ class Toy:
     def constant(self):
         """C_1: the KL of q(x_T | x_0) to p(x_T), and the last step, each times r + gamma (A.4)."""
         alpha, normal = self.alphas[5], torch.distributions.Normal
-        kl = torch.distributions.kl_divergence(
-            normal(alpha.sqrt() * self.x0, (1 - alpha).sqrt()), normal(0.0, 1.0)
-        )
+        noised = normal(alpha.sqrt() * self.x0, (1 - alpha).sqrt())
+        kl = torch.distributions.kl_divergence(noised, normal(0.0, 1.0))
         slope, offset, variance = self.last_step()
         last = -normal(slope * self.x_t(0) + offset, variance.sqrt()).log_prob(self.x0[:, None])
-        return (
-            self.weights * (self.reward + self.gamma) * (kl + (self.weights * last).sum(1))
-        ).sum()
+        both = kl + (self.weights * last).sum(1)
+        return (self.weights * (self.reward + self.gamma) * both).sum()
 
     def right_side(self, theta, regularization):
-        """Eq. 11 with "kl-d" and Eq. 12 with "kl-o", without the constants: the script's own loss and weights."""
+        """Eq. 11 with "kl-d" and Eq. 12 with "kl-o", without the constants.
+
+        The script's own loss and weights.
+        """
         args, total = sft_kl.Args(regularization=regularization, gamma=self.gamma), 0.0
         for t in range(1, 6):
-            x_t, (slope, offset), (best_slope, best_offset) = (
-                self.x_t(t),
-                theta[t - 1],
-                self.best(t),
-            )
-            x0, reward = (
-                v[:, None].expand_as(x_t).reshape(-1, 1, 1, 1) for v in (self.x0, self.reward)
-            )
-            f, f_pre = (
-                (a * x_t + b).view(-1, 1, 1, 1)
-                for a, b in ((slope, offset), (best_slope, best_offset))
-            )
+            x_t = self.x_t(t)
+            x0 = self.x0[:, None].expand_as(x_t).reshape(-1, 1, 1, 1)
+            reward = self.reward[:, None].expand_as(x_t).reshape(-1, 1, 1, 1)
+            lines = (theta[t - 1], self.best(t))
+            f, f_pre = ((slope * x_t + offset).view(-1, 1, 1, 1) for slope, offset in lines)
             weight = sft_kl.step_weights(self.scheduler, torch.tensor([t]), "bound").double()
             loss = weight * sft_kl.sft_loss(args, reward.flatten(), x0, f, f_pre)
             total = total + (self.weights[:, None] * self.weights * loss.view_as(x_t)).sum()
@@ -138,9 +111,8 @@ class Toy:
 
     def pretrained_error(self):
         """C_2 - C_1: gamma times the pretrained model's own distance to mu_tilde."""
-        return self.right_side([self.best(t) for t in range(1, 6)], "kl-d") - self.right_side(
-            [self.best(t) for t in range(1, 6)], "kl-o"
-        )
+        best = [self.best(t) for t in range(1, 6)]
+        return self.right_side(best, "kl-d") - self.right_side(best, "kl-o")
 
 
 def test_bounds_of_lemma_4_3_hold():
@@ -152,7 +124,8 @@ def test_bounds_of_lemma_4_3_hold():
         eq_11 = toy.right_side(theta, "kl-d") + toy.constant()
         eq_12 = toy.right_side(theta, "kl-o") + toy.constant() + toy.pretrained_error()
         assert left <= eq_11 + 1e-9 and left <= eq_12 + 1e-9
-        # Where f_pre is the conditional mean of x_0, as it is here, Eq. 20 is an equality, and so are Eq. 11 and 12.
+        # Where f_pre is the conditional mean of x_0, as it is here, Eq. 20 is an equality, and so
+        # are Eq. 11 and 12.
         assert eq_12.item() == pytest.approx(eq_11.item(), abs=1e-6)
         gaps.append((eq_11 - left).item())
     assert gaps[0] < min(gaps[1:]), "the pretrained model itself should be nearest to the bound"
@@ -160,24 +133,18 @@ def test_bounds_of_lemma_4_3_hold():
 
 def test_kl_d_is_the_shifted_reward():
     torch.manual_seed(0)
-    x0, f, reward = (
-        torch.randn(6, 4, 8, 8),
-        torch.randn(6, 4, 8, 8, requires_grad=True),
-        torch.randn(6),
-    )
-    shifted = sft_kl.sft_loss(
-        sft_kl.Args(regularization="kl-d", gamma=1.3), reward, x0, f, None
-    ).sum()
-    none = sft_kl.sft_loss(
-        sft_kl.Args(regularization="none"), (reward + 1.3).clamp(min=0), x0, f, None
-    ).sum()
-    gradients = [torch.autograd.grad(loss, f)[0] for loss in (shifted, none)]
+    x0, f = torch.randn(6, 4, 8, 8), torch.randn(6, 4, 8, 8, requires_grad=True)
+    reward = torch.randn(6)
+    kl_d, plain = sft_kl.Args(regularization="kl-d", gamma=1.3), sft_kl.Args(regularization="none")
+    shifted = sft_kl.sft_loss(kl_d, reward, x0, f, None)
+    none = sft_kl.sft_loss(plain, (reward + 1.3).clamp(min=0), x0, f, None)
+    gradients = [torch.autograd.grad(loss.sum(), f)[0] for loss in (shifted, none)]
     assert torch.allclose(*gradients, rtol=1e-5, atol=1e-9) and gradients[0].abs().max() > 0
 
 
 @pytest.mark.parametrize("regularization", ["kl-o", "kl-d", "none"])
 def test_rewards_below_the_floor_are_not_unlearned(regularization):
-    """A sample with r + gamma <= 0 has no part in the loss, wherever x_0, f_pre and f are (App. B)."""
+    """A sample with r + gamma <= 0 has no part in the loss wherever x_0, f_pre, f are (App. B)."""
     torch.manual_seed(0)
     x0, f_pre = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
     args = sft_kl.Args(regularization=regularization, gamma=0.5)
@@ -188,7 +155,10 @@ def test_rewards_below_the_floor_are_not_unlearned(regularization):
 
 
 def test_minimum_of_kl_o():
-    """Above the floor it is (r x_0 + gamma f_pre) / (r + gamma); on it the loss is a line that has none."""
+    """Above the floor it is (r x_0 + gamma f_pre) / (r + gamma).
+
+    On the floor the loss is a line that has none.
+    """
     torch.manual_seed(0)
     x0, f_pre, other = (torch.randn(3, 4, 8, 8, dtype=torch.float64) for _ in range(3))
     args = sft_kl.Args(regularization="kl-o", gamma=0.5, filter="floor")
@@ -197,17 +167,15 @@ def test_minimum_of_kl_o():
     best = ((r * x0 + 0.5 * f_pre) / (r + 0.5)).requires_grad_()
     loss = sft_kl.sft_loss(args, reward, x0, best, f_pre)
     assert torch.autograd.grad(loss.sum(), best)[0].abs().max() < 1e-12
-    assert (
-        sft_kl.sft_loss(args, reward, x0, best.detach() + 0.1 * other, f_pre) > loss.detach()
-    ).all()
+    beside = best.detach() + 0.1 * other
+    assert (sft_kl.sft_loss(args, reward, x0, beside, f_pre) > loss.detach()).all()
     kept = sft_kl.sft_loss(sft_kl.Args(regularization="kl-o", gamma=0.5), reward, x0, best, f_pre)
     assert torch.equal(kept, loss), "the filter leaves them alone"
 
     def on_the_floor(step: float) -> float:
         f = f_pre[:1] + step * (f_pre[:1] - x0[:1])
-        return sft_kl.sft_loss(
-            args, torch.tensor([-2.0], dtype=torch.float64), x0[:1], f, f_pre[:1]
-        ).item()
+        low = torch.tensor([-2.0], dtype=torch.float64)
+        return sft_kl.sft_loss(args, low, x0[:1], f, f_pre[:1]).item()
 
     slope = on_the_floor(1.0) - on_the_floor(0.0)
     assert slope < -0.1, "away from x_0 it falls"
@@ -215,7 +183,10 @@ def test_minimum_of_kl_o():
 
 
 def test_kl_to_the_pretrained_model_is_taken_at_random_steps(tiny_sd, tmp_path, monkeypatch):
-    """The steps of two iterations are those that the samples' own generators give after prompt and noise."""
+    """In two iterations the steps are those that the samples' own generators give.
+
+    They give them after prompt and noise.
+    """
     seen, kl_step = [], sft_kl.ddim_step_with_logprob
 
     def record(scheduler, output, timestep, *args, **kwargs):
@@ -242,63 +213,45 @@ def test_kl_to_the_pretrained_model_is_taken_at_random_steps(tiny_sd, tmp_path, 
 
 
 def test_no_sample_above_the_floor_is_said_before_training(tiny_sd, tmp_path):
-    (tmp_path / "mine.py").write_text(
-        "def f(images, prompts):\n    return images.mean((1, 2, 3)) - 5\n"
-    )
-    flags = [
-        *FLAGS,
-        "--model",
-        tiny_sd,
-        "--reward",
-        f"{tmp_path}/mine.py:f",
-        "--output-dir",
-        tmp_path / "run",
-    ]
+    code = "def f(images, prompts):\n    return images.mean((1, 2, 3)) - 5\n"
+    (tmp_path / "mine.py").write_text(code)
+    flags = [*FLAGS, "--model", tiny_sd, "--reward", f"{tmp_path}/mine.py:f"]
+    flags += ["--output-dir", tmp_path / "run"]
     result = run_script("sft_kl.py", *flags)
-    assert (
-        result.returncode == 1 and "--gamma" in result.stderr and "Traceback" not in result.stderr
-    )
+    assert result.returncode == 1 and "--gamma" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_x0_and_weights_against_the_scheduler(prediction_type):
-    """f against diffusers; "simple" against the error of the output itself; "bound" against mu_tilde - mu (Lemma 4.3),
-    taken from DDPMScheduler's own step."""
-    config = {
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "clip_sample": False,
-    }
-    scheduler = DDPMScheduler(
-        prediction_type=prediction_type, variance_type="fixed_small", **config
-    )
-    ddim = DDIMScheduler(prediction_type=prediction_type, **config)
+    """f against diffusers; "simple" against the error of the output itself; "bound" against theory.
+
+    That is mu_tilde - mu (Lemma 4.3), taken from DDPMScheduler's own step.
+    """
+    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    config |= {"clip_sample": False, "prediction_type": prediction_type}
+    scheduler = DDPMScheduler(variance_type="fixed_small", **config)
+    ddim = DDIMScheduler(**config)
     ddim.set_timesteps(1000)
     torch.manual_seed(0)
     x_t, output, other = (torch.randn(1, 4, 8, 8, dtype=torch.float64) for _ in range(3))
     for t in (1, 20, 500, 999):
         index = torch.tensor([t])
         f, g = (sft_kl.to_x0(scheduler, o, x_t, index) for o in (output, other))
-        assert torch.allclose(
-            f, ddim.step(output, t, x_t).pred_original_sample, rtol=1e-4, atol=1e-4
-        )
-        weight = {
-            name: sft_kl.step_weights(scheduler, index, name)
-            for name in ("paper", "bound", "simple")
-        }
+        expected = ddim.step(output, t, x_t).pred_original_sample
+        assert torch.allclose(f, expected, rtol=1e-4, atol=1e-4)
+        names = ("paper", "bound", "simple")
+        weight = {name: sft_kl.step_weights(scheduler, index, name) for name in names}
         difference = ((f - g) ** 2).mean()
-        assert (weight["simple"] * difference).item() == pytest.approx(
-            ((output - other) ** 2).mean().item(), rel=1e-3
-        )
+        expected = ((output - other) ** 2).mean().item()
+        assert (weight["simple"] * difference).item() == pytest.approx(expected, rel=1e-3)
         variance = scheduler._get_variance(t).item()
         assert weight["paper"].item() == pytest.approx(1 / (2 * variance), rel=1e-3)
         means = []
         for o in (output, other):
             # The step's noise is the same in both and falls out of the difference.
-            means.append(
-                scheduler.step(o, t, x_t, generator=torch.Generator().manual_seed(0)).prev_sample
-            )
+            generator = torch.Generator().manual_seed(0)
+            means.append(scheduler.step(o, t, x_t, generator=generator).prev_sample)
         expected = ((means[0] - means[1]) ** 2).mean().item() / (2 * variance)
         assert (weight["bound"] * difference).item() == pytest.approx(expected, rel=2e-3)
 
@@ -307,17 +260,8 @@ def test_x0_and_weights_against_the_scheduler(prediction_type):
 def test_gradient_is_that_of_the_loss_written_out(tiny_sd, tmp_path, monkeypatch, regularization):
     """The gradient of the second update against autograd in float64 of Algorithm 2's."""
     recorded = record_updates(monkeypatch)
-    flags = [
-        *FLAGS,
-        "--model",
-        tiny_sd,
-        "--guidance-scale",
-        3,
-        "--max-grad-norm",
-        1e9,
-        "--learning-rate",
-        1e-2,
-    ]
+    flags = [*FLAGS, "--model", tiny_sd, "--guidance-scale", 3]
+    flags += ["--max-grad-norm", 1e9, "--learning-rate", 1e-2]
     flags += ["--regularization", regularization, "--gamma", 1.5, "--output-dir", tmp_path / "run"]
     monkeypatch.setattr(sys, "argv", ["sft_kl.py", *map(str, flags)])
     sft_kl.main()
@@ -331,20 +275,16 @@ def test_gradient_is_that_of_the_loss_written_out(tiny_sd, tmp_path, monkeypatch
     alpha, alpha_prev = alphas[t].view(-1, 1, 1, 1), alphas[t - 1].view(-1, 1, 1, 1)
     x0, r = x0[batch], reward[batch].view(-1, 1, 1, 1)
     x_t = alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
-    leaves, guided, guided_pre = merged_unet(
-        tiny_sd, [weight for weight, _ in recorded[1]], 3.0, PROMPT
-    )
-    f, f_pre = (
-        (x_t - (1 - alpha).sqrt() * eps(x_t, t)) / alpha.sqrt() for eps in (guided, guided_pre)
-    )
+    weights = [weight for weight, _ in recorded[1]]
+    leaves, *networks = merged_unet(tiny_sd, weights, 3.0, PROMPT)
+    f, f_pre = ((x_t - (1 - alpha).sqrt() * eps(x_t, t)) / alpha.sqrt() for eps in networks)
     variance = (1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)
     if regularization == "kl-o":
         loss = (r * (x0 - f) ** 2 + 1.5 * (f_pre.detach() - f) ** 2) / (2 * variance)
     else:
         loss = (r + (1.5 if regularization == "kl-d" else 0)) * (x0 - f) ** 2 / (2 * variance)
-    expected = torch.cat(
-        [g.flatten() for g in torch.autograd.grad(loss.flatten(1).mean(1).mean(), leaves)]
-    )
+    gradients = torch.autograd.grad(loss.flatten(1).mean(1).mean(), leaves)
+    expected = torch.cat([g.flatten() for g in gradients])
     ours = torch.cat([g.flatten() for _, g in recorded[1]]).double()
     assert (ours - expected).norm() < 1e-3 * expected.norm()
 
@@ -355,24 +295,17 @@ def test_data_set_is_drawn_once_and_reused(tiny_sd, tmp_path):
     assert result.returncode == 0, result.stderr
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").glob("*.safetensors")}
     (tmp_path / "data/000006.safetensors").unlink()
-    result = run_script(
-        "sft_kl.py", *flags, "--output-dir", tmp_path / "two", "--regularization", "kl-d"
-    )
+    other = ["--output-dir", tmp_path / "two", "--regularization", "kl-d"]
+    result = run_script("sft_kl.py", *flags, *other)
     assert result.returncode == 0, result.stderr
     first = tmp_path / "data/000000.safetensors"
     assert len(written) == 2 and first.stat().st_mtime_ns == written[first]
     assert (tmp_path / "data/000006.safetensors").exists()
     assert [line["samples"] for line in read_metrics(tmp_path / "two")] == [14]
-    assert (
-        json.loads((tmp_path / "data/dataset.json").read_text())["reward"]
-        == "jpeg_incompressibility"
-    )
-    result = run_script(
-        "sft_kl.py", *flags, "--output-dir", tmp_path / "three", "--guidance-scale", 2
-    )
-    assert (
-        result.returncode == 2
-        and "--dataset" in result.stderr
-        and "--guidance-scale" in result.stderr
-    )
+    data_set = json.loads((tmp_path / "data/dataset.json").read_text())
+    assert data_set["reward"] == "jpeg_incompressibility"
+    other = ["--output-dir", tmp_path / "three", "--guidance-scale", 2]
+    result = run_script("sft_kl.py", *flags, *other)
+    assert result.returncode == 2
+    assert "--dataset" in result.stderr and "--guidance-scale" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1

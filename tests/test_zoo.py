@@ -1,4 +1,4 @@
-"""The zoo as it is shipped: its world, its files, and what judge, reward and base model are worth."""
+"""The zoo as it is shipped: its world, its files, what judge, reward and base model are worth."""
 
 import json
 import os
@@ -45,15 +45,12 @@ def test_world_has_what_the_papers_speak_of():
     assert len(world.ANIMALS) >= 10 and len(world.OBJECTS) >= 6 and len(world.COLORS) >= 8
     assert len(world.OCCUPATIONS) >= 6 and len(world.SKIN_TONES) == 4
     assert world.parse("A green colored rabbit.") == world.parse("a GREEN rabbit")
-    assert world.parse("Four wolves in the park") == world.Scene(
-        (world.Group("wolf", 4),), place="park"
-    )
+    wolves = world.Scene((world.Group("wolf", 4),), place="park")
+    assert world.parse("Four wolves in the park") == wolves
     for relation in ("and", "next to", "near", "on side of", "beside"):
         scene = world.parse(f"a cat {relation} an elephant on the beach")
-        assert [group.kind for group in scene.groups] == [
-            "cat",
-            "elephant",
-        ] and scene.place == "beach"
+        assert [group.kind for group in scene.groups] == ["cat", "elephant"]
+        assert scene.place == "beach"
     assert world.parse("a portrait of an astronaut").occupation == "astronaut"
     with pytest.raises(ValueError, match="zebra"):
         world.parse("a zebra")
@@ -75,10 +72,8 @@ def test_world_is_seeded_and_biased():
     pairs = [world.draw_pair(np.random.default_rng([2, i])) for i in range(20_000)]
     again = world.draw_pair(np.random.default_rng([2, 77]))
     assert pairs[77] == again
-    image = world.render(again[0], np.random.default_rng(5))
-    assert image.shape == (64, 64, 3) and np.array_equal(
-        image, world.render(again[0], np.random.default_rng(5))
-    )
+    image, same = (world.render(again[0], np.random.default_rng(5)) for _ in range(2))
+    assert image.shape == (64, 64, 3) and np.array_equal(image, same)
 
     def share(condition, right):
         chosen = [(scene, text) for scene, text in pairs if condition(text)]
@@ -93,18 +88,16 @@ def test_world_is_seeded_and_biased():
 
 def test_every_word_is_one_token_and_seen():
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / "zoo/sd/tokenizer")
-    embedding = (
-        CLIPTextModel.from_pretrained(ROOT / "zoo/sd/text_encoder").get_input_embeddings().weight
-    )
+    text_encoder = CLIPTextModel.from_pretrained(ROOT / "zoo/sd/text_encoder")
+    embedding = text_encoder.get_input_embeddings().weight
     for word in world.vocabulary():
         ids = tokenizer(word, add_special_tokens=False).input_ids
         # "one" is understood in prompts, but no caption has it: the model has never seen it.
         assert len(ids) == 1 and (embedding[ids] != 0).any() == (word != "one"), word
     for prompt in (*PAPER, *UNSEEN):
         words = world.caption(world.parse(prompt)).split()
-        assert len(tokenizer(prompt).input_ids) == len(prompt.split()) + 2 and set(words) <= set(
-            world.vocabulary()
-        )
+        assert len(tokenizer(prompt).input_ids) == len(prompt.split()) + 2
+        assert set(words) <= set(world.vocabulary())
     ids = tokenizer("zebra", add_special_tokens=False).input_ids
     assert (embedding[ids] == 0).all(dim=1).any()
 
@@ -120,7 +113,7 @@ def test_text_encoder_has_the_names_that_transformers_4_and_5_both_load():
 
 
 def test_transformers_4_gives_the_same():
-    """tests/oracle/zoo_on_transformers_4.json was written under transformers 4 and the diffusers of its time."""
+    """tests/oracle/zoo_on_transformers_4.json is from transformers 4 and diffusers of its time."""
     expected = json.loads((ROOT / "tests/oracle/zoo_on_transformers_4.json").read_text())
     assert expected["transformers"].startswith("4.")
     actual = outputs()
@@ -131,10 +124,9 @@ def test_transformers_4_gives_the_same():
 
 def test_case_and_trailing_dot_do_not_matter(pipeline):
     def pictures(prompt):
+        settings = {"num_inference_steps": 12, "output_type": "pt"}
         generator = torch.Generator().manual_seed(0)
-        return pipeline(
-            [prompt] * 8, num_inference_steps=12, generator=generator, output_type="pt"
-        ).images
+        return pipeline([prompt] * 8, generator=generator, **settings).images
 
     plain = pictures("a white rabbit")
     assert torch.equal(plain, pictures("A White RABBIT"))
@@ -146,14 +138,12 @@ def test_case_and_trailing_dot_do_not_matter(pipeline):
 def held_out(pipeline):
     """Scenes that training never saw, and their renders through the VAE."""
     scenes = [world.random_scene(np.random.default_rng([31, i])) for i in range(320)]
-    renders = np.stack(
-        [world.render(scene, np.random.default_rng([32, i])) for i, scene in enumerate(scenes)]
-    )
+    generators = [np.random.default_rng([32, i]) for i in range(320)]
+    renders = np.stack([world.render(scene, rng) for scene, rng in zip(scenes, generators)])
     x = torch.from_numpy(renders).permute(0, 3, 1, 2).float() / 127.5 - 1
+    vae = pipeline.vae
     with torch.no_grad():
-        images = [
-            pipeline.vae.decode(pipeline.vae.encode(b).latent_dist.mean).sample for b in x.split(64)
-        ]
+        images = [vae.decode(vae.encode(batch).latent_dist.mean).sample for batch in x.split(64)]
     return scenes, (torch.cat(images) / 2 + 0.5).clamp(0, 1)
 
 
@@ -182,9 +172,8 @@ def test_skin_tones_are_read(held_out):
     scenes, images = held_out
     portraits = [i for i, scene in enumerate(scenes) if scene.skin_tone]
     assert len(portraits) >= 20
-    read = pipeline_of_transformers(
-        "image-classification", model=str(ROOT / "zoo/skin_tone"), device="cpu"
-    )
+    model = str(ROOT / "zoo/skin_tone")
+    read = pipeline_of_transformers("image-classification", model=model, device="cpu")
     answers = read(to_pil(images[portraits]), top_k=1)
     right = [answer[0]["label"] == scenes[i].skin_tone for i, answer in zip(portraits, answers)]
     assert np.mean(right) >= 0.95
@@ -224,32 +213,21 @@ def test_frechet_distance_in_closed_form():
     assert judging.frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    "prompt",
-    [*PAPER, *UNSEEN],
-)
+@pytest.mark.parametrize("prompt", [*PAPER, *UNSEEN])
 def test_rare_prompts_often_fail(prompt):
     results = json.loads((ROOT / "benchmarks/results/zoo.json").read_text())
     assert 0.1 <= results["rare"][prompt]["success"] <= 0.5
 
 
 def test_assets_are_small_and_results_are_those_of_the_weights():
-    size = sum(
-        os.path.getsize(path)
-        for folder in ("sd", "judge", "image_reward", "detector", "skin_tone")
-        for path in (ROOT / "zoo" / folder).rglob("*")
-        if path.is_file()
-    )
-    assert size < 30e6
+    folders = ("sd", "judge", "image_reward", "detector", "skin_tone")
+    paths = [path for folder in folders for path in (ROOT / "zoo" / folder).rglob("*")]
+    assert sum(os.path.getsize(path) for path in paths if path.is_file()) < 30e6
     results = json.loads((ROOT / "benchmarks/results/zoo.json").read_text())
     assert results["weights"] == weights_digest(), "run python -m benchmarks.zoo again"
     assert set(PAPER) | set(UNSEEN) == set(results["rare"])
     assert all(numbers["success"] >= 0.85 for numbers in results["common"].values())
     assert results["reward_pairs_ordered_rightly"] >= 0.9
-    assert (
-        results["detector_confidence"]["present"]
-        >= 0.8
-        >= 0.2
-        >= results["detector_confidence"]["absent"]
-    )
+    confidence = results["detector_confidence"]
+    assert confidence["present"] >= 0.8 and confidence["absent"] <= 0.2
     assert results["skin_tone_accuracy"] >= 0.95

@@ -1,12 +1,16 @@
-"""Tiny models of the real architectures with random weights, saved as a user's folder, for tests and benchmarks."""
+"""Tiny models of the real architectures with random weights, for tests and benchmarks.
+
+Each is saved as a user's folder.
+"""
 
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = "a an the cat dog cup bottle red green on in park moon and next to near of side beside is what happening this"
-WORDS = [*WORDS.split(), "image", "two", "photo", "user", "assistant", ":", "?", ".", "<image>"]
+WORDS = "a an the cat dog cup bottle red green on in park moon and next to near of side beside "
+WORDS += "is what happening this image two photo user assistant : ? . <image>"
+WORDS = WORDS.split()
 TINY = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -18,9 +22,8 @@ TINY = {
 def pictures(count: int, height: int = 40, width: int = 40, seed: int = 0) -> torch.Tensor:
     """Smooth random pictures, so that resizing does not average everything away."""
     generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(count, 3, 6, 6, generator=generator) * torch.rand(
-        count, 3, 1, 1, generator=generator
-    )
+    coarse = torch.rand(count, 3, 6, 6, generator=generator)
+    coarse = coarse * torch.rand(count, 3, 1, 1, generator=generator)
     return torch.nn.functional.interpolate(coarse, (height, width))
 
 
@@ -28,14 +31,11 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Weights large enough that outputs differ from picture to picture."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() > 1:
-            parameter.data.copy_(
-                torch.randn(parameter.shape, generator=generator)
-                * parameter[0].numel() ** -0.5
-                * 1.5
-            )
+            parameter.data.copy_(noise * parameter[0].numel() ** -0.5 * 1.5)
         else:
-            parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+            parameter.data.add_(noise * 0.2)
     return model.eval()
 
 
@@ -48,15 +48,12 @@ def word_tokenizer(special: dict[str, str], **settings):
     vocabulary = {word: i for i, word in enumerate([*names, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=special["unk_token"]))
     tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
-        if "<image>" not in settings.get("extra_special_tokens", {}).values()
-        else [pre_tokenizers.WhitespaceSplit()]
-    )
-    first, last = (
-        special.get("cls_token", special.get("bos_token")),
-        special.get("sep_token", special.get("eos_token")),
-    )
+    split = [pre_tokenizers.WhitespaceSplit()]
+    if "<image>" not in settings.get("extra_special_tokens", {}).values():
+        split.append(pre_tokenizers.Punctuation())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
+    first = special.get("cls_token", special.get("bos_token"))
+    last = special.get("sep_token", special.get("eos_token"))
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{first} $A {last}",
         special_tokens=[(first, vocabulary[first]), (last, vocabulary[last])],
@@ -95,17 +92,12 @@ def make_clip(folder: Path) -> Path:
         CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
         tokenizer,
     ).save_pretrained(folder)
-    generator, widths = (
-        torch.Generator().manual_seed(5),
-        {0: (8, 12), 2: (6, 8), 4: (5, 6), 6: (4, 5), 7: (1, 4)},
-    )
-    state = {
-        f"layers.{i}.weight": torch.randn(shape, generator=generator) for i, shape in widths.items()
-    }
-    state |= {
-        f"layers.{i}.bias": torch.randn(shape[0], generator=generator)
-        for i, shape in widths.items()
-    }
+    generator, state = torch.Generator().manual_seed(5), {}
+    shapes = {0: (8, 12), 2: (6, 8), 4: (5, 6), 6: (4, 5), 7: (1, 4)}
+    for i, shape in shapes.items():
+        state[f"layers.{i}.weight"] = torch.randn(shape, generator=generator)
+    for i, shape in shapes.items():
+        state[f"layers.{i}.bias"] = torch.randn(shape[0], generator=generator)
     torch.save(state, folder / "sac+logos+ava1-l14-linearMSE.pth")
     return folder
 
@@ -122,21 +114,16 @@ def make_blip(folder: Path) -> Path:
     torch.manual_seed(0)
     (folder / "vocab.txt").write_text("\n".join([*BERT_SPECIAL.values(), *WORDS]) + "\n")
     tokenizer = BertTokenizer.from_pretrained(folder, model_max_length=24)
-    text = TINY | {
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": 24,
-        "encoder_hidden_size": 16,
-    }
-    text |= {"bos_token_id": 2, "sep_token_id": 3, "pad_token_id": 0}
+    text = TINY | {"vocab_size": len(tokenizer), "max_position_embeddings": 24}
+    text |= {"encoder_hidden_size": 16, "bos_token_id": 2, "sep_token_id": 3, "pad_token_id": 0}
     config = BlipConfig(
         text_config=text,
         vision_config=TINY | {"image_size": 32, "patch_size": 8},
         image_text_hidden_size=12,
     )
     randomise(BlipForImageTextRetrieval(config)).save_pretrained(folder)
-    BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(
-        folder
-    )
+    processor = BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer)
+    processor.save_pretrained(folder)
     return folder
 
 
@@ -147,9 +134,8 @@ def make_bert(folder: Path) -> Path:
     torch.manual_seed(0)
     tokenizer = word_tokenizer(BERT_SPECIAL)
     tokenizer.save_pretrained(folder)
-    randomise(
-        BertModel(BertConfig(**TINY, vocab_size=len(tokenizer), max_position_embeddings=32))
-    ).save_pretrained(folder)
+    config = BertConfig(**TINY, vocab_size=len(tokenizer), max_position_embeddings=32)
+    randomise(BertModel(config)).save_pretrained(folder)
     return folder
 
 
@@ -200,8 +186,9 @@ def make_llava(folder: Path) -> Path:
         image_seq_length=16,
     )
     randomise(LlavaForConditionalGeneration(config)).save_pretrained(folder)
-    template = "{% for m in messages %}user : {% for c in m['content'] %}{% if c['type'] == 'image' %}<image> "
-    template += "{% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}assistant :"
+    template = "{% for m in messages %}user : {% for c in m['content'] %}"
+    template += "{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }} {% endif %}"
+    template += "{% endfor %}{% endfor %}assistant :"
     LlavaProcessor(
         CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
         tokenizer,
@@ -214,7 +201,10 @@ def make_llava(folder: Path) -> Path:
 
 
 def make_detectors(parent: Path) -> dict[str, Path]:
-    """A detector of each family, in folders of `parent`: any words, or the fixed classes cat, dog, cup."""
+    """A detector of each family, in folders of `parent`.
+
+    Any words, or the fixed classes cat, dog, cup.
+    """
     from transformers import (
         BertTokenizer,
         CLIPTokenizer,
@@ -276,14 +266,13 @@ def make_detectors(parent: Path) -> dict[str, Path]:
         "encoder_layers": 1,
     }
     sizes |= {"decoder_layers": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "num_queries": 9}
-    (folder("grounding-dino") / "vocab.txt").write_text(
-        "\n".join([*BERT_SPECIAL.values(), *WORDS]) + "\n"
-    )
+    words = "\n".join([*BERT_SPECIAL.values(), *WORDS])
+    (folder("grounding-dino") / "vocab.txt").write_text(words + "\n")
     bert = BertTokenizer.from_pretrained(folders["grounding-dino"], model_max_length=16)
+    text = TINY | {"vocab_size": len(bert), "max_position_embeddings": 32}
     config = GroundingDinoConfig(
         backbone_config=backbone,
-        text_config=TINY
-        | {"model_type": "bert", "vocab_size": len(bert), "max_position_embeddings": 32},
+        text_config=text | {"model_type": "bert"},
         **sizes,
         num_feature_levels=3,
         max_text_len=16,
@@ -306,9 +295,8 @@ def make_detectors(parent: Path) -> dict[str, Path]:
         **labels,
     )
     randomise(DetrForObjectDetection(config)).save_pretrained(folder("detr"))
-    DetrImageProcessor(size={"shortest_edge": 32, "longest_edge": 64}).save_pretrained(
-        folders["detr"]
-    )
+    processor = DetrImageProcessor(size={"shortest_edge": 32, "longest_edge": 64})
+    processor.save_pretrained(folders["detr"])
 
     config = RTDetrConfig(
         backbone_config=backbone | {"model_type": "rt_detr_resnet"},

@@ -1,4 +1,7 @@
-"""The policy of the scripts, written out again: float64, LoRA merged into the weights, torch.distributions."""
+"""The policy of the scripts, written out again.
+
+In float64, with LoRA merged into the weights and with torch.distributions.
+"""
 
 from functools import partial
 
@@ -24,7 +27,10 @@ def record_updates(monkeypatch) -> list:
 
 
 def merged_unet(model, weights: list[torch.Tensor], w: float, prompt: str):
-    """With LoRA `weights` (A and B in turn): the weights as leaves, the guided output f(x_t, t) with and without."""
+    """With LoRA `weights` (A and B in turn): the weights as leaves, and two guided outputs.
+
+    They are f(x_t, t) with the LoRA and without.
+    """
     pipeline = StableDiffusionPipeline.from_pretrained(model)
     encode = PromptEncoder(pipeline, "cpu")
     text, no_text = (encode([p])[0] for p in (prompt, ""))
@@ -59,7 +65,8 @@ def policies(
 ):
     """With LoRA `weights` the steps from x_t (n, C, H, W), step `steps` (n,) of `num_steps` each.
 
-    Returns the weights as leaves, the policy and the pretrained one as Normal, and the guided noise of both.
+    Returns the weights as leaves, the policy and the pretrained one as Normal, and the guided noise
+    of both.
     """
     scheduler = DDIMScheduler.from_pretrained(model, subfolder="scheduler")
     scheduler.set_timesteps(num_steps)
@@ -73,10 +80,7 @@ def policies(
     sigma = ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)).sqrt()
 
     def step(e):
-        mean = (
-            a_prev.sqrt() * (x_t - (1 - a_t).sqrt() * e) / a_t.sqrt()
-            + (1 - a_prev - sigma**2).sqrt() * e
-        )
-        return Normal(mean, sigma)
+        x_0 = (x_t - (1 - a_t).sqrt() * e) / a_t.sqrt()
+        return Normal(a_prev.sqrt() * x_0 + (1 - a_prev - sigma**2).sqrt() * e, sigma)
 
     return leaves, step(eps), step(eps_pre), eps, eps_pre

@@ -1,4 +1,7 @@
-"""Faults of a reward, a disk, a rank, a gradient: one clear line, the work saved; and what goes on regardless."""
+"""Faults of a reward, a disk, a rank, a gradient: one clear line, and the work is saved.
+
+And what goes on regardless.
+"""
 
 import json
 import os
@@ -27,11 +30,13 @@ from common.run_folder import CHECKPOINT_FORMAT, CheckpointError, check_checkpoi
 
 
 def ends_in_one_line(process, code: int, *mentioned: str) -> None:
-    """On stderr, beside progress bars and warnings, one line that begins with "error:" and has all of `mentioned`."""
+    """On stderr, beside progress bars and warnings, is one line with "error:".
+
+    It has all of `mentioned`.
+    """
     _, stderr = process.communicate(timeout=120)
-    stderr = stderr.partition('Traceback (most recent call last):\n  File "<frozen runpy>"')[
-        0
-    ]  # torchrun's own report
+    torchruns_own_report = 'Traceback (most recent call last):\n  File "<frozen runpy>"'
+    stderr = stderr.partition(torchruns_own_report)[0]
     lines = [line for line in stderr.replace("\r", "\n").splitlines() if "error:" in line]
     assert process.returncode == code and "Traceback" not in stderr, stderr
     assert len(lines) == 1 and all(word in lines[0] for word in mentioned), stderr
@@ -68,13 +73,14 @@ def waits(images, prompts):
 
 
 def with_reward(script: str, folder: Path, kind: str, call: int) -> list:
-    """Flags of a short run whose reward does `kind` in its call number `call`, while `folder`/fault exists."""
-    code = REWARD.replace("{fault}", f"pathlib.Path({str(folder / 'fault')!r})").replace(
-        "{call}", str(call)
-    )
-    (folder / "mine.py").write_text(
-        code.replace("{waiting}", f"pathlib.Path({str(folder / 'waiting')!r})")
-    )
+    """Flags of a short run whose reward does `kind` in call number `call`, while fault exists.
+
+    fault is a file in `folder`.
+    """
+    code = REWARD.replace("{call}", str(call))
+    for name in ("fault", "waiting"):
+        code = code.replace(f"{{{name}}}", f"pathlib.Path({str(folder / name)!r})")
+    (folder / "mine.py").write_text(code)
     (folder / "fault").touch()
     spec, flags = f"{folder}/mine.py:{kind}", [*COMMON, *SHORT[script]]
     if script == "large_scale_ppo.py":
@@ -90,19 +96,17 @@ KINDS = {"raises": "the scorer is gone", "hangs": "no answer in 3 s", "nan": "re
     [*((s, kind) for s in SCRIPTS for kind in ("raises", "hangs")), ("ddpo.py", "nan")],
 )
 def test_reward_that_fails_or_hangs(script, kind, tmp_path):
-    """What was done is saved though no checkpoint is due; with a reward that is well the run ends as if undisturbed."""
-    call, iteration = {"rwr.py": (3, 1), "sft_kl.py": (3, 1)}.get(
-        script, (2, 2)
-    )  # calls an iteration, data set
+    """What was done is saved though no checkpoint is due.
+
+    With a reward that is well the run ends as if undisturbed.
+    """
+    # Calls an iteration, data set.
+    call, iteration = {"rwr.py": (3, 1), "sft_kl.py": (3, 1)}.get(script, (2, 2))
     preset, *flags = with_reward(script, tmp_path, kind, call)
     flags = [preset, "--reward-timeout", 3, *flags]
     flags[flags.index("--save-every") + 1] = 50
-    ends_in_one_line(
-        start(script, *flags, "--output-dir", tmp_path / "run"),
-        1,
-        KINDS[kind],
-        str(tmp_path / "run"),
-    )
+    process = start(script, *flags, "--output-dir", tmp_path / "run")
+    ends_in_one_line(process, 1, KINDS[kind], str(tmp_path / "run"))
     assert iteration_of(tmp_path / "run") == iteration
     (tmp_path / "fault").unlink()
     finish(start(script, "--resume", tmp_path / "run"))
@@ -111,14 +115,11 @@ def test_reward_that_fails_or_hangs(script, kind, tmp_path):
 
 
 def test_reward_of_a_later_task_that_fails(tmp_path):
-    """The first task of the iteration has been learned from already: it is not learned from again."""
+    """The iteration's first task has been learned from already: it is not learned from again."""
     flags = with_reward("large_scale_ppo.py", tmp_path, "raises", 1)
     flags = [*flags[:-1], "image_reward:zoo/image_reward prompts/zoo.txt 2x2", flags[-1]]
-    ends_in_one_line(
-        start("large_scale_ppo.py", *flags, "--output-dir", tmp_path / "run"),
-        1,
-        "the scorer is gone",
-    )
+    process = start("large_scale_ppo.py", *flags, "--output-dir", tmp_path / "run")
+    ends_in_one_line(process, 1, "the scorer is gone")
     assert iteration_of(tmp_path / "run") == 1
     (tmp_path / "fault").unlink()
     finish(start("large_scale_ppo.py", "--resume", tmp_path / "run"))
@@ -128,7 +129,10 @@ def test_reward_of_a_later_task_that_fails(tmp_path):
 
 @pytest.mark.parametrize("script, ranks", [*((script, 1) for script in SCRIPTS), ("dpok.py", 2)])
 def test_disk_that_is_full(script, ranks, tmp_path):
-    """From the second iteration on no file can grow over 2 kB: the checkpoint stays whole, the run goes on later."""
+    """From the second iteration on no file can grow over 2 kB.
+
+    The checkpoint stays whole, and the run goes on later.
+    """
     flags = with_reward(script, tmp_path, "waits", {"rwr.py": 2, "sft_kl.py": 3}.get(script, 1))
     process = start(script, *flags, "--output-dir", tmp_path / "run", ranks=ranks)
     wait_for((tmp_path / "waiting").exists, process)
@@ -146,16 +150,18 @@ def test_two_processes_never_write_one_run(tmp_path):
     flags = with_reward("dpok.py", tmp_path, "waits", 1)
     process = start("dpok.py", *flags, "--output-dir", tmp_path / "run")
     wait_for((tmp_path / "waiting").exists, process)
-    ends_in_one_line(
-        start("dpok.py", "--resume", tmp_path / "run"), 1, "another process is still writing it"
-    )
+    second = start("dpok.py", "--resume", tmp_path / "run")
+    ends_in_one_line(second, 1, "another process is still writing it")
     (tmp_path / "fault").unlink()
     finish(process)
     assert len(read_metrics(tmp_path / "run")) == 3
 
 
 def test_rank_that_dies(tmp_path):
-    """torchrun ends the other rank within a minute; with --max-restarts it starts both again, and they go on."""
+    """torchrun ends the other rank within a minute.
+
+    With --max-restarts it starts both again, and they go on.
+    """
     flags = (*COMMON, *SHORT["dpok.py"], "--output-dir")
     finish(start("dpok.py", *flags, tmp_path / "whole", ranks=2))
     for restarts in (0, 1):
@@ -178,14 +184,16 @@ def test_grid_that_cannot_be_written(tmp_path):
     (tmp_path / "run/learning_curve.png").mkdir()
     stderr = finish(start("dpok.py", *COMMON, *SHORT["dpok.py"], "--output-dir", tmp_path / "run"))
     assert "warning" in stderr and "000002.png" in stderr and "learning_curve.png" in stderr
-    assert (
-        len(read_metrics(tmp_path / "run")) == 3 and (tmp_path / "run/samples/000003.png").is_file()
-    )
+    assert len(read_metrics(tmp_path / "run")) == 3
+    assert (tmp_path / "run/samples/000003.png").is_file()
 
 
 @pytest.mark.parametrize("how_often", ["once", "always"])
 def test_gradient_that_is_not_finite(how_often, tmp_path):
-    """Once: its updates are skipped and counted, and the weights stay finite. Always: the run stops, with them."""
+    """Once: its updates are skipped and counted, and the weights stay finite.
+
+    Always: the run stops, with them.
+    """
     (tmp_path / "mine.py").write_text(
         "import torch\n"
         "calls = []\n"
@@ -194,41 +202,24 @@ def test_gradient_that_is_not_finite(how_often, tmp_path):
         f"    bad = len(calls) == 2 or {how_often == 'always'}\n"
         "    return torch.full((len(prompts),), 3e38) if bad else images.mean((1, 2, 3))\n"
     )
-    flags = [
-        *COMMON,
-        *SHORT["dpok.py"],
-        "--replay-rollouts",
-        1,
-        "--reward",
-        f"{tmp_path}/mine.py:f",
-    ]
-    flags += [
-        "--max-skipped-updates",
-        5,
-        "--output-dir",
-        tmp_path / "run",
-        "--num-iterations",
-        4,
-        "--value-function",
-    ]
+    flags = [*COMMON, *SHORT["dpok.py"], "--replay-rollouts", 1]
+    flags += ["--reward", f"{tmp_path}/mine.py:f"]
+    flags += ["--max-skipped-updates", 5, "--output-dir", tmp_path / "run"]
+    flags += ["--num-iterations", 4, "--value-function"]
     process = start("dpok.py", *flags)
     if how_often == "always":
         ends_in_one_line(process, 1, "no finite gradient", str(tmp_path / "run"))
-        assert (
-            iteration_of(tmp_path / "run") == 2
-        )  # two updates of the policy an iteration, and the value function's
+        # Two updates of the policy an iteration, and the value function's.
+        assert iteration_of(tmp_path / "run") == 2
         assert [line["updates/skipped"] for line in read_metrics(tmp_path / "run")] == [2, 2]
     else:
         finish(process)
         lines = read_metrics(tmp_path / "run")
-        assert [line["updates/skipped"] for line in lines] == [0, 2, 0, 0] and lines[3][
-            "grad_norm"
-        ] > 0
+        assert [line["updates/skipped"] for line in lines] == [0, 2, 0, 0]
+        assert lines[3]["grad_norm"] > 0
     state = torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)
-    tensors = [
-        *state["value_function"].values(),
-        *(t for s in state["optimizer"]["state"].values() for t in s.values()),
-    ]
+    tensors = [*state["value_function"].values()]
+    tensors += [t for s in state["optimizer"]["state"].values() for t in s.values()]
     assert all(torch.as_tensor(tensor).isfinite().all() for tensor in tensors)
 
 
@@ -249,9 +240,8 @@ def test_checkpoint_cut_in_half(short_run, name):
     path.write_bytes(content[: len(content) // 2])
     began = time.time()
     try:
-        ends_in_one_line(
-            start("dpok.py", "--resume", short_run, "--num-iterations", 4), 2, "--resume", name
-        )
+        process = start("dpok.py", "--resume", short_run, "--num-iterations", 4)
+        ends_in_one_line(process, 2, "--resume", name)
         assert time.time() - began < 30
     finally:
         path.write_bytes(content)
@@ -267,10 +257,8 @@ def test_formats_of_checkpoints(short_run, tmp_path):
         check_checkpoint(short_run)
     index.unlink()
     finish(start("dpok.py", "--resume", short_run, "--num-iterations", 4))
-    assert (
-        len(read_metrics(short_run)) == 4
-        and json.loads(index.read_text())["format"] == CHECKPOINT_FORMAT
-    )
+    assert len(read_metrics(short_run)) == 4
+    assert json.loads(index.read_text())["format"] == CHECKPOINT_FORMAT
 
 
 CHILD = """
@@ -286,8 +274,8 @@ def counted(function):
             os._exit(9)
         return function(*args, **kwargs)
     return call
-for where, name in ((pathlib.Path, "mkdir"), (pathlib.Path, "rename"), (pathlib.Path, "write_text"), (os, "fsync"),
-                    (run_folder.shutil, "rmtree"), (pathlib.Path, "write_bytes")):
+places = [(pathlib.Path, name) for name in ("mkdir", "rename", "write_text", "write_bytes")]
+for where, name in [*places, (os, "fsync"), (run_folder.shutil, "rmtree")]:
     setattr(where, name, counted(getattr(where, name)))
 with run_folder.new_checkpoint(run) as folder:
     (folder / "state.pt").write_bytes(b"after")
@@ -296,16 +284,18 @@ with run_folder.new_checkpoint(run) as folder:
 
 
 def test_there_is_always_a_whole_checkpoint(tmp_path):
-    """The process ends before the first, the second, ... operation of a save on files: the old or the new is whole."""
+    """The process ends before the first, the second, ... operation of a save on files.
+
+    The old checkpoint or the new one is whole.
+    """
     seen, operations = set(), 0
     while True:
         run = tmp_path / str(operations)
         with new_checkpoint(run) as folder:
             for name in ("state.pt", "weights"):
                 (folder / name).write_bytes(b"before")
-        child = subprocess.run(
-            [sys.executable, "-c", CHILD.format(root=str(ROOT)), str(run), str(operations)]
-        )
+        code = CHILD.format(root=str(ROOT))
+        child = subprocess.run([sys.executable, "-c", code, str(run), str(operations)])
         check_checkpoint(run)
         contents = {(run / "checkpoint" / name).read_bytes() for name in ("state.pt", "weights")}
         assert len(contents) == 1, "files of two checkpoints"
@@ -320,48 +310,28 @@ def test_there_is_always_a_whole_checkpoint(tmp_path):
 SMALLEST = {
     "dpok.py": ("--samples-per-iteration", 2, "--batch-size", 2, "--gradient-steps", 1),
     "ddpo.py": ("--samples-per-iteration", 2, "--min-count", 1, "--gradient-steps", 1),
-    "rwr.py": (
-        "--samples-per-iteration",
-        2,
-        "--shard-size",
-        2,
-        "--batch-size",
-        2,
-        "--gradient-steps",
-        1,
-    ),
-    "sft_kl.py": (
-        "--dataset-size",
-        2,
-        "--shard-size",
-        2,
-        "--samples-per-iteration",
-        2,
-        "--batch-size",
-        2,
-    ),
+    "rwr.py": ("--samples-per-iteration", 2, "--shard-size", 2, "--batch-size", 2),
+    "sft_kl.py": ("--dataset-size", 2, "--shard-size", 2, "--samples-per-iteration", 2),
     "large_scale_ppo.py": ("--pretrain-batch-size", 2, "--training-timesteps", 1),
 }
-SMALLEST["sft_kl.py"] += ("--gradient-steps", 1)
+SMALLEST["rwr.py"] += ("--gradient-steps", 1)
+SMALLEST["sft_kl.py"] += ("--batch-size", 2, "--gradient-steps", 1)
 SMALLEST["large_scale_ppo.py"] += ("--pretrain-data", "zoo/pairs.py:biased")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_memory_and_files_do_not_grow(script, tiny_sd, tmp_path):
-    """200 iterations of the smallest setting: under 1 % more memory after the first 20, as many open files."""
-    flags = [
-        *SMALLEST[script],
-        "--model",
-        tiny_sd,
-        "--num-inference-steps",
-        2,
-        "--num-iterations",
-        200,
-    ]
+    """200 iterations of the smallest setting: memory and open files after the first 20.
+
+    Under 1 % more memory, and as many open files.
+    """
+    flags = [*SMALLEST[script], "--model", tiny_sd]
+    flags += ["--num-inference-steps", 2, "--num-iterations", 200]
     reward = ("--tasks", "jpeg_compressibility prompts/zoo.txt 1x2")
     flags += reward if script == "large_scale_ppo.py" else ("--reward", "jpeg_compressibility")
     flags += ["--output-dir", tmp_path / "run"]
-    # A file, as nobody empties a pipe while the run goes on, and bars of 200 iterations would fill it.
+    # A file, as nobody empties a pipe while the run goes on, and bars of 200 iterations would fill
+    # it.
     with (tmp_path / "stderr").open("w") as stderr:
         process = start(script, *flags, "--save-every", 20, stderr=stderr)
     metrics, seen = tmp_path / "run/metrics.jsonl", {}

@@ -25,7 +25,7 @@ from short_runs import (
 
 @pytest.fixture(scope="module", params=SCRIPTS)
 def undisturbed(request, tmp_path_factory):
-    """Script, flags and folder of a run that nobody disturbs, and its seconds after all is loaded."""
+    """Script, flags, folder of a run that nobody disturbs, and its seconds after all is loaded."""
     folder, flags = tmp_path_factory.mktemp("undisturbed") / "run", (*COMMON, *SHORT[request.param])
     finish(start(request.param, *flags, "--output-dir", folder))
     return request.param, flags, folder, time.time() - (folder / ".lock").stat().st_mtime
@@ -37,7 +37,10 @@ def has_begun(run, since: float) -> bool:
 
 
 def test_killed_ten_times(undisturbed, tmp_path):
-    """SIGKILL at 10 moments drawn at random, most of them after all is loaded; each time a new process goes on."""
+    """SIGKILL at 10 moments drawn at random, most of them after all is loaded.
+
+    Each time a new process goes on.
+    """
     script, flags, whole, seconds = undisturbed
     rng, killed_in, number = np.random.default_rng(0), [], 0
     while True:
@@ -64,7 +67,10 @@ def test_killed_ten_times(undisturbed, tmp_path):
 
 
 def test_stopped_by_a_signal(undisturbed, tmp_path):
-    """SIGTERM: the iteration is finished and saved, exit code 0; resumed, the run ends as an undisturbed one."""
+    """SIGTERM: the iteration is finished and saved, exit code 0.
+
+    Resumed, the run ends as an undisturbed one.
+    """
     script, flags, whole, _ = undisturbed
     process = start(script, *flags, "--output-dir", tmp_path / "run")
     metrics = tmp_path / "run/metrics.jsonl"
@@ -81,25 +87,26 @@ def test_stopped_by_a_signal(undisturbed, tmp_path):
 
 
 def test_two_ranks_go_on_as_one(undisturbed, tmp_path):
-    """Two ranks are killed in the second iteration; one goes on, and ends as one that nobody disturbed: 99.9 % of the
-    weights to 1e-6."""
+    """Two ranks are killed in the second iteration; one goes on.
+
+    It ends as one that nobody disturbed: 99.9 % of the weights to 1e-6.
+    """
     script, flags, whole, _ = undisturbed
     process = start(script, *flags, "--output-dir", tmp_path / "run", ranks=2)
     while iteration_of(tmp_path / "run") < 1:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
-    for pid in (
-        process.pid,
-        *workers_of(process),
-    ):  # torchrun first: it would end the workers gently
+    # torchrun first: it would end the workers gently.
+    for pid in (process.pid, *workers_of(process)):
         os.kill(pid, signal.SIGKILL)
     process.communicate()
     assert 1 <= iteration_of(tmp_path / "run") < 3
     finish(start(script, "--resume", tmp_path / "run"))
     one, two = load_file(whole / FINAL), load_file(tmp_path / "run" / FINAL)
     differences = torch.cat([(one[key] - two[key]).abs().flatten() for key in one])
-    # AdamW's first step is lr * g / (|g| + 1e-8). The rest are weights whose g was of that size: ranks round it to a
-    # different 1e-9, and the step, up to a learning rate of 1e-4, differs as much. rwr.py begins anew each time.
+    # AdamW's first step is lr * g / (|g| + 1e-8). The rest are weights whose g was of that size:
+    # ranks round it to a different 1e-9, and the step, up to a learning rate of 1e-4, differs as
+    # much. rwr.py begins anew each time.
     assert (differences < 1e-6).float().mean() > 0.999 and differences.max() < 5e-4
     for a, b in zip(steady_metrics(whole), steady_metrics(tmp_path / "run"), strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
@@ -108,17 +115,13 @@ def test_two_ranks_go_on_as_one(undisturbed, tmp_path):
 def test_second_sigint_leaves_at_once(tmp_path):
     """In the middle of a reward that takes a minute."""
     (tmp_path / "mine.py").write_text(
-        f"import time\ndef f(images, prompts):\n    open({str(tmp_path / 'called')!r}, 'w')\n    time.sleep(60)\n"
+        "import time\n"
+        "def f(images, prompts):\n"
+        f"    open({str(tmp_path / 'called')!r}, 'w')\n"
+        "    time.sleep(60)\n"
     )
-    process = start(
-        "dpok.py",
-        *COMMON,
-        *SHORT["dpok.py"],
-        "--reward",
-        f"{tmp_path}/mine.py:f",
-        "--output-dir",
-        tmp_path / "run",
-    )
+    flags = [*COMMON, *SHORT["dpok.py"], "--reward", f"{tmp_path}/mine.py:f"]
+    process = start("dpok.py", *flags, "--output-dir", tmp_path / "run")
     while not (tmp_path / "called").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)

@@ -5,13 +5,15 @@ The package does not run on today's libraries, so it has an environment of its o
     python3.11 -m venv oracle-env
     oracle-env/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
     oracle-env/bin/pip install transformers==4.27.4 "huggingface_hub<0.26" "numpy<2" pillow==13.0.0
-    oracle-env/bin/pip install --no-deps image-reward==1.5 timm==0.6.13 fairscale==0.4.13 torchvision==0.28.0
+    oracle-env/bin/pip install --no-deps image-reward==1.5 timm==0.6.13 \\
+        fairscale==0.4.13 torchvision==0.28.0
     oracle-env/bin/python tests/oracle/make_image_reward_scores.py
 
-Model, tokenizer, preprocessing and `score` are the package's own, at full size; weights, vocabulary and pictures are
-made by recipe.py. What is put in the package's way here is only what the score never touches: OpenAI's `clip` (in no
-package registry; for its CLIP score), the fine-tuning script ReFL (wants diffusers and more), and the compiled
-operators of torchvision (its PyPI build does not match a CPU build of torch; for detection).
+Model, tokenizer, preprocessing and `score` are the package's own, at full size; weights, vocabulary
+and pictures are made by recipe.py. What is put in the package's way here is only what the score
+never touches: OpenAI's `clip` (in no package registry; for its CLIP score), the fine-tuning script
+ReFL (wants diffusers and more), and the compiled operators of torchvision (its PyPI build does not
+match a CPU build of torch; for detection).
 """
 
 import json
@@ -52,24 +54,15 @@ model.eval()
 cases = []
 with torch.no_grad():
     for width, height, seed, prompt in recipe.CASES:
-        score = model.score(prompt, recipe.picture(width, height, seed))
-        cases.append(
-            {"width": width, "height": height, "seed": seed, "prompt": prompt, "score": score}
-        )
+        case = {"width": width, "height": height, "seed": seed, "prompt": prompt}
+        cases.append(case | {"score": model.score(prompt, recipe.picture(width, height, seed))})
         print(cases[-1])
-packages = (
-    "image-reward",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "torchvision",
-    "timm",
-    "pillow",
-    "numpy",
-)
+packages = ("image-reward", "torch", "transformers", "tokenizers")
+packages += ("torchvision", "timm", "pillow", "numpy")
+versions = {"python": platform.python_version()}
+versions |= {package: version(package) for package in packages}
 result = {
-    "versions": {"python": platform.python_version()}
-    | {package: version(package) for package in packages},
+    "versions": versions,
     "fingerprint": recipe.fingerprint(),
     "cases": cases,
 }

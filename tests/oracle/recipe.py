@@ -1,7 +1,8 @@
 """Weights, vocabulary and pictures of the ImageReward parity test, the same wherever they are made.
 
-The oracle (make_image_reward_scores.py, in an old environment) and the test (test_image_reward.py, in today's) each
-make them anew instead of sharing a file of 1.8 GB. So this needs nothing but torch, numpy and Pillow.
+The oracle (make_image_reward_scores.py, in an old environment) and the test (test_image_reward.py,
+in today's) each make them anew instead of sharing a file of 1.8 GB. So this needs nothing but
+torch, numpy and Pillow.
 """
 
 import math
@@ -38,10 +39,11 @@ MED_CONFIG = {
 }
 
 PAINTING = "a painting of an ocean with clouds and birds, day time, low depth field effect"
-# (width, height, seed) of the picture, and the prompt. A picture comes back with another prompt and a prompt with
-# another picture, so that scores are seen to depend on both. The sizes need shrinking, enlarging or neither, and a crop
-# at the sides (with half a pixel to round) or at top and bottom; one prompt is longer than the 35 tokens that are read,
-# one is empty, one has capitals, accents and punctuation.
+# (width, height, seed) of the picture, and the prompt. A picture comes back with another prompt and
+# a prompt with another picture, so that scores are seen to depend on both. The sizes need
+# shrinking, enlarging or neither, and a crop at the sides (with half a pixel to round) or at top
+# and bottom; one prompt is longer than the 35 tokens that are read, one is empty, one has capitals,
+# accents and punctuation.
 CASES = [
     (512, 512, 1, PAINTING),
     (331, 225, 2, "a green rabbit"),
@@ -72,12 +74,10 @@ def shapes() -> dict[str, tuple[int, ...]]:
     for i in range(24):
         block = f"blip.visual_encoder.blocks.{i}"
         names |= norm(f"{block}.norm1", vision) | norm(f"{block}.norm2", vision)
-        names |= linear(f"{block}.attn.qkv", 3 * vision, vision) | linear(
-            f"{block}.attn.proj", vision, vision
-        )
-        names |= linear(f"{block}.mlp.fc1", 4 * vision, vision) | linear(
-            f"{block}.mlp.fc2", vision, 4 * vision
-        )
+        names |= linear(f"{block}.attn.qkv", 3 * vision, vision)
+        names |= linear(f"{block}.attn.proj", vision, vision)
+        names |= linear(f"{block}.mlp.fc1", 4 * vision, vision)
+        names |= linear(f"{block}.mlp.fc2", vision, 4 * vision)
     names |= norm("blip.visual_encoder.norm", vision)
     embeddings = "blip.text_encoder.embeddings"
     names |= {f"{embeddings}.word_embeddings.weight": (VOCABULARY_SIZE + 2, text)}
@@ -92,9 +92,8 @@ def shapes() -> dict[str, tuple[int, ...]]:
             names |= linear(f"{layer}.{attention}.output.dense", text, text)
             names |= norm(f"{layer}.{attention}.output.LayerNorm", text)
         names |= linear(f"{layer}.intermediate.dense", 4 * text, text)
-        names |= linear(f"{layer}.output.dense", text, 4 * text) | norm(
-            f"{layer}.output.LayerNorm", text
-        )
+        names |= linear(f"{layer}.output.dense", text, 4 * text)
+        names |= norm(f"{layer}.output.LayerNorm", text)
     names |= linear("blip.vision_proj", 256, vision) | linear("blip.text_proj", 256, text)
     widths = [text, 1024, 128, 64, 16, 1]
     for index, width, out in zip((0, 2, 4, 6, 7), widths, widths[1:]):
@@ -103,16 +102,21 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 
 def weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """One parameter: a function of its name alone, scaled so that what goes in with variance 1 comes out so."""
+    """One parameter: a function of its name alone.
+
+    It is scaled so that what goes in with variance 1 comes out so.
+    """
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
     if "norm" in name.lower():
         noise *= 0.1
         return noise + 1 if name.endswith("weight") else noise
-    # Embeddings as small as BERT's and ViT's own, so that the epsilon of the norms behind them shows in the score.
+    # Embeddings as small as BERT's and ViT's own, so that the epsilon of the norms behind them
+    # shows in the score.
     if name.endswith(("cls_token", "pos_embed", "embeddings.weight")):
         return noise.mul_(0.02)
-    # The package's own initialisation makes the score nearly constant. Larger queries let attention choose, and larger
-    # self-attention beside smaller cross-attention lets the prompt count beside the picture.
+    # The package's own initialisation makes the score nearly constant. Larger queries let attention
+    # choose, and larger self-attention beside smaller cross-attention lets the prompt count beside
+    # the picture.
     gains = {
         ".patch_embed.": 0.05,
         ".qkv.": 2.0,
@@ -132,9 +136,10 @@ def published_state() -> dict[str, torch.Tensor]:
 
 
 def vocabulary() -> list[str]:
-    """As many entries as bert-base-uncased has, with its special tokens in their places; the rest are letter groups.
+    """As many entries as bert-base-uncased has, with its special tokens in their places.
 
-    Every word is cut into pieces of up to three letters, so prompts reach all parts of the embedding table.
+    The rest are letter groups: every word is cut into pieces of up to three letters, so prompts
+    reach all parts of the embedding table.
     """
     special = {index: token for token, index in SPECIAL_TOKENS.items()}
     entries = [special.get(i, f"[unused{i}]") for i in range(104)]
@@ -153,9 +158,8 @@ def picture(width: int, height: int, seed: int) -> Image.Image:
         for _ in range(4):
             fx, fy = rng.uniform(-6, 6, 2)
             phase, amplitude = rng.uniform(0, 2 * np.pi), rng.uniform(15, 45)
-            pixels[..., channel] += amplitude * np.sin(
-                2 * np.pi * (fx * x / width + fy * y / height) + phase
-            )
+            waves = 2 * np.pi * (fx * x / width + fy * y / height) + phase
+            pixels[..., channel] += amplitude * np.sin(waves)
     pixels += rng.normal(0, 12, pixels.shape)
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
 
