@@ -262,18 +262,19 @@ def main():
     run.keep(model=sd, optimizer=optimizer)
     # Without CFG training the model that learns is not the one that samples (B.1, Fig. 8).
     train_args = args if args.cfg_training else replace(args, guidance_scale=1.0)
+    own = run.share(n)
 
     def draw_shard(iteration, first):
         """This rank's share of a shard: x_0, prompts, rewards, and KL to the pretrained model."""
         with run.timer("sample"):
-            own = [first + i for i in run.share(args.shard_size)]
-            generators = [seeded(args.seed, ROLLOUT, iteration, i) for i in own]
+            numbers = [first + i for i in run.share(args.shard_size)]
+            generators = [seeded(args.seed, ROLLOUT, iteration, i) for i in numbers]
             chosen = torch.cat([torch.randint(len(prompts), (1,), generator=g) for g in generators])
             noise = [torch.randn(T + 1, *sd.latent_shape, generator=g) for g in generators]
             kl_steps = torch.cat([torch.randint(T, (1,), generator=g) for g in generators])
             asked = [prompts[i] for i in chosen]
-            x0, images, kl = [], [], torch.zeros(len(own), device=run.device)
-            for rows in micro_batches(len(own), args.micro_batch_size):
+            x0, images, kl = [], [], torch.zeros(len(numbers), device=run.device)
+            for rows in micro_batches(len(numbers), args.micro_batch_size):
                 drawn, text = torch.stack(noise[rows]).to(run.device), sd.encode(asked[rows])
                 rollout = sample(args, sd, sd.unet, text, drawn)
                 x0.append(rollout.trajectory[:, -1])
@@ -311,9 +312,7 @@ def main():
                 t = torch.randint(steps, (n,), generator=generator)
                 noise = torch.randn(n, *sd.latent_shape, generator=generator)
                 x_t, target = noised(sd.scheduler, x0[batch], noise, t)
-                own = run.share(n)
-                for part in micro_batches(len(own), args.micro_batch_size):
-                    rows = slice(own[part].start, own[part].stop)
+                for rows in micro_batches(len(own), args.micro_batch_size, own.start):
                     text = sd.encode([prompts[i] for i in chosen[batch[rows]]])
                     at = x_t[rows].to(run.device), t[rows].to(run.device)
                     output = guided_noise(train_args, sd, sd.unet, *at, text)

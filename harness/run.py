@@ -101,9 +101,11 @@ class Run:
                 {key: value[:, own.start : own.stop] for key, value in whole.items()}
             )
 
-    def shard(self, path: str | Path, n: int, make: Callable, about: dict | None = None) -> dict:
-        """The tensors of n samples in a file, relative to the run's folder; if it is not there,
-        what make() gives for this rank's share of them, gathered, and written with what it is `about`.
+    def shard(self, path: str | Path, n: int, make: Callable, about: str | None = None) -> dict:
+        """The tensors of n samples in a file, its path relative to the run's folder.
+
+        If it is not there they are what make() gives for this rank's share of them, gathered, and
+        written; beside them a dataset.json with the text `about` that tells what they depend on.
 
         A signal ends the run here: what is written will not be made again.
         """
@@ -284,9 +286,10 @@ class Run:
         end_run(where)
 
 
-def micro_batches(n: int, size: int) -> list[slice]:
-    """Slices of at most `size` of n things; none of them is empty."""
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+def micro_batches(n: int, size: int, first: int = 0) -> list[slice]:
+    """Slices of at most `size` of n things, number `first` and on; none of them is empty."""
+    starts = range(first, first + n, size)
+    return [slice(start, min(start + size, first + n)) for start in starts]
 
 
 def progress(items, what: str) -> tqdm:
