@@ -27,7 +27,6 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from common.cli import check_dtype, check_numbers, parse_args
 from evaluation.draw import draw_and_score
 from evaluation.folder import check_folder, default_folder
 from evaluation.models import Model, read_models
@@ -39,6 +38,7 @@ from evaluation.settings import (
     check_world_size,
     read_settings,
 )
+from harness.args import check_dtype, check_numbers, command, parse_args
 
 
 @dataclass
@@ -104,6 +104,7 @@ def check(args: Args, world_size: int) -> tuple[Settings, list[Model], Path]:
     return settings, models, folder
 
 
+@command
 def main():
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     args = parse_args(PRESETS, __doc__)

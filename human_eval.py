@@ -28,7 +28,6 @@ from typing import Literal
 import torch.distributed as dist
 import tyro
 
-from common.cli import check_dtype, check_numbers, fail, parse_args
 from evaluation.draw import draw_and_score
 from evaluation.folder import check_folder, write_whole
 from evaluation.models import read_models
@@ -36,6 +35,7 @@ from evaluation.page import KEY_NAME, PAGE_NAME, write_page
 from evaluation.pairs import choose_models, shuffled_pairs
 from evaluation.settings import SHARD_SIZE, check_world_size, read_settings
 from evaluation.tally import tables, tally
+from harness.args import check_dtype, check_numbers, command, fail, parse_args
 
 
 @dataclass
@@ -148,6 +148,7 @@ def build(args: BuildArgs) -> None:
         dist.destroy_process_group()
 
 
+@command
 def main():
     what, *words = sys.argv[1:] or ["--help"]
     if what == "build":

@@ -40,7 +40,7 @@ def start(source: str, rank: int, ranks: int, first: int, last: int, count: int)
 
     The prompts' numbers are saved beside the source.
     """
-    from common.prompts import open_prompts, take
+    from harness.prompts import open_prompts, take
 
     before, clock, cpu = memory(), time.perf_counter(), time.process_time()
     prompts = open_prompts(source, 0)

@@ -8,13 +8,16 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common.cli import fail, load_pipeline, load_reward_or_fail, warn_of_prompts
 from common.rewards import RewardError
-from common.stop import end_run, join_ranks
+from common.stable_diffusion import load_pipeline
 from evaluation.folder import read_shard, write_description, write_shard
 from evaluation.models import Model, finetuned
 from evaluation.sampler import Sampler
 from evaluation.settings import Settings, shards_of
+from harness.args import fail
+from harness.prompts import warn_of_prompts
+from harness.rewards import load_reward_or_fail
+from harness.stop import end_run, join_ranks
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common.cli import fail
-from common.run_folder import run_name
 from evaluation.models import Model
 from evaluation.settings import Settings
+from harness.args import fail
+from harness.folder import run_name
 
 
 def describe(settings: Settings, models: list[Model]) -> dict:
@@ -40,7 +40,7 @@ def default_folder(script: str, args, settings: Settings, models: list[Model]) -
 
     `args` has prompt, prompts_file, seed and rewards.
     """
-    name = run_name(script, args).rpartition("__")[0]  # without the time
+    name = run_name(script, tag_of(args), args.seed).rpartition("__")[0]  # without the time
     everything = json.dumps([describe(settings, models), sorted(args.rewards)]).encode()
     return Path("runs") / f"{name}__{hashlib.sha256(everything).hexdigest()[:8]}"
 

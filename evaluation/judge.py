@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.cli import load_pipeline
+from common.stable_diffusion import load_pipeline
 from zoo import judge as judging
 
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-from common.cli import fail
 from common.lora import FILE_NAME, add_lora, load_lora, lora_rank
 from common.rewards import parse_sum
+from harness.args import fail
 
 BASE = "base"
 """The pretrained model's name among the models."""

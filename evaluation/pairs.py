@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common.cli import fail
 from evaluation.folder import read_description, read_shard, shard_file
 from evaluation.settings import Settings, shards_of
+from harness.args import fail
 
 
 def choose_models(folder: Path, names: tuple[str, ...], images_per_prompt: int) -> list[str]:

@@ -4,8 +4,9 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from common.cli import check_model, fail, read_prompts
 from common.rewards import RewardError, check_spec
+from harness.args import check_model, fail
+from harness.prompts import read_prompts
 
 SHARD_SIZE = 64
 """Pictures that are drawn, scored and then stored at once, unless a command has a flag for it."""

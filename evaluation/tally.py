@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from statistics import NormalDist
 
-from common.cli import fail
 from evaluation.page import ANSWERS, KEY_NAME, QUESTIONS
+from harness.args import fail
 
 Verdict = int | str | None
 """Of a pair: the model that is preferred (0 or 1), "similar", "not_loaded", None without answer."""

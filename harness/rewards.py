@@ -1,12 +1,16 @@
 """A reward as a run calls it: on all ranks together, in limited time, losing nothing when it fails."""
 
-from collections.abc import Sequence
+import queue
+import threading
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 
-from common.rewards import PromptError, RewardError, load_reward
+from common.rewards import PromptError, Reward, RewardError, load_reward
 from harness.args import fail
 from harness.run import Run
+from harness.stop import HUNG
 
 
 def load_run_reward(run: Run, args, spec: str, prompts: Sequence[str], flag: str = "--reward"):
@@ -15,18 +19,7 @@ def load_run_reward(run: Run, args, spec: str, prompts: Sequence[str], flag: str
     A reward that is not to be had, or cannot score one of `prompts`, is refused in one line; one
     that fails later, on any rank, ends the run with all that is done saved.
     """
-    try:
-        reward = load_reward(spec, run.device, prompts, args.reward_timeout)
-    except PromptError as error:
-        remedy = "change --prompt or --prompts-file"
-        if flag != "--reward":
-            remedy = f"change the prompts in {flag}"
-        fail(f"{flag} {spec} cannot score these prompts: {error}; {remedy}")
-    except RewardError as error:
-        fail(f"{flag} {spec}: {error}")
-    except Exception as error:  # the hub's client, the loaders, a user's file: of many kinds
-        what = f"{type(error).__name__}: {str(error)[:300]}"
-        fail(f"{flag} {spec} cannot be loaded ({what}); check the name, the folder and the network")
+    reward = load_reward_or_fail(spec, run.device, prompts, flag, args.reward_timeout)
 
     def score(images: torch.Tensor, prompts: list[str], groups=None) -> torch.Tensor:
         try:
@@ -35,3 +28,67 @@ def load_run_reward(run: Run, args, spec: str, prompts: Sequence[str], flag: str
             run._end(str(error))
 
     return score
+
+
+def load_reward_or_fail(
+    spec: str, device: torch.device, prompts: Sequence[str], flag: str, timeout: float = 0
+) -> Reward:
+    """`common.rewards.load_reward` for all ranks; what cannot be loaded is refused in one line.
+
+    A call that takes more than `timeout` seconds is a fault, on every rank; 0 waits for ever.
+    """
+    limit = {"limit": within(timeout, device)} if timeout else {}
+    try:
+        return load_reward(spec, device, prompts, everybodys, **limit)
+    except PromptError as error:
+        remedy = "change --prompt or --prompts-file"
+        if flag == "--tasks":
+            remedy = "change the prompts of the task"
+        fail(f"{flag} {spec} cannot score these prompts: {error}; {remedy}")
+    except RewardError as error:
+        fail(f"{flag} {spec}: {error}")
+    except Exception as error:  # the hub's client, the loaders, a user's file: of many kinds
+        what = f"{type(error).__name__}: {str(error)[:300]}"
+        fail(f"{flag} {spec} cannot be loaded ({what}); check the name, the folder and the network")
+
+
+def everybodys(share) -> list:
+    """What all ranks have, in their order. Collective."""
+    if not dist.is_initialized():
+        return [share]
+    shares = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, share)
+    return shares
+
+
+def within(timeout: float, device: torch.device) -> Callable:
+    """limit(call, term): call() in a thread, or RewardError after `timeout` seconds.
+
+    What hangs goes on in that thread, which the end of the run does not wait for.
+    """
+
+    def limit(call: Callable, term: str) -> torch.Tensor:
+        answer = queue.Queue()
+
+        @torch.no_grad()  # that of the caller does not hold in another thread, nor does its device
+        def ask():
+            try:
+                if device.type == "cuda":
+                    torch.cuda.set_device(device)
+                answer.put((call(), None))
+            except BaseException as error:
+                answer.put((None, error))
+
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        try:
+            scores, error = answer.get(timeout=timeout)
+        except queue.Empty:
+            thread.name = HUNG
+            fault = f"reward {term!r} gave no answer in {timeout:g} s (--reward-timeout)"
+            raise RewardError(fault) from None
+        if error:
+            raise error
+        return scores
+
+    return limit

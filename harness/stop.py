@@ -1,6 +1,5 @@
 """How a run stops before its end: a fault, a signal, updates without a finite gradient."""
 
-import math
 import os
 import signal
 import sys
@@ -18,9 +17,9 @@ HUNG = "hung reward"
 
 
 def join_ranks(device: torch.device) -> None:
-    """dist.init_process_group, on a store of its own for each start of the ranks by torchrun --max-restarts.
+    """dist.init_process_group, on a store of its own for each start by torchrun --max-restarts.
 
-    torchrun keeps its store over restarts: a rank would find the addresses of ranks that have died there.
+    torchrun keeps its store over restarts: a rank would find the addresses of dead ranks there.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store, _, _ = next(dist.rendezvous("env://", rank, world_size))
@@ -30,31 +29,32 @@ def join_ranks(device: torch.device) -> None:
 
 
 def end_run(message: str) -> NoReturn:
-    """One line on stderr and exit code 1 on every rank, all of which call this: what has stopped a run under way."""
+    """One line on stderr and exit code 1 on every rank, all of which call this."""
     if int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(
-            f"error: {' '.join(message.split())}", file=sys.stderr
-        )  # on a line of its own, not the bar's
+        line = " ".join(message.split())
+        tqdm.write(f"error: {line}", file=sys.stderr)  # on a line of its own, not the bar's
     if dist.is_initialized():
-        dist.barrier()  # torchrun ends the other ranks when one has ended: rank 0 must have saved and said everything
+        # torchrun ends the other ranks when one has ended: rank 0 must have said everything.
+        dist.barrier()
     if any(thread.name == HUNG for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # the interpreter would wait for what the thread has begun
     if dist.is_initialized():
-        dist.destroy_process_group()  # else gloo's threads may outlive the interpreter, which then aborts
+        dist.destroy_process_group()  # else gloo's threads may outlive the interpreter
     raise SystemExit(1)
 
 
 def catch_signals() -> list[int]:
-    """From now on SIGTERM and SIGINT do not end the process but are added to the list that this returns.
+    """From now on SIGTERM and SIGINT are added to the list that this returns.
 
-    The script looks at it where it can stop without loss. A second SIGINT ends the process at once.
+    The run looks at it where it can stop without loss. A second SIGINT ends the process at once.
     """
     received, times = [], []
 
     def handle(number, frame):
-        # Within a second it is the same Ctrl-C: the terminal sends it to every process, and torchrun hands it on.
+        # Within a second it is the same Ctrl-C: the terminal sends it to every process, and
+        # torchrun hands it on.
         if number == signal.SIGINT and number in received and time.monotonic() - times[0] > 1:
             os._exit(130)
         received.append(number)
@@ -66,37 +66,23 @@ def catch_signals() -> list[int]:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handle)
-    os.register_at_fork(
-        after_in_child=restore
-    )  # a reward's own processes end when they are told to
+    os.register_at_fork(after_in_child=restore)  # a reward's processes end when told to
     return received
-
-
-def gradient_metrics(norms: list[float]) -> dict[str, float]:
-    """Mean of an iteration's gradient norms that are finite (0 without one), and how many are not."""
-    finite = [norm for norm in norms if math.isfinite(norm)]
-    return {
-        "grad_norm": sum(finite) / max(1, len(finite)),
-        "updates/skipped": len(norms) - len(finite),
-    }
-
-
-def too_many_skipped(norms: list[float], limit: int) -> bool:
-    """Whether the last `limit` gradient norms of the run are all not finite."""
-    return len(norms) >= limit and not any(map(math.isfinite, norms[-limit:]))
 
 
 def end_early(run_dir: Path, signals: list[int] | None) -> NoReturn:
     """End a run that has saved all it has, on every rank, with one line on stderr.
 
-    `signals` are those of this rank, where one of the ranks has got one: exit code 130 after SIGINT, else 0, as
-    schedulers want it that start a stopped job again. None stands for too many skipped updates: exit code 1.
+    `signals` are those of this rank, where one of the ranks has got one: exit code 130 after
+    SIGINT, else 0, as schedulers want it that start a stopped job again. None stands for too many
+    skipped updates: exit code 1.
     """
     if signals is None:
-        reason = "the last updates had no finite gradient and were skipped; lower --learning-rate or use --dtype fp32"
-        end_run(f"{reason}; the run so far is in {run_dir}")
+        reason = "the last updates had no finite gradient and were skipped"
+        remedy = "lower --learning-rate or use --dtype fp32"
+        end_run(f"{reason}; {remedy}; the run so far is in {run_dir}")
     if int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(f"stopped, and saved; go on with --resume {run_dir}", file=sys.stderr)
+        tqdm.write(f"stopped, and saved; resume it with --resume {run_dir}", file=sys.stderr)
     if dist.is_initialized():
         dist.destroy_process_group()
     # A rank's code other than 0 is a failure to torchrun, which may start the run again.

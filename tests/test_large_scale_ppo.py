@@ -22,8 +22,8 @@ from written_out import merged_unet, policies, record_updates
 
 import ddpo
 import large_scale_ppo
-from common.prompts import open_prompts, take
 from common.rewards.statistical_parity import statistical_parity
+from harness.prompts import open_prompts, take
 
 PROMPT = "A cat and a dog"
 

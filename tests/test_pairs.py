@@ -1,4 +1,4 @@
-"""common/pairs.py: picture folders, tar shards and functions give the same pairs.
+"""harness/pairs.py: picture folders, tar shards and functions give the same pairs.
 
 And broken pictures, and cropping.
 """
@@ -13,8 +13,8 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from common.pairs import open_pairs, take_pairs, to_tensor
-from common.prompts import SourceError
+from harness.pairs import open_pairs, take_pairs, to_tensor
+from harness.prompts import SourceError
 from zoo import world
 
 

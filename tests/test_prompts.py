@@ -1,4 +1,4 @@
-"""common/prompts.py and prompts/: every prompt once an epoch, whatever the file.
+"""harness/prompts.py and prompts/: every prompt once an epoch, whatever the file.
 
 And formats, faults, the paper's lists.
 """
@@ -16,8 +16,8 @@ import pytest
 from conftest import ROOT
 
 from common import prompts
-from common.prompts import SourceError, open_prompts, order, take
 from common.rewards.object_detection import objects_of
+from harness.prompts import SourceError, open_prompts, order, take
 from prompts import composition, make_zoo
 from zoo import world
 

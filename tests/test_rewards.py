@@ -36,11 +36,11 @@ from tiny_models import (
     randomise,
 )
 
-from common.cli import load_reward_or_fail
 from common.rewards import NAMES, PromptError, RewardError, check_spec, load_reward, parse_sum
 from common.rewards.llava_bertscore import BERTScore
 from common.rewards.object_detection import objects_of
 from common.rewards.statistical_parity import statistical_parity
+from harness.rewards import load_reward_or_fail
 
 PROMPTS = ["a cat", "a dog and a cup", "the red bottle in the park", "two"]
 
@@ -809,7 +809,7 @@ def test_the_line_about_a_reward_is_whole_and_names_the_prompts(tmp_path, monkey
         (RewardError(labels), "class 199"),
         (PromptError(labels), "change --prompt or --prompts-file"),
     ):
-        monkeypatch.setattr("common.cli.load_reward", Mock(side_effect=error))
+        monkeypatch.setattr("harness.rewards.load_reward", Mock(side_effect=error))
         with pytest.raises(SystemExit) as end:
             load_reward_or_fail("object_detection", torch.device("cpu"), ["a cat"])
         stderr = capsys.readouterr().err

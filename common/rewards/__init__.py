@@ -23,10 +23,8 @@ docs/rewards.md says which there are, and what each reward needs.
 import importlib
 import importlib.util
 import math
-import queue
 import re
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -34,10 +32,8 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 import torch
-import torch.distributed as dist
 
-from common.rewards.base import PromptError, Reward, RewardError, own_group
-from common.stop import HUNG
+from common.rewards.base import PromptError, Reward, RewardError
 
 __all__ = ["NAMES", "PromptError", "Reward", "RewardError", "check_spec", "load_reward"]
 
@@ -58,14 +54,27 @@ TERM = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*\s*(.+?)\
 SYNTAX = "a sum is written 0.7*aesthetic+-0.3*clip_score"
 
 
-def load_reward(
-    spec: str, device: str | torch.device = "cpu", prompts: Sequence[str] = (), timeout: float = 0
-) -> Reward:
-    """The reward that `spec` names (see above), checked on every call: pictures, scores and their sum.
+def _alone(share) -> list:
+    return [share]
 
-    Raises RewardError, with a message for the user, when there is no such reward, its weights are missing, or it can
-    never score one of `prompts`; its calls raise it too, also when a term takes more than `timeout` seconds (0: any
-    time is fine). Under torch.distributed a call is collective: a fault on one rank is raised on all.
+
+def _at_once(call: Callable, term: str) -> torch.Tensor:
+    return call()
+
+
+def load_reward(
+    spec: str,
+    device: str | torch.device = "cpu",
+    prompts: Sequence[str] = (),
+    gather: Callable = _alone,
+    limit: Callable = _at_once,
+) -> Reward:
+    """The reward that `spec` names (see above), checked on every call: pictures, scores, their sum.
+
+    Raises RewardError, with a message for the user, when there is no such reward, its weights are
+    missing, or it can never score one of `prompts`; its calls raise it too. On several ranks, each
+    with pictures of its own, `gather(share)` gives the shares of all of them, and a fault of one is
+    raised on all. `limit(call, term)` is call(), or raises RewardError when it takes too long.
     """
     check_spec(spec)
     terms = [(weight, term, _load_term(term, device)) for weight, term in parse_sum(spec)]
@@ -77,65 +86,42 @@ def load_reward(
     def checked(
         images: torch.Tensor, prompts: list[str], groups: Sequence[int] | None = None
     ) -> torch.Tensor:
-        _raise_on_all_ranks(
-            _faults_of_images(images, prompts)
-        )  # before a term waits for the others
-        own_group()
-        total, faults = torch.zeros(len(prompts), device=images.device), []
-        for weight, term, reward in terms:
-            call = partial(reward, images, prompts)
-            if getattr(reward, "of_a_set", False):
-                call = partial(call, prompts if groups is None else groups)
+        groups = list(prompts if groups is None else groups)
+        faults, found, of_sets = _faults_of_images(images, prompts), {}, {}
+        for number, (_, term, reward) in enumerate(terms):
+            if faults:
+                break
             try:
-                scores = _in_time(call, timeout, term, images.device) if timeout else call()
-                total += weight * _checked_scores(term, scores, images, prompts)
-            except RewardError as error:  # the other terms still run: they may be collective
-                faults.append(str(error))
-            except (
-                Exception
-            ) as error:  # a model's own, out of memory for one: the run must save its state
-                faults.append(
-                    f"reward {term!r} failed with {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                )
-        _raise_on_all_ranks(faults or _faults_of_scores(spec, total, prompts))
+                scores = limit(partial(reward, images, prompts), term)
+                if hasattr(reward, "of_groups"):
+                    of_sets[number] = scores
+                else:
+                    found[number] = _checked_scores(term, scores, images, prompts)
+            except RewardError as error:
+                faults = [str(error)]
+            except Exception as error:  # a model's own, out of memory for one
+                what = " ".join(str(error).split())[:300]
+                faults = [f"reward {term!r} failed with {type(error).__name__}: {what}"]
+        shares = gather((faults, groups, of_sets))
+        _raise_first([fault for share_faults, _, _ in shares for fault in share_faults])
+
+        total = torch.zeros(len(prompts), device=images.device)
+        for number, (weight, term, reward) in enumerate(terms):
+            if number in of_sets:
+                parts = [part for _, _, sets in shares for part in sets[number]]
+                values = reward.of_groups(parts, [g for _, share, _ in shares for g in share])
+                scores = torch.tensor([values[group] for group in groups])
+                found[number] = _checked_scores(term, scores, images, prompts)
+            total += weight * found[number]
+        if len(terms) > 1:  # finite terms may have a sum that is not
+            faults = gather(_faults_of_scores(spec, total, prompts))
+            _raise_first([fault for share in faults for fault in share])
         return total
 
     return checked
 
 
-def _in_time(call: Callable, timeout: float, term: str, device: torch.device) -> torch.Tensor:
-    """`call()`, or RewardError after `timeout` seconds; what hangs does so in a thread of its own."""
-    answer = queue.Queue()
-
-    @torch.no_grad()  # that of the caller does not hold in another thread, nor does its device
-    def ask():
-        try:
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            answer.put((call(), None))
-        except BaseException as error:
-            answer.put((None, error))
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    try:
-        scores, error = answer.get(timeout=timeout)
-    except queue.Empty:
-        thread.name = HUNG
-        raise RewardError(
-            f"reward {term!r} gave no answer in {timeout:g} s (--reward-timeout)"
-        ) from None
-    if error:
-        raise error
-    return scores
-
-
-def _raise_on_all_ranks(faults: list[str]) -> None:
-    """RewardError with the first fault that any rank has."""
-    if dist.is_initialized():
-        everybodys = [None] * dist.get_world_size()
-        dist.all_gather_object(everybodys, faults)
-        faults = [fault for faults in everybodys for fault in faults]
+def _raise_first(faults: list[str]) -> None:
     if faults:
         raise RewardError(faults[0])
 

@@ -2,11 +2,9 @@
 
 import re
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from PIL import Image
 
 from common import UserError
@@ -22,16 +20,6 @@ class RewardError(UserError):
 
 class PromptError(RewardError):
     """A prompt that the reward can never score."""
-
-
-@cache
-def own_group():
-    """The ranks, in a group for what rewards send each other.
-
-    Made at the first call, by all ranks together. A reward that hangs may have begun to gather: in
-    the main group, that would meet what the run does next.
-    """
-    return dist.new_group(backend="gloo") if dist.is_initialized() else None
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:

@@ -10,7 +10,6 @@ its square is (1 - 1/K) / n.
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 
 from common.rewards.base import (
     BATCH,
@@ -21,7 +20,6 @@ from common.rewards.base import (
     check_options,
     check_weights,
     load_model,
-    own_group,
     to_pil,
 )
 
@@ -84,25 +82,21 @@ def load(
         out = model(**inputs)
         return (out.logits_per_image if is_clip else out.logits).argmax(-1).tolist()
 
-    def reward(images: torch.Tensor, prompts: list[str], groups: Sequence) -> torch.Tensor:
-        classes = [c for batch in images.split(BATCH) for c in classify(batch)]
-        shares = [list(zip(groups, prompts, classes))]
-        if dist.is_initialized():
-            shares = [None] * dist.get_world_size()
-            dist.all_gather_object(shares, list(zip(groups, prompts, classes)), group=own_group())
-        classes_of, prompt_of = {}, {}
-        for group, prompt, c in (picture for share in shares for picture in share):
-            classes_of.setdefault(group, []).append(c)
-            prompt_of[group] = prompt
-        for group, members in classes_of.items():
-            if len(members) == 1:
-                raise RewardError(
-                    "statistical parity needs several pictures of a prompt, "
-                    f"and {prompt_of[group]!r} has one; "
-                    "raise --samples-per-iteration or take fewer prompts"
-                )
-        parity = {group: statistical_parity(c, num_classes) for group, c in classes_of.items()}
-        return torch.tensor([-parity[group] for group in groups])
+    def reward(images: torch.Tensor, prompts: list[str]) -> list[int]:
+        """Classes of pictures: what is gathered for `of_groups`."""
+        return [c for batch in images.split(BATCH) for c in classify(batch)]
 
-    reward.of_a_set = True
+    def of_groups(classes: list[int], groups: Sequence) -> dict[object, float]:
+        """Values of groups, from the classes of all pictures of all ranks and their groups."""
+        members = {}
+        for group, c in zip(groups, classes):
+            members.setdefault(group, []).append(c)
+        for group, of_group in members.items():
+            if len(of_group) == 1:
+                name = repr(group) if isinstance(group, str) else f"group {group}"
+                fault = f"statistical parity needs several pictures of a prompt, and {name} has one"
+                raise RewardError(f"{fault}; raise --samples-per-iteration or take fewer prompts")
+        return {group: -statistical_parity(c, num_classes) for group, c in members.items()}
+
+    reward.of_groups = of_groups
     return reward

@@ -26,7 +26,7 @@ from short_runs import (
     workers_of,
 )
 
-from common.run_folder import CHECKPOINT_FORMAT, CheckpointError, check_checkpoint, new_checkpoint
+from harness.checkpoint import CHECKPOINT_FORMAT, CheckpointError, check_checkpoint, new_checkpoint
 
 
 def ends_in_one_line(process, code: int, *mentioned: str) -> None:
