@@ -4,9 +4,9 @@ python -m benchmarks.golden record FOLDER    runs all of them and keeps metrics 
 python -m benchmarks.golden compare FOLDER   runs them anew and names every difference
 
 Five scripts on the zoo and on a tiny model of SD v1.5's layout, on one and on two processes, whole
-and resumed after one of two iterations. On one machine one process gives the same bits; metrics, sums
-in float64, are held to 1e-12, and those of two processes to 1e-5. Name scripts to run theirs alone.
-A metric that is new is no difference.
+and resumed after one of two iterations. On one machine one process gives the same bits; metrics,
+sums in float64, are held to 1e-12, and those of two processes to 1e-5. Name scripts to run theirs
+alone. A metric that is new is no difference.
 """
 
 import hashlib

@@ -1,4 +1,7 @@
-"""LoRA on a UNet's attention layers, as an attention processor: no peft, nothing wrapped, scale 0 is the base model."""
+"""LoRA on a UNet's attention layers, as an attention processor.
+
+No peft, nothing wrapped, scale 0 is the base model.
+"""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +31,7 @@ class LoRALinear(torch.nn.Module):
 
 
 class LoRAAttnProcessor(torch.nn.Module):
-    """diffusers' AttnProcessor2_0 for the attention of transformer blocks, with a LoRA on its four projections."""
+    """diffusers' AttnProcessor2_0 for transformer blocks, with a LoRA on its four projections."""
 
     def __init__(self, attn, rank: int):
         super().__init__()
@@ -56,7 +59,7 @@ class LoRAAttnProcessor(torch.nn.Module):
         if attention_mask is not None:
             attention_mask = attn.prepare_attention_mask(attention_mask, key.shape[2], len(key))
             attention_mask = attention_mask.view(len(key), attn.heads, -1, attention_mask.shape[-1])
-        # The scale is diffusers' own, which a model may set to something else than 1 / sqrt(head_dim).
+        # The scale is diffusers' own; a model may set it to something else than 1 / sqrt(head_dim).
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=attention_mask, scale=attn.scale
         )
@@ -65,7 +68,7 @@ class LoRAAttnProcessor(torch.nn.Module):
 
 
 def add_lora(unet: torch.nn.Module, rank: int) -> list[torch.nn.Parameter]:
-    """Freeze `unet`, set a LoRAAttnProcessor on every attention layer, and return the weights to train."""
+    """Freeze `unet`, set a LoRAAttnProcessor on every attention layer, return what to train."""
     unet.requires_grad_(False)
     processors = {}
     for name in unet.attn_processors:
@@ -78,7 +81,10 @@ def add_lora(unet: torch.nn.Module, rank: int) -> list[torch.nn.Parameter]:
 
 @contextmanager
 def pretrained(unet: torch.nn.Module):
-    """Within it a UNet with a LoRA is exactly the pretrained one: the LoRA's scale is 0. Others stay as they are."""
+    """Within it a UNet with a LoRA is exactly the pretrained one: the LoRA's scale is 0.
+
+    A UNet without a LoRA stays as it is.
+    """
     processors = [p for p in unet.attn_processors.values() if isinstance(p, LoRAAttnProcessor)]
     for processor in processors:
         processor.scale = 0.0
@@ -114,23 +120,27 @@ def lora_file(path: str | Path) -> Path:
 
 
 def lora_rank(path: str | Path) -> int:
-    """The rank of the LoRA in a folder or file. Raises ValueError when there is none, or not one."""
+    """The rank of the LoRA in a folder or file.
+
+    Raises ValueError when there is no LoRA, or none of one rank.
+    """
     try:
         state = load_file(lora_file(path))
     except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{lora_file(path)} cannot be read as safetensors ({str(error)[:100]})"
-        ) from None
+        reason = str(error)[:100]
+        raise ValueError(f"{lora_file(path)} cannot be read as safetensors ({reason})") from None
     ranks = {value.shape[0] for key, value in state.items() if key.endswith("lora_A.weight")}
     if len(ranks) != 1:
-        raise ValueError(
-            f"{lora_file(path)} holds no LoRA of one rank under the names that diffusers gives it"
-        )
+        fault = "holds no LoRA of one rank under the names that diffusers gives it"
+        raise ValueError(f"{lora_file(path)} {fault}")
     return ranks.pop()
 
 
 def save_weights(unet: torch.nn.Module, folder: str | Path) -> None:
-    """What is trained, into `folder`: the LoRA's file, or without a LoRA the UNet in diffusers' format as unet/."""
+    """Write what is trained into `folder`.
+
+    With a LoRA its file, without one the UNet in diffusers' format as unet/.
+    """
     if has_lora(unet):
         save_lora(unet, folder)
     else:
@@ -138,7 +148,10 @@ def save_weights(unet: torch.nn.Module, folder: str | Path) -> None:
 
 
 def load_weights(unet: torch.nn.Module, folder: str | Path) -> None:
-    """Read what `save_weights` wrote, into a UNet of the same kind. Raises ValueError when it is of another model."""
+    """Read what `save_weights` wrote, into a UNet of the same kind.
+
+    Raises ValueError when it is of another model.
+    """
     if has_lora(unet):
         load_lora(unet, folder)
         return
@@ -149,15 +162,14 @@ def load_weights(unet: torch.nn.Module, folder: str | Path) -> None:
 
 
 def has_lora(unet: torch.nn.Module) -> bool:
-    return any(
-        isinstance(processor, LoRAAttnProcessor) for processor in unet.attn_processors.values()
-    )
+    return any(isinstance(p, LoRAAttnProcessor) for p in unet.attn_processors.values())
 
 
 def load_lora(unet: torch.nn.Module, path: str | Path) -> None:
-    """Read what `save_lora` wrote, a folder or the file, into a UNet on which `add_lora` was called with its rank.
+    """Read what `save_lora` wrote, a folder or the file.
 
-    Raises ValueError when the file does not belong to this UNet or rank.
+    `add_lora` must have been called on the UNet with the same rank. Raises ValueError when the file
+    does not belong to this UNet or rank.
     """
     state = load_file(lora_file(path))
     own = lora_state_dict(unet)

@@ -54,7 +54,7 @@ MAY_CHANGE_ON_RESUME |= {"num_iterations"}
 
 
 def fail(message: str) -> NoReturn:
-    """One line on stderr, of a node's first rank, and exit code 2: what is wrong, and the remedy."""
+    """One line on stderr, of a node's first rank, and exit code 2: the fault and the remedy."""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         script, line = Path(sys.argv[0]).name, " ".join(message.split())
         print(f"{script}: error: {line}", file=sys.stderr)
@@ -91,11 +91,12 @@ def parse_args(
     check: Callable | None = None,
     words: Sequence[str] | None = None,
 ):
-    """Arguments of a script: `script.py [PRESET] [--flag value ...]`; with no word the first preset.
+    """Arguments of a script: `script.py [PRESET] [--flag value ...]`.
 
-    With --resume RUN_DIR the arguments of that run are the defaults, and those that must agree with
-    it are held to. A flag of several values may be given several times, with one or more of them
-    each. `check(args)` refuses what the script cannot do. `words` are the command line's.
+    With no word it is the first preset. With --resume RUN_DIR the arguments of that run are the
+    defaults, and those that must agree with it are held to. A flag of several values may be given
+    several times, with one or more of them each. `check(args)` refuses what the script cannot do.
+    `words` are the command line's.
     """
     words = split_values(sys.argv[1:] if words is None else words, ("--resume", "--output-dir"))
     if words and not words[0].startswith("-") and words[0] not in presets:
@@ -205,7 +206,7 @@ def check_run(args: RunArgs) -> None:
 
 
 def check_numbers(args, may_be_0: set[str]) -> None:
-    """Refuse integers under 1, those of `may_be_0` under 0, and other numbers negative or infinite."""
+    """Refuse integers under 1 (those of `may_be_0` under 0), other numbers negative or infinite."""
     for name, value in asdict(args).items():
         flag, least = "--" + name.replace("_", "-"), 0 if name in may_be_0 else 1
         if isinstance(value, int) and not isinstance(value, bool) and value < least:
@@ -233,12 +234,11 @@ def check_folder(flag: str, folder: Path) -> None:
 
 
 def check_model(model: str) -> None:
-    """Refuse a folder that is none in diffusers format; whether there is a hub id is known later."""
+    """Refuse a folder that is not in diffusers format; whether a hub id exists is known later."""
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model)
     if not is_hub_id and not Path(model).is_dir():
-        fail(
-            f"--model: there is no folder {model!r}; give a folder in diffusers format or a hub id"
-        )
+        remedy = "give a folder in diffusers format or a hub id"
+        fail(f"--model: there is no folder {model!r}; {remedy}")
     if Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
         fail(f"--model: {model!r} has no model_index.json; give a folder in diffusers format")
 

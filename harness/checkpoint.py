@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever the process ends; the checkpoint made of them.
+"""Files that are there whole or not at all, whenever the process ends; a checkpoint made of them.
 
 Every rank enters the blocks of this module together: where one of them fails to write, all end in
 one line.
@@ -32,7 +32,10 @@ class CheckpointError(ValueError):
 
 
 def lock(run_dir: Path):
-    """An open file that no other process has locked, so that two never write one run; or OSError."""
+    """An open file that no other process has locked, so that two never write one run.
+
+    Raises OSError where another has.
+    """
     file = (run_dir / ".lock").open("w")
     if fcntl is None:
         return file
@@ -54,9 +57,8 @@ def saving(run_dir: Path):
     except (OSError, SafetensorError) as error:
         faults = [str(error)]
     except RuntimeError as error:
-        full_disk = "inline_container" in str(error) or "PytorchStream" in str(
-            error
-        )  # torch.save's
+        of_torch_save = ("inline_container", "PytorchStream")
+        full_disk = any(word in str(error) for word in of_torch_save)
         if not full_disk:
             raise
         faults = [str(error)]
@@ -153,9 +155,8 @@ def check_checkpoint(run_dir: Path) -> None:
         with suppress(FileNotFoundError):  # another rank was first
             folder.with_suffix(".old").rename(folder)
     if not (folder / "state.pt").is_file():
-        raise CheckpointError(
-            "there is no checkpoint in it; name the folder of a run that saved one"
-        )
+        remedy = "name the folder of a run that saved one"
+        raise CheckpointError(f"there is no checkpoint in it; {remedy}")
     earlier = "its checkpoint is of an earlier version of this project; resume it with that one"
     if not (folder / "files.json").exists():
         raise CheckpointError(earlier)

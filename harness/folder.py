@@ -77,7 +77,7 @@ class RunFolder:
             self.wandb.log(metrics, step=metrics["iteration"])
 
     def save_learning_curve(self) -> None:
-        """learning_curve.png: reward (mean and std) and KL against reward queries, as far as known."""
+        """learning_curve.png: reward (mean, std) and KL against reward queries, as far as known."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(9, 3.5), layout="constrained")

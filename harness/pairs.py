@@ -1,13 +1,13 @@
-"""Pictures with captions for the pre-training loss, in an order that is a function of seed and epoch alone.
+"""Pictures with captions for the pre-training loss; their order depends on seed and epoch alone.
 
-path/to/folder                a folder with metadata.jsonl, {"file_name": "0001.jpg", "text": "..."} a line (the
-                              imagefolder convention of the library datasets; the caption under text, caption or
-                              prompt)
-path/to/folder                a folder of WebDataset shards, *.tar, with NAME.jpg (.jpeg, .png, .webp) and NAME.txt
-                              (or NAME.json) one after the other
-path/to/shard.tar             one of them
-path/to/file.py:function      your own: function(seed) returns a sequence of (picture, caption), the picture as PIL
-                              has it
+path/to/folder            a folder with metadata.jsonl, a line {"file_name": "0001.jpg",
+                          "text": "..."} for each picture (the imagefolder convention of the
+                          library datasets; the caption under text, caption or prompt)
+path/to/folder            a folder of WebDataset shards, *.tar, with NAME.jpg (.jpeg, .png,
+                          .webp) and NAME.txt (or NAME.json) one after the other
+path/to/shard.tar         one of them
+path/to/file.py:function  your own: function(seed) returns a sequence of (picture, caption), the
+                          picture as PIL has it
 """
 
 import io
@@ -36,34 +36,35 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def open_pairs(source: str, seed: int) -> Sequence[tuple[Image.Image, str]]:
-    """The (picture, caption) pairs of `source`, each read when it is asked for. Raises SourceError."""
+    """The (picture, caption) pairs of `source`, each read when asked for. Raises SourceError."""
     if ".py:" in source:
         return users_sequence(source, seed)
     path = Path(source)
     if (path / "metadata.jsonl").is_file():
         pairs = ImageFolder(path)
-    elif (
-        shards := sorted(path.glob("*.tar"))
-        if path.is_dir()
-        else [path]
-        if path.suffix == ".tar"
-        else []
-    ):
+    elif shards := tar_shards(path):
         pairs = TarShards(shards)
     else:
-        raise SourceError(
-            f"{source!r} is no folder with metadata.jsonl or *.tar shards, and no file.py:function"
-        )
+        folder = "folder with metadata.jsonl or *.tar shards"
+        raise SourceError(f"{source!r} is no {folder}, and no file.py:function")
     pairs[0]
     return pairs
+
+
+def tar_shards(path: Path) -> list[Path]:
+    """The *.tar files of a folder, or `path` itself when it is one."""
+    if path.is_dir():
+        return sorted(path.glob("*.tar"))
+    return [path] if path.suffix == ".tar" else []
 
 
 def take_pairs(
     pairs: Sequence, seed: int, position: int, count: int, size: int
 ) -> tuple[torch.Tensor, list[str]]:
-    """Pictures (count, 3, size, size) in [0, 1] and captions, number `position` and on of the stream (prompts.take).
+    """Pictures (count, 3, size, size) in [0, 1] and captions, from number `position` of the stream.
 
-    Among millions of pictures some are broken: the next that can be read stands in, and a warning names the broken one.
+    The stream is that of `prompts.take`. Among millions of pictures some are broken: the next that
+    can be read stands in, and a warning names the broken one.
     """
     pictures, captions = [], []
     for n in range(position, position + count):
@@ -81,7 +82,10 @@ def take_pairs(
 
 
 def to_tensor(picture: Image.Image, size: int) -> torch.Tensor:
-    """The middle of a picture as float (3, size, size) in [0, 1]: short side to `size` (bicubic), then cropped."""
+    """The middle of a picture as float (3, size, size) in [0, 1].
+
+    The short side is scaled to `size` (bicubic), then the long one cropped.
+    """
     picture = picture.convert("RGB")
     scale = size / min(picture.size)
     if scale != 1:
@@ -98,9 +102,8 @@ def opened(data, name: str) -> Image.Image:
         picture.load()
         return picture
     except OSError as error:  # PIL's own errors among them
-        raise SourceError(
-            f"the picture {name} cannot be read ({error}); leave it out of the data"
-        ) from None
+        fault = f"the picture {name} cannot be read ({error})"
+        raise SourceError(f"{fault}; leave it out of the data") from None
 
 
 class ImageFolder(Sequence):
@@ -123,10 +126,11 @@ class ImageFolder(Sequence):
 
 
 class TarShards(Sequence):
-    """Pairs in tar files, found by where they lie: shard, offset and size of picture and caption, five numbers each.
+    """Pairs in tar files, found by where they lie in their shard.
 
-    A shard's headers are read once and their map is kept in the cache folder. A remote or compressed shard has to be
-    copied or unpacked first.
+    That is five numbers a pair: offset and size of picture and caption, and whether the caption is
+    JSON. A shard's headers are read once and their map is kept in the cache folder. A remote or
+    compressed shard has to be copied or unpacked first.
     """
 
     def __init__(self, shards: list[Path]):
@@ -159,9 +163,8 @@ class TarShards(Sequence):
         except tarfile.TarError as error:
             raise SourceError(f"{shard} is no plain tar file ({error})") from None
         if not found:
-            raise SourceError(
-                f"{shard} holds no pairs: a shard has NAME.jpg and NAME.txt, one after the other"
-            )
+            rule = "a shard has NAME.jpg and NAME.txt, one after the other"
+            raise SourceError(f"{shard} holds no pairs: {rule}")
         return np.array(found, dtype=np.int64).reshape(-1, 5)
 
     def __len__(self) -> int:
@@ -178,9 +181,8 @@ class TarShards(Sequence):
         name = f"{i} of {self.shards[shard]}"
         try:
             caption = caption.decode("utf-8").strip()
-            return opened(io.BytesIO(picture), name), json_prompt(caption, "") if where[
-                4
-            ] else caption
+            picture, is_json = opened(io.BytesIO(picture), name), where[4]
+            return picture, json_prompt(caption, "") if is_json else caption
         except ValueError as error:
             raise SourceError(f"pair {name}: {error}") from None
 

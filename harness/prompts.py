@@ -1,12 +1,14 @@
 """Prompts from a source of any length, in an order that is a function of seed and epoch alone.
 
     prompts.txt  prompts.txt.gz            a prompt a line
-    prompts.jsonl[#KEY]  prompts.jsonl.gz  an object a line, the prompt under KEY (by default prompt, text or caption)
+    prompts.jsonl[#KEY]  prompts.jsonl.gz  an object a line, the prompt under KEY (by default
+                                           prompt, text or caption)
     prompts.parquet[#COLUMN]               the same of a column (pip install pyarrow)
-    path/to/file.py:function               your own: function(seed) returns a sequence of prompts, e.g. a list
+    path/to/file.py:function               your own: function(seed) returns a sequence of
+                                           prompts, e.g. a list
 
-Text stays in its file. What is in memory is the map of where each line begins, 8 bytes a prompt and shared among the
-ranks of a machine, and the order of the current epoch, 4 bytes a prompt.
+Text stays in its file. What is in memory is the map of where each line begins, 8 bytes a prompt and
+shared among the ranks of a machine, and the order of the current epoch, 4 bytes a prompt.
 """
 
 import gzip
@@ -43,13 +45,15 @@ class Prompt(str):
 
 
 def open_prompts(source: str, seed: int) -> Sequence[str]:
-    """The prompts of `source` (see above) in the order of the file. Raises SourceError, with the number of the line."""
+    """The prompts of `source` (see above) in the order of the file.
+
+    Raises SourceError, with the number of the line.
+    """
     if ".py:" in source:
         prompts = users_sequence(source, seed)
         if not isinstance(prompts[0], str):
-            raise SourceError(
-                f"{source} must return a sequence of prompts, and its first is {prompts[0]!r:.80}"
-            )
+            rule = "must return a sequence of prompts"
+            raise SourceError(f"{source} {rule}, and its first is {prompts[0]!r:.80}")
         return prompts
     name, _, key = source.partition("#")
     path = Path(name)
@@ -67,7 +71,7 @@ def open_prompts(source: str, seed: int) -> Sequence[str]:
 
 
 def take(items: Sequence, seed: int, position: int, count: int) -> list:
-    """Items number `position` to `position + count` of the endless stream: every epoch has each item once."""
+    """Items `position` to `position + count` of the endless stream; an epoch has each item once."""
     numbers = (divmod(n, len(items)) for n in range(position, position + count))
     return [items[int(order(len(items), seed, epoch)[n])] for epoch, n in numbers]
 
@@ -79,9 +83,11 @@ def order(length: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class Lines(Sequence):
-    """The lines of a UTF-8 file that are not empty, as `parse` reads them; ValueError of `parse` names what is wrong.
+    """The lines of a UTF-8 file that are not empty, as `parse` reads them.
 
-    All are read once, when the file is first seen: the offsets of those of a large file are kept in the cache folder.
+    For a line that it cannot read, `parse` raises ValueError, which names the fault. All are read
+    once, when the file is first seen: the offsets of those of a large file are kept in the cache
+    folder.
     """
 
     def __init__(self, path: Path, parse: Callable[[str], object], name: str = ""):
@@ -106,9 +112,8 @@ class Lines(Sequence):
                         self.parse(self.text(line))
                         offsets.append(offset)
                 except UnicodeDecodeError:
-                    raise SourceError(
-                        f"{self.name} is not UTF-8 in line {number}; save it as UTF-8"
-                    ) from None
+                    fault = f"{self.name} is not UTF-8 in line {number}"
+                    raise SourceError(f"{fault}; save it as UTF-8") from None
                 except ValueError as error:
                     raise SourceError(f"{self.name}, line {number}: {error}") from None
                 offset += len(line)
@@ -130,23 +135,21 @@ class Lines(Sequence):
 
 
 def json_prompt(text: str, key: str) -> str:
-    """The prompt of a JSON line; its list "objects", if there is one, becomes the prompt's attribute."""
+    """The prompt of a JSON line; its list "objects", if any, becomes the prompt's attribute."""
     record = json_object(text)
     key = key or next((key for key in KEYS if key in record), KEYS[0])
     if not isinstance(record.get(key), str) or not record[key].strip():
         raise ValueError(f"there is no text under {key!r}; name its key as in prompts.jsonl#KEY")
     if "\0" in record[key] or any("\ud800" <= letter <= "\udfff" for letter in record[key]):
-        raise ValueError(
-            f"the text under {key!r} has a null byte or half a character; write it anew"
-        )
+        fault = f"the text under {key!r} has a null byte or half a character"
+        raise ValueError(f"{fault}; write it anew")
     if "objects" not in record:
         return record[key].strip()
-    if not isinstance(record["objects"], list) or not all(
-        isinstance(name, str) for name in record["objects"]
-    ):
+    objects = record["objects"]
+    if not isinstance(objects, list) or not all(isinstance(name, str) for name in objects):
         raise ValueError('"objects" is not a list of words')
     prompt = Prompt(record[key].strip())
-    prompt.objects = record["objects"]
+    prompt.objects = objects
     return prompt
 
 
@@ -165,9 +168,8 @@ def users_sequence(source: str, seed: int) -> Sequence:
     path, _, name = source.rpartition(":")
     if not Path(path).is_file():
         raise SourceError(f"there is no file {path!r} ({source})")
-    spec = importlib.util.spec_from_file_location(
-        re.sub(r"\W", "_", f"source {Path(path).resolve()}"), path
-    )
+    module_name = re.sub(r"\W", "_", f"source {Path(path).resolve()}")
+    spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module  # where pickle looks for classes
     try:
@@ -190,7 +192,8 @@ def cache_folder() -> Path:
 def cached(path: Path, what: str) -> Path:
     """The file in the cache folder that is made from `path` as it is now."""
     stat = path.stat()
-    # A cached file's name tells what is in it; when it was written is another matter for each of several processes.
+    # A cached file's name tells what is in it; when it was written differs between processes that
+    # make it at the same time.
     written = 0 if path.parent == cache_folder() else stat.st_mtime_ns
     key = json.dumps([str(path.resolve()), stat.st_size, written, what])
     return cache_folder() / f"{path.name}.{hashlib.sha256(key.encode()).hexdigest()[:16]}"
@@ -198,7 +201,10 @@ def cached(path: Path, what: str) -> Path:
 
 @contextmanager
 def replacing(path: Path):
-    """A binary file to write; `path` appears when all of it is written, whichever of several processes is first."""
+    """A binary file to write; `path` appears when all of it is written.
+
+    That holds whichever of several processes is first.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
@@ -233,16 +239,14 @@ def parquet_lines(path: Path, key: str) -> Iterable[bytes]:
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise SourceError(
-            f"{path} needs pyarrow: pip install pyarrow, or save it as .jsonl"
-        ) from None
+        remedy = "pip install pyarrow, or save it as .jsonl"
+        raise SourceError(f"{path} needs pyarrow: {remedy}") from None
     file = ParquetFile(path)
     columns = file.schema_arrow.names
     key = key or next((name for name in KEYS if name in columns), KEYS[0])
     if key not in columns:
-        raise SourceError(
-            f"{path} has no column {key!r}; there are {', '.join(columns)}: name one as in {path}#COLUMN"
-        )
+        there_are, remedy = ", ".join(columns), f"name one as in {path}#COLUMN"
+        raise SourceError(f"{path} has no column {key!r}; there are {there_are}: {remedy}")
     for batch in file.iter_batches(columns=[key]):
         for value in batch.column(0).to_pylist():
             if str(value or "").strip():
@@ -260,10 +264,8 @@ def read_prompts(args) -> list[str]:
     except SourceError as error:
         raise SourceError(f"--prompts-file: {error}") from None
     except OSError as error:
-        remedy = "give a text file, one prompt a line"
-        raise SourceError(
-            f"--prompts-file {args.prompts_file}: {error.strerror}; {remedy}"
-        ) from None
+        fault = f"--prompts-file {args.prompts_file}: {error.strerror}"
+        raise SourceError(f"{fault}; give a text file, one prompt a line") from None
 
 
 def tag_of(args) -> str:

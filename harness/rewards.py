@@ -1,4 +1,4 @@
-"""A reward as a run calls it: on all ranks together, in limited time, losing nothing when it fails."""
+"""A reward as a run calls it: on all ranks together, in limited time; a failure loses nothing."""
 
 import queue
 import threading

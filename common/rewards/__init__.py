@@ -1,23 +1,30 @@
-"""Rewards: `reward = load_reward(spec, device)`, then `reward(images, prompts)` or `reward(images, prompts, groups)`.
+"""Rewards: `reward = load_reward(spec, device)`, then `reward(images, prompts[, groups])`.
 
-images: float (B, 3, H, W) in [0, 1]; prompts: B strings; the result: float32 (B,), higher is better. A reward of a set
-gives the pictures of a group one value; groups: B ints, over all ranks, by default a group for each prompt. Specs:
+images: float (B, 3, H, W) in [0, 1]; prompts: B strings; the result: float32 (B,), higher is
+better. A reward of a set gives the pictures of a group one value; groups: B ints, over all ranks,
+by default a group for each prompt. Specs:
 
     image_reward[:WEIGHTS]            ImageReward (Xu et al. 2023)
     aesthetic[:WEIGHTS]               LAION's aesthetic predictor on CLIP (Black et al. 2023, 5.2)
-    jpeg_compressibility              minus the size in kB of the picture as a JPEG (Black et al. 2023, 5.1)
+    jpeg_compressibility              minus the size in kB of the picture as a JPEG
+                                      (Black et al. 2023, 5.1)
     jpeg_incompressibility            that size itself
-    clip_score[:WEIGHTS]              cosine of CLIP's embeddings of picture and prompt (Fan et al. 2023, App. C)
+    clip_score[:WEIGHTS]              cosine of CLIP's embeddings of picture and prompt
+                                      (Fan et al. 2023, App. C)
     blip_score[:WEIGHTS]              the same of BLIP's
-    llava_bertscore[:WEIGHTS]         a VLM describes the picture; BERTScore recall of the prompt (Black et al., 5.3)
+    llava_bertscore[:WEIGHTS]         a VLM describes the picture; BERTScore recall of the prompt
+                                      (Black et al., 5.3)
     llava_bertscore:http://HOST/v1    the same, the VLM on an OpenAI-compatible server
-    object_detection[:WEIGHTS]        mean confidence of the prompt's objects (Zhang et al. 2024, Eq. 13)
-    statistical_parity[:WEIGHTS]      minus the distance of a prompt's classes from uniform (Zhang et al., Eq. 12)
+    object_detection[:WEIGHTS]        mean confidence of the prompt's objects
+                                      (Zhang et al. 2024, Eq. 13)
+    statistical_parity[:WEIGHTS]      minus the distance of a prompt's classes from uniform
+                                      (Zhang et al., Eq. 12)
     path/to/file.py:function          your own: function(images, prompts) with the shapes above
     0.7*aesthetic+0.3*clip_score      a weighted sum of any of these
 
-WEIGHTS is a hub id or a local folder. Options follow a question mark, as in a URL: llava_bertscore:FOLDER?question=...
-docs/rewards.md says which there are, and what each reward needs.
+WEIGHTS is a hub id or a local folder. Options follow a question mark, as in a URL
+(llava_bertscore:FOLDER?question=...); docs/rewards.md says which there are, and what each reward
+needs.
 """
 
 import importlib
@@ -37,7 +44,8 @@ from common.rewards.base import PromptError, Reward, RewardError
 
 __all__ = ["NAMES", "PromptError", "Reward", "RewardError", "check_spec", "load_reward"]
 
-# The module of each reward; it has check(name, weights, options) and load(name, weights, options, device).
+# The module of each reward; it has check(name, weights, options) and
+# load(name, weights, options, device).
 MODULES = {
     "image_reward": "image_reward",
     "aesthetic": "aesthetic",
@@ -129,32 +137,23 @@ def _raise_first(faults: list[str]) -> None:
 def _faults_of_images(images: torch.Tensor, prompts: list[str]) -> list[str]:
     if not isinstance(images, torch.Tensor) or not images.is_floating_point():
         kind = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
-        return [
-            f"a reward's pictures must be a float tensor with values in [0, 1], and these are {kind}"
-        ]
+        rule = "must be a float tensor with values in [0, 1]"
+        return [f"a reward's pictures {rule}, and these are {kind}"]
     if images.dim() != 4 or images.shape[:2] != (len(prompts), 3):
-        shape = tuple(images.shape)
-        return [
-            f"a reward's pictures must have the shape ({len(prompts)}, 3, H, W) of its prompts, and have {shape}"
-        ]
+        rule = f"must have the shape ({len(prompts)}, 3, H, W) of its prompts"
+        return [f"a reward's pictures {rule}, and have {tuple(images.shape)}"]
     if not images.isfinite().all():
         prompt = prompts[images.isfinite().flatten(1).all(1).tolist().index(False)]
-        return [
-            f"the picture of the prompt {prompt!r} is not finite; lower the learning rate or use --dtype fp32"
-        ]
+        remedy = "lower the learning rate or use --dtype fp32"
+        return [f"the picture of the prompt {prompt!r} is not finite; {remedy}"]
     return []
 
 
 def _faults_of_scores(term: str, scores: torch.Tensor, prompts: list[str]) -> list[str]:
-    faulty = [
-        (score, prompt)
-        for score, prompt in zip(scores.tolist(), prompts)
-        if not math.isfinite(score)
-    ]
-    return [
-        f"reward {term!r} returned {score} for the prompt {prompt!r}"
-        for score, prompt in faulty[:1]
-    ]
+    for score, prompt in zip(scores.tolist(), prompts):
+        if not math.isfinite(score):
+            return [f"reward {term!r} returned {score} for the prompt {prompt!r}"]
+    return []
 
 
 def _checked_scores(
@@ -163,15 +162,11 @@ def _checked_scores(
     try:
         scores = torch.as_tensor(scores)
     except (TypeError, ValueError, RuntimeError):  # None, words
-        kind = type(scores).__name__
-        fault = (
-            f"reward {term!r} returned a {kind}; it must return a tensor of one number a picture"
-        )
-        raise RewardError(fault) from None
+        kind, rule = type(scores).__name__, "it must return a tensor of one number a picture"
+        raise RewardError(f"reward {term!r} returned a {kind}; {rule}") from None
     if scores.shape != (len(prompts),):
-        raise RewardError(
-            f"reward {term!r} returned shape {tuple(scores.shape)} for {len(prompts)} images"
-        )
+        shape = tuple(scores.shape)
+        raise RewardError(f"reward {term!r} returned shape {shape} for {len(prompts)} images")
     scores = scores.to(device=images.device, dtype=torch.float32)
     for fault in _faults_of_scores(term, scores, prompts):
         raise RewardError(fault)
@@ -179,16 +174,18 @@ def _checked_scores(
 
 
 def parse_sum(spec: str) -> list[tuple[float, str]]:
-    """Weights and specs of the terms of a weighted sum; [(1, spec)] of a spec that is none. Raises RewardError."""
+    """Weights and specs of the terms of a weighted sum; [(1, spec)] of a spec that is no sum.
+
+    Raises RewardError.
+    """
     if not TERM.fullmatch(spec):
         return [(1.0, spec)]
     terms = []
     for term in re.split(r"\+(?=\s*[+-]?(?:\d|\.\d)[\d.eE+-]*\s*\*)", spec):
         found = TERM.fullmatch(term)
         if not found or not math.isfinite(float(found[1])):
-            raise RewardError(
-                f"there is no finite weight and reward in {term!r} (reward {spec!r}); {SYNTAX}"
-            )
+            fault = f"there is no finite weight and reward in {term!r}"
+            raise RewardError(f"{fault} (reward {spec!r}); {SYNTAX}")
         terms.append((float(found[1]), found[2]))
     return terms
 
@@ -205,14 +202,16 @@ def is_users_function(spec: str) -> bool:
 
 
 def check_spec(spec: str) -> None:
-    """What can be checked of a spec without loading anything; raises RewardError with a message for the user."""
+    """What can be checked of a spec without loading anything.
+
+    Raises RewardError with a message for the user.
+    """
     for _, term in parse_sum(spec):
         if is_users_function(term):
             path, _, function = term.rpartition(":")
             if not function or term.endswith(".py"):
-                raise RewardError(
-                    f"reward {term!r} names no function; write {term.rstrip(':')}:FUNCTION"
-                )
+                remedy = f"write {term.rstrip(':')}:FUNCTION"
+                raise RewardError(f"reward {term!r} names no function; {remedy}")
             if not Path(path).is_file():
                 raise RewardError(f"there is no file {path!r} (reward {term!r})")
             continue
@@ -232,20 +231,17 @@ def _load_term(term: str, device: str | torch.device) -> Reward:
         return _users_function(term)
     name, weights, options = parse_spec(term)
     try:
-        return importlib.import_module(f"common.rewards.{MODULES[name]}").load(
-            name, weights, options, device
-        )
+        module = importlib.import_module(f"common.rewards.{MODULES[name]}")
+        return module.load(name, weights, options, device)
     except ImportError as error:  # some of transformers' processors need more: OWLv2's scipy
-        raise RewardError(
-            f"reward {term!r} needs another package: {' '.join(str(error).split())}"
-        ) from None
+        what = " ".join(str(error).split())
+        raise RewardError(f"reward {term!r} needs another package: {what}") from None
 
 
 def _users_function(spec: str) -> Callable:
     path, _, name = spec.rpartition(":")
-    module_spec = importlib.util.spec_from_file_location(
-        re.sub(r"\W", "_", f"reward {Path(path).resolve()}"), path
-    )
+    module_name = re.sub(r"\W", "_", f"reward {Path(path).resolve()}")
+    module_spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module.__name__] = module  # where dataclasses and pickle look for it
     module_spec.loader.exec_module(module)
@@ -256,13 +252,11 @@ def _users_function(spec: str) -> Callable:
     def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         try:
             return function(images, prompts)
-        except (
-            Exception
-        ) as error:  # the run must save its state, and the other ranks must hear of it
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            what = " ".join(
-                f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})".split()
-            )
+        except Exception as error:
+            # The run must save its state, and the other ranks must hear of it.
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{frame.filename}:{frame.lineno}"
+            what = " ".join(f"{type(error).__name__}: {error} ({place})".split())
             raise RewardError(f"reward {spec!r} failed with {what}") from error
 
     return reward
