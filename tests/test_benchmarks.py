@@ -1,0 +1,103 @@
+"""The commands behind the docs' figures: scripts take them, the runner keeps what is done."""
+
+import importlib
+import json
+import shlex
+
+import pytest
+from conftest import ROOT
+
+from benchmarks import report, run
+from harness.args import parse_args
+
+FILES = sorted((ROOT / "benchmarks/commands").glob("*.sh"))
+PARAGRAPHS = [(file.name, commands) for file in FILES for commands in run.read_commands(file)]
+COMMANDS = [command for _, commands in PARAGRAPHS for command in commands]
+
+
+def script_and_words(command: str) -> tuple[str, list[str]]:
+    """The script that a command runs, and its words, without what the shell does around it."""
+    words = shlex.split(run.with_seed(command, 0))
+    words = words[words.index("python") + 1 :]
+    words = words[: words.index("&&")] if "&&" in words else words
+    return words[0].removesuffix(".py"), words[1:]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_scripts_take_the_commands(command, tmp_path):
+    script, words = script_and_words(command)
+    # In this test's folder: there is no run to resume, and a user's own may be there.
+    flag = "--output-dir" if "--output-dir" in words else "--resume"
+    at = words.index(flag)
+    words[at : at + 2] = ["--output-dir", str(tmp_path)]
+    module = importlib.import_module(script)
+    check = None if script == "evaluate" else module.check  # that one asks for the runs themselves
+    parse_args(module.PRESETS, module.__doc__, check, words)
+
+
+def test_no_two_jobs_write_into_one_folder():
+    owners = {}
+    for number, (_, commands) in enumerate(PARAGRAPHS):
+        for command in commands:
+            dataset = run.values_of(command).get("--dataset")
+            for folder in {run.folder_of(command), dataset} - {None}:
+                assert owners.setdefault(folder, number) == number
+
+
+@pytest.mark.parametrize("script", ["ddpo", "rwr", "sft_kl"])
+def test_report_knows_the_runs_of_the_committed_results(script):
+    found = {", ".join(report.curve_and_panel(each)) for each in report.commands_of(script)}
+    results = json.loads((ROOT / f"benchmarks/results/{script}.json").read_text())
+    assert results["runs"].keys() <= found
+
+
+OF_DPOK = sorted(name for name, (function, _) in report.REPORTS.items() if function is report.dpok)
+
+
+@pytest.mark.parametrize("name", OF_DPOK)
+def test_report_of_dpok_knows_the_flags_of_the_committed_results(name):
+    commands = report.dpok_commands(name)
+    results = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+    assert {report.flags_of(command) for command in commands} == {results["flags"]}
+    assert [run.values_of(each)["--prompt"] for each in commands] == list(results["prompts"])
+
+
+def test_runner_runs_keeps_and_skips(tmp_path):
+    """A command that writes down its words, and fails unless it is resumed."""
+    file, ran = tmp_path / "commands.sh", tmp_path / "ran"
+    code = f"import sys; print(*sys.argv[1:], file=open({str(ran)!r}, 'a'))"
+    fails = f"{code}; sys.exit('--resume' not in sys.argv)"
+    a, b = tmp_path / "a__$SEED", tmp_path / "b"
+    file.write_text(
+        f"# A comment.\n"
+        f'python -c "{code}" \\\n    --output-dir {a}\n\n'
+        f'python -c "{fails}" --output-dir {b}\n'
+        f'python -c "{code}" --resume {b} && echo kept > {b}/kept\n'
+    )
+    args = run.Args(file, seeds=(0, 1), jobs=2)
+    with pytest.raises(SystemExit, match="failed"):
+        run.main(args)
+    assert sorted(ran.read_text().splitlines()) == [
+        f"--output-dir {tmp_path}/a__0",
+        f"--output-dir {tmp_path}/a__1",
+        f"--output-dir {b}",
+    ]
+    wall_time = run.read_wall_time(tmp_path / "a__0")
+    assert wall_time["seconds"] > 0 and wall_time["jobs_side_by_side"] == 2
+    assert run.read_wall_time(b)["finished"] == []
+
+    ran.unlink()
+    (b / "checkpoint").mkdir()
+    run.main(args)
+    assert ran.read_text().splitlines() == [f"--output-dir {b} --resume {b}", f"--resume {b}"]
+    assert (b / "kept").exists() and len(run.read_wall_time(b)["finished"]) == 2
+
+    ran.unlink()
+    run.main(args)
+    assert not ran.exists()
+
+
+def test_runner_refuses_a_command_without_a_folder(tmp_path):
+    (tmp_path / "commands.sh").write_text("python -c pass\n")
+    with pytest.raises(SystemExit, match="no --output-dir"):
+        run.main(run.Args(tmp_path / "commands.sh"))
