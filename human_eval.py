@@ -152,7 +152,7 @@ def build(args: BuildArgs) -> None:
 def main():
     what, *words = sys.argv[1:] or ["--help"]
     if what == "build":
-        build(parse_args(PRESETS, __doc__, words))
+        build(parse_args(PRESETS, __doc__, words=words))
     elif what == "tally":
         prog = "human_eval.py tally"
         args = tyro.cli(TallyArgs, args=words, description=__doc__, prog=prog)

@@ -313,7 +313,7 @@ def main():
     train_args = args if args.cfg_training else replace(args, guidance_scale=1.0)
     own = run.share(n)
 
-    def draw(unet, count, *key):
+    def draw(unet, count, *key, monitor=False):
         """This rank's share of `count` samples: x_0, prompts, KL to the pretrained, pictures."""
         generators = [seeded(args.seed, *key, i) for i in run.share(count)]
         chosen = torch.cat([torch.randint(len(prompts), (1,), generator=g) for g in generators])
@@ -325,7 +325,7 @@ def main():
             rollout = sample(args, sd, unet, text, torch.stack(noise[rows]).to(run.device))
             x0.append(rollout.trajectory[:, -1])
             images.append(sd.decode(x0[-1]))
-            if unet is sd.unet:
+            if monitor:
                 kl.append(kl_to_pretrained(args, sd, text, rollout, kl_steps[rows].to(run.device)))
         return torch.cat(x0), chosen, torch.cat(kl) if kl else None, torch.cat(images)
 
@@ -377,7 +377,7 @@ def main():
         # What the model draws now, and its KL to the pretrained one (Eq. 7).
         if part == "samples":
             with run.timer("sample"):
-                _, chosen, kl, images = draw(sd.unet, m, PROGRESS, iteration)
+                _, chosen, kl, images = draw(sd.unet, m, PROGRESS, iteration, monitor=True)
             with run.timer("reward"):
                 rewards = reward_function(images, [prompts[i] for i in chosen])
             line = {"samples": args.dataset_size + (iteration + 1) * m}

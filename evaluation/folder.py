@@ -11,6 +11,7 @@ from evaluation.models import Model
 from evaluation.settings import Settings
 from harness.args import fail
 from harness.folder import run_name
+from harness.prompts import tag_of
 
 
 def describe(settings: Settings, models: list[Model]) -> dict:

@@ -48,7 +48,7 @@ def test_gradient_is_that_of_eq_9_written_out(tiny_sd, tmp_path, monkeypatch, kl
     encode = PromptEncoder(StableDiffusionPipeline.from_pretrained(tiny_sd), "cpu")
     _, pooled = encode([dpok.Args().prompt])
     value_function = dpok.ValueFunction(4 * 8 * 8 + 32, T)
-    value_function.load_state_dict(state["value_function"])
+    value_function.load_state_dict(state["kept"]["value_function"])
     # It began at the mean of the first rewards, and has since made one step of AdamW with a
     # learning rate of 1e-4.
     assert abs(value_function.out.bias.item() - replay["reward"][0].mean().item()) < 2e-4

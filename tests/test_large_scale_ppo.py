@@ -122,7 +122,7 @@ def test_gradient_of_the_pretraining_loss_is_that_of_eq_9(
     monkeypatch.undo()
     assert len(recorded) == 4, "three timesteps of the task, and the pre-training loss"
 
-    pairs = large_scale_ppo.open_pairs_or_fail(f"{tmp_path}/pairs.py:f", 0)
+    pairs = large_scale_ppo.open_pretrain_data(f"{tmp_path}/pairs.py:f", 0)
     order = np.random.default_rng([0, 0]).permutation(np.arange(9, dtype=np.int32))[:4]
     pictures = torch.from_numpy(np.stack([np.array(pairs[i][0]) for i in order]))
     pipeline = StableDiffusionPipeline.from_pretrained(model)
@@ -191,11 +191,11 @@ def test_groups_are_places_in_the_batch(tmp_path, monkeypatch, small):
         seen.append((prompts, groups))
         return images.mean((1, 2, 3))
 
-    monkeypatch.setattr(large_scale_ppo, "load_reward_or_fail", lambda *args: recorder)
+    monkeypatch.setattr(large_scale_ppo, "load_run_reward", lambda *args: recorder)
     (tmp_path / "two.txt").write_text("a cat\na dog\n")
     tasks = ["--tasks", f"jpeg_compressibility {tmp_path}/two.txt 3x4", "--pretrain-beta", 0]
     run_here(monkeypatch, *small, *tasks, "--output-dir", tmp_path / "run")
-    [(prompts, groups)] = seen
+    prompts, groups = seen[-1]  # of the second task; the first is the fixture's
     assert groups == [0] * 4 + [1] * 4 + [2] * 4
     assert sorted(prompts.count(prompt) for prompt in set(prompts)) == [4, 8]
 
@@ -266,7 +266,7 @@ def test_killed_and_resumed_run_sees_every_prompt_once(tiny_sd, tmp_path, monkey
         rank.wait()
     saved = torch.load(state, weights_only=True)
     done = saved["iteration"]
-    assert done >= 2 and saved["positions"] == [3 * done, 0] and saved["lengths"] == [20, 0]
+    assert done >= 2 and saved["fixed"] == {"numbers of prompts and pairs": [20, 0]}
     monkeypatch.setenv("SEEN", str(tmp_path / "after"))
     total = done + 7
     words = ["--resume", tmp_path / "run", "--num-iterations", total]
@@ -284,7 +284,7 @@ def test_killed_and_resumed_run_sees_every_prompt_once(tiny_sd, tmp_path, monkey
     stream = take(open_prompts(str(tmp_path / "prompts.txt"), 0), 0, 0, 3 * total)
     assert learned == [prompt for prompt in stream for _ in range(3)]
     assert len(set(stream[:20])) == 20
-    assert torch.load(state, weights_only=True)["positions"] == [3 * total, 0]
+    assert torch.load(state, weights_only=True)["iteration"] == total
     (tmp_path / "prompts.txt").write_text("a cat\n" * 21)
     with pytest.raises(SystemExit) as end:
         run_here(monkeypatch, "--resume", tmp_path / "run", "--num-iterations", total + 1)

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from common import prompts
 from common.rewards.object_detection import objects_of
+from harness import prompts
 from harness.prompts import SourceError, open_prompts, order, take
 from prompts import composition, make_zoo
 from zoo import world
@@ -176,7 +176,7 @@ def test_a_changed_file_is_read_anew(tmp_path, monkeypatch):
 
 CHILD = """
 import sys
-from common import prompts
+from harness import prompts
 prompts.CACHED_FROM = 0
 lines = list(prompts.open_prompts(sys.argv[1], 0))
 assert lines == [f"prompt {i}" for i in range(20_000)], len(lines)

@@ -329,7 +329,7 @@ def test_a_vlm_server_that_fails_at_the_start_is_one_line(
     monkeypatch.setattr(sys, "argv", ["dpok.py"])
     spec = f"llava_bertscore:{vision_server}{options}"
     with pytest.raises(SystemExit) as end:
-        load_reward_or_fail(spec, torch.device("cpu"), ["a cat"])
+        load_reward_or_fail(spec, torch.device("cpu"), ["a cat"], "--reward")
     lines = capsys.readouterr().err.splitlines()
     assert end.value.code == 2
     assert len([line for line in lines if "dpok.py: error: --reward" in line]) == 1
@@ -571,17 +571,18 @@ import os, sys, torch, torch.distributed as dist
 sys.path[:0] = [os.getcwd(), os.getcwd() + "/tests"]
 from tiny_models import pictures
 from common.rewards import RewardError, load_reward
+from harness.rewards import everybodys
 
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 folder = os.path.dirname(__file__)
-reward = load_reward("SPEC")
+reward = load_reward("SPEC", gather=everybodys)
 if world > 1:
     dist.init_process_group("gloo")
 images, prompts = pictures(12), ["a nurse", "a chef", "a chef"] * 4
 own = list(range(12) if world == 1 else (range(4), range(4, 12))[rank])
 images, prompts, faults = images[own], [prompts[i] for i in own], []
 if world > 1:
-    faulty = [(load_reward(f"1*{folder}/mine.py:f+1*SPEC"), images)]
+    faulty = [(load_reward(f"1*{folder}/mine.py:f+1*SPEC", gather=everybodys), images)]
     faulty += [(reward, images * (torch.nan if rank == 1 else 1))]
     for function, own_images in faulty:
         try:
@@ -625,10 +626,11 @@ import os, sys, torch, torch.distributed as dist
 sys.path[:0] = [os.getcwd(), os.getcwd() + "/tests"]
 from tiny_models import pictures
 from common.rewards import load_reward
+from harness.rewards import everybodys
 
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 folder = os.path.dirname(__file__)
-reward = load_reward("SPEC")
+reward = load_reward("SPEC", gather=everybodys)
 if world > 1:
     dist.init_process_group("gloo")
 # "a nurse" is there three times: groups of five of her pictures, not one of fifteen.
@@ -796,7 +798,9 @@ def test_a_sum_that_is_not_finite_is_refused(tmp_path):
 def test_whatever_a_loader_raises_is_one_line(tmp_path, text, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["dpok.py"])
     with pytest.raises(SystemExit) as end:
-        load_reward_or_fail(f"{users(tmp_path, text)}:f", torch.device("cpu"), ["a cat"])
+        load_reward_or_fail(
+            f"{users(tmp_path, text)}:f", torch.device("cpu"), ["a cat"], "--reward"
+        )
     assert end.value.code == 2
     line = r"dpok.py: error: --reward .*mine.py:f cannot be loaded \(.*Error.*\n"
     assert re.fullmatch(line, capsys.readouterr().err)
@@ -811,7 +815,7 @@ def test_the_line_about_a_reward_is_whole_and_names_the_prompts(tmp_path, monkey
     ):
         monkeypatch.setattr("harness.rewards.load_reward", Mock(side_effect=error))
         with pytest.raises(SystemExit) as end:
-            load_reward_or_fail("object_detection", torch.device("cpu"), ["a cat"])
+            load_reward_or_fail("object_detection", torch.device("cpu"), ["a cat"], "--reward")
         stderr = capsys.readouterr().err
         assert end.value.code == 2 and stderr.count("\n") == 1
         assert labels in stderr and remedy in stderr

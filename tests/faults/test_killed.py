@@ -79,7 +79,7 @@ def test_stopped_by_a_signal(undisturbed, tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     stderr = finish(process)
-    assert "stopped, and saved; go on with --resume" in stderr and "Traceback" not in stderr
+    assert "stopped, and saved; resume it with --resume" in stderr and "Traceback" not in stderr
     saved = iteration_of(tmp_path / "run")
     assert 1 <= saved == len(read_metrics(tmp_path / "run")) < 3
     finish(start(script, "--resume", tmp_path / "run"))
