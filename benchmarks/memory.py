@@ -2,8 +2,8 @@
 
 python -m benchmarks.memory    writes benchmarks/results/memory.json and prints a table
 
-With fake tensors no number is computed: what is counted are the parameters, and the storages that
-autograd keeps for the backward pass of one guided prediction (a batch of two), each once and without
+With fake tensors no number is computed. Counted are the parameters, and the storages that autograd
+keeps for the backward pass of one guided prediction (a batch of two), each once, without
 the parameters. Not in it: the allocator's own overhead, and what a kernel needs while it runs.
 """
 
