@@ -17,6 +17,7 @@ from tiny_sd import save_tiny_sd
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config, items):
     """For --dist loadgroup: tests that share a fixture run in one process.
 
