@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 from diffusers import DDIMScheduler
-from written_out import policies, record_updates
+from written_out import policies, record_rollouts, record_updates
 
 import ddpo
 from common.scheduler import ddim_step_with_logprob
@@ -26,12 +26,10 @@ def run_recorded(tiny_sd, tmp_path, monkeypatch, *flags):
 
     The (weight, gradient) pairs of each update, the rollout and the advantages.
     """
-    rollout, advantages = [], []
-    sample, per_prompt_advantages = ddpo.sample, ddpo.per_prompt_advantages
-    monkeypatch.setattr(ddpo, "sample", lambda *a: rollout.append(sample(*a)) or rollout[-1])
+    advantages, per_prompt_advantages = [], ddpo.per_prompt_advantages
     recorded_advantages = lambda *a: advantages.append(per_prompt_advantages(*a)) or advantages[-1]
     monkeypatch.setattr(ddpo, "per_prompt_advantages", recorded_advantages)
-    recorded = record_updates(monkeypatch)
+    recorded, rollouts = record_updates(monkeypatch), record_rollouts(monkeypatch, ddpo)
     words = ["--model", tiny_sd, "--prompt", PROMPT]
     words += ["--reward", "jpeg_incompressibility", "--num-inference-steps", 4]
     words += ["--samples-per-iteration", 10, "--num-iterations", 1]
@@ -40,8 +38,10 @@ def run_recorded(tiny_sd, tmp_path, monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", ["ddpo.py", *map(str, words)])
     ddpo.main()
     monkeypatch.undo()
-    trajectory, log_prob, _ = rollout[1]  # the first is that of the grid of samples
-    return recorded, trajectory, log_prob, advantages[0]
+    # Grids of pictures have eight.
+    ((trajectory, log_prob, _),) = [r for r in rollouts if len(r.trajectory) == 10]
+    (advantages,) = advantages
+    return recorded, trajectory, log_prob, advantages
 
 
 def gradient(update):

@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT, read_metrics, run_script
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
-from written_out import merged_unet, policies, record_updates
+from written_out import merged_unet, policies, record_rollouts, record_updates
 
 import ddpo
 import large_scale_ppo
@@ -64,9 +64,7 @@ def test_gradients_of_the_policy_are_those_of_eq_7(tiny_sd, tmp_path, monkeypatc
     leave the band on either side later.
     """
     clip, T, m = 3e-4, 4, 10
-    rollout, sample = [], large_scale_ppo.sample
-    recorded_sample = lambda *a: rollout.append(sample(*a)) or rollout[-1]
-    monkeypatch.setattr(large_scale_ppo, "sample", recorded_sample)
+    rollouts = record_rollouts(monkeypatch, large_scale_ppo)
     rewards, advantages = [], large_scale_ppo.per_batch_advantages
     recorded_advantages = lambda r: rewards.append(r) or advantages(r)
     monkeypatch.setattr(large_scale_ppo, "per_batch_advantages", recorded_advantages)
@@ -75,8 +73,10 @@ def test_gradients_of_the_policy_are_those_of_eq_7(tiny_sd, tmp_path, monkeypatc
     flags += ["--pretrain-beta", 0, "--output-dir", tmp_path / "run"]
     run_here(monkeypatch, *small, *flags)
     monkeypatch.undo()
-    trajectory, log_prob, _ = rollout[1]  # the first is that of the grid of samples
-    r = rewards[0].double().numpy()
+    # Grids of pictures have eight.
+    ((trajectory, log_prob, _),) = [r for r in rollouts if len(r.trajectory) == m]
+    (r,) = rewards
+    r = r.double().numpy()
     A = torch.from_numpy((r - r.mean()) / np.sqrt(((r - r.mean()) ** 2).mean()))
     timesteps = torch.randperm(4, generator=large_scale_ppo.seeded(0, 1, 0, 0))[:3].tolist()
     assert len(recorded) == 3
@@ -195,7 +195,8 @@ def test_groups_are_places_in_the_batch(tmp_path, monkeypatch, small):
     (tmp_path / "two.txt").write_text("a cat\na dog\n")
     tasks = ["--tasks", f"jpeg_compressibility {tmp_path}/two.txt 3x4", "--pretrain-beta", 0]
     run_here(monkeypatch, *small, *tasks, "--output-dir", tmp_path / "run")
-    prompts, groups = seen[-1]  # of the second task; the first is the fixture's
+    # The fixture's own task has ten pictures.
+    ((prompts, groups),) = [call for call in seen if len(call[0]) == 12]
     assert groups == [0] * 4 + [1] * 4 + [2] * 4
     assert sorted(prompts.count(prompt) for prompt in set(prompts)) == [4, 8]
 

@@ -26,6 +26,14 @@ def record_updates(monkeypatch) -> list:
     return recorded
 
 
+def record_rollouts(monkeypatch, script) -> list:
+    """Every rollout of the module `script` from now on is in the list, those for pictures too."""
+    recorded, sample = [], script.sample
+    recorded_sample = lambda *a: recorded.append(sample(*a)) or recorded[-1]
+    monkeypatch.setattr(script, "sample", recorded_sample)
+    return recorded
+
+
 def merged_unet(model, weights: list[torch.Tensor], w: float, prompt: str):
     """With LoRA `weights` (A and B in turn): the weights as leaves, and two guided outputs.
 
