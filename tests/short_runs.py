@@ -8,24 +8,17 @@ from pathlib import Path
 import torch
 from conftest import ROOT, read_metrics
 from safetensors.torch import load_file
+from scripts import TABLE, reward_flags
 
-SCRIPTS = ("dpok.py", "ddpo.py", "rwr.py", "sft_kl.py", "large_scale_ppo.py")
 COMMON = ("zoo", "--num-inference-steps", 3, "--num-iterations", 3)
 COMMON += ("--save-every", 1, "--micro-batch-size", 4)
 # Less than the preset's 2e-3: AdamW's first step is large for the smallest gradient too, which
 # ranks round differently.
 COMMON += ("--learning-rate", 1e-4)
 SHORT = {
-    "dpok.py": ("--samples-per-iteration", 4, "--batch-size", 8, "--value-batch-size", 8),
-    "ddpo.py": ("--samples-per-iteration", 4, "--min-count", 2, "--gradient-steps", 2),
-    "rwr.py": ("--samples-per-iteration", 8, "--shard-size", 4, "--batch-size", 4),
-    "sft_kl.py": ("--dataset-size", 8, "--shard-size", 4, "--samples-per-iteration", 4),
-    "large_scale_ppo.py": ("--pretrain-batch-size", 4, "--training-timesteps", 2),
+    name: (*script.short.split(), *reward_flags(name, "image_reward:zoo/image_reward", "2x2"))
+    for name, script in TABLE.items()
 }
-SHORT["dpok.py"] += ("--replay-rollouts", 2)
-SHORT["rwr.py"] += ("--gradient-steps", 2)
-SHORT["sft_kl.py"] += ("--batch-size", 4, "--gradient-steps", 2)
-SHORT["large_scale_ppo.py"] += ("--tasks", "image_reward:zoo/image_reward prompts/zoo.txt 2x2")
 FINAL = "pytorch_lora_weights.safetensors"
 
 

@@ -1,4 +1,7 @@
-"""What holds for every script: a run as a user makes it, ranks, micro-batches, resume, faults, wrong input."""
+"""What holds for every script: a run as a user makes it, ranks, micro-batches, resume.
+
+And faults, and wrong input.
+"""
 
 import importlib
 import json
@@ -11,45 +14,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, read_metrics, run_script
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
+from scripts import SCRIPTS, TABLE, ten_samples
+from short_runs import assert_same_run, steady_metrics
+from transformers import CLIPTextModel
 
 from common.stable_diffusion import PromptEncoder
 from harness.folder import run_name
 
-SCRIPTS = ("dpok.py", "ddpo.py", "rwr.py", "sft_kl.py", "large_scale_ppo.py")
 PROMPT = "A green colored rabbit"
-# What a run of ten samples needs, and what makes the algorithm's own parts take part in it.
-SMALL = {script: () for script in SCRIPTS}
-SMALL["rwr.py"] = ("--shard-size", 5, "--batch-size", 6, "--gradient-steps", 2)
-SMALL["sft_kl.py"] = (
-    *SMALL["rwr.py"],
-    "--dataset-size",
-    10,
-    "--gamma",
-    9,
-)  # more than the kB of a JPEG
-SMALL["large_scale_ppo.py"] = (
-    "--pretrain-data",
-    f"{ROOT}/zoo/pairs.py:biased",
-    "--pretrain-batch-size",
-    5,
-)
-SMALL["large_scale_ppo.py"] += ("--training-timesteps", 3)
-OWN = SMALL | {
-    "dpok.py": ("--value-function",),
-    "ddpo.py": ("--min-count", 2, "--gradient-steps", 2),
-}
-# Fewer updates, in which AdamW amplifies what rounding does.
-OWN["large_scale_ppo.py"] = (*SMALL["large_scale_ppo.py"], "--training-timesteps", 2)
-
-
-def ten_samples(script: str, reward: str, prompts: str) -> list:
-    """An iteration's ten samples: the flags."""
-    if script == "large_scale_ppo.py":
-        return ["--tasks", f"{reward} {prompts} 5x2"]
-    return ["--samples-per-iteration", 10, "--reward", reward, "--prompts-file", prompts]
 
 
 def tiny(script: str, folder, reward: str) -> list:
@@ -58,22 +33,24 @@ def tiny(script: str, folder, reward: str) -> list:
     return ["--num-inference-steps", 4, *ten_samples(script, reward, folder / "prompt.txt")]
 
 
+def tiny_and_own(script: str, folder, reward: str) -> list:
+    """The same, with all the algorithm's own parts."""
+    return [*tiny(script, folder, reward), *TABLE[script].takes_part.split()]
+
+
 def run_here(monkeypatch, script: str, *flags) -> None:
     """The script's main in this process, which saves the seconds of the imports."""
+    monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
     importlib.import_module(script.removesuffix(".py")).main()
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
 def default_run(request, tiny_sd, tmp_path_factory):
-    """The configuration without a preset, on SD v1.5's layout shrunk: 2 iterations of 10 samples, the JPEG's size."""
+    """No preset, on SD v1.5's layout shrunk: 2 iterations of 10 samples, the JPEG's size."""
     folder = tmp_path_factory.mktemp("default") / "run"
-    flags = [
-        "--num-iterations",
-        2,
-        *ten_samples(request.param, "jpeg_compressibility", "prompts/zoo.txt"),
-    ]
-    flags += SMALL[request.param]
+    flags = ten_samples(request.param, "jpeg_compressibility", "prompts/zoo.txt")
+    flags += ["--num-iterations", 2]
     result = run_script(request.param, "--model", tiny_sd, *flags, "--output-dir", folder)
     assert result.returncode == 0, result.stderr
     return folder
@@ -94,16 +71,14 @@ def test_default_run_leaves_what_it_promises(default_run):
     assert list(default_run.glob("events.out.tfevents.*"))
     for name in ("samples/000000.png", "samples/000002.png", "learning_curve.png"):
         assert Image.open(default_run / name).size[0] > 100
-    before, after = (
-        np.asarray(Image.open(default_run / f"samples/00000{k}.png"), int) for k in (0, 2)
-    )
-    assert before.shape == after.shape and np.abs(before - after).mean() < 10, (
-        "fixed seeds should make grids compare"
-    )
+    grids = [Image.open(default_run / f"samples/00000{k}.png") for k in (0, 2)]
+    before, after = (np.asarray(grid, int) for grid in grids)
+    assert before.shape == after.shape
+    assert np.abs(before - after).mean() < 10, "fixed seeds should make grids compare"
 
 
 def assert_all_trained(before: dict, after: dict) -> None:
-    """Every weight but queries and keys of a self-attention over a single pixel, which have no gradient."""
+    """Every weight but queries and keys of a self-attention over one pixel: no gradient there."""
     same = [key for key in before if after[key].equal(before[key])]
     assert all("attn1.to_q" in key or "attn1.to_k" in key for key in same), same
 
@@ -116,9 +91,8 @@ def test_weights_of_a_run_load_in_plain_diffusers(default_run, tiny_sd):
         unet = UNet2DConditionModel.from_pretrained(default_run / "unet")
         before, after = pipeline.unet.state_dict(), unet.state_dict()
         assert_all_trained(before, after)
-        StableDiffusionPipeline.from_pretrained(tiny_sd, unet=unet)(
-            PROMPT, num_inference_steps=1, output_type="np"
-        )
+        pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd, unet=unet)
+        pipeline(PROMPT, num_inference_steps=1, output_type="np")
         return
     pipeline.load_lora_weights(default_run)
     state = load_file(default_run / "pytorch_lora_weights.safetensors")
@@ -126,73 +100,36 @@ def test_weights_of_a_run_load_in_plain_diffusers(default_run, tiny_sd):
     assert pipeline.get_active_adapters()
 
 
-@pytest.mark.parametrize(
-    "script, of_all, of_lora",
-    [
-        ("dpok.py", 1e-5, 1e-5),
-        ("ddpo.py", 1e-5, 3e-4),
-        ("rwr.py", 1e-5, 3e-4),
-        ("sft_kl.py", 2e-5, 2e-5),
-    ]
-    + [("large_scale_ppo.py", 2e-6, 3e-4)],
-)
-def test_rate_without_a_flag_is_that_of_what_is_trained(
-    tiny_sd, tmp_path, script, of_all, of_lora, monkeypatch
-):
-    for rank, rate in ((0, of_all), (4, of_lora)):
-        flags = [
-            *tiny(script, tmp_path, "jpeg_compressibility"),
-            *SMALL[script],
-            "--num-iterations",
-            1,
-        ]
-        run_here(
-            monkeypatch,
-            script,
-            *flags,
-            "--model",
-            tiny_sd,
-            "--lora-rank",
-            rank,
-            "--output-dir",
-            tmp_path / str(rank),
-        )
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_rate_without_a_flag_is_that_of_what_is_trained(tiny_sd, tmp_path, script, monkeypatch):
+    for rank, rate in ((0, TABLE[script].rate), (4, TABLE[script].rate_of_lora)):
+        flags = [*tiny(script, tmp_path, "jpeg_compressibility"), "--num-iterations", 1]
+        flags += ["--model", tiny_sd, "--lora-rank", rank, "--output-dir", tmp_path / str(rank)]
+        run_here(monkeypatch, script, *flags)
         state = torch.load(tmp_path / str(rank) / "checkpoint/state.pt", weights_only=True)
         assert state["kept"]["optimizer"]["param_groups"][0]["lr"] == rate
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_all_weights(tiny_sd, tmp_path, script, monkeypatch):
-    """--lora-rank 0: every weight is trained, a resumed run is bitwise the undisturbed one, and the KL is to a frozen
-    copy of the pretrained UNet."""
-    flags = [
-        *tiny(script, tmp_path, "jpeg_incompressibility"),
-        *OWN[script],
-        "--learning-rate",
-        1e-4,
-    ]
-    flags += ["--model", tiny_sd, "--lora-rank", 0]
+    """--lora-rank 0: every weight is trained, and a resumed run is bitwise the undisturbed one.
+
+    The KL is to a frozen copy of the pretrained UNet.
+    """
+    flags = tiny_and_own(script, tmp_path, "jpeg_incompressibility")
+    flags += ["--learning-rate", 1e-4, "--model", tiny_sd, "--lora-rank", 0]
     for folder, iterations in (("whole", 3), ("parts", 1)):
-        run_here(
-            monkeypatch,
-            script,
-            *flags,
-            "--num-iterations",
-            iterations,
-            "--output-dir",
-            tmp_path / folder,
-        )
+        words = ["--num-iterations", iterations, "--output-dir", tmp_path / folder]
+        run_here(monkeypatch, script, *flags, *words)
     run_here(monkeypatch, script, "--resume", tmp_path / "parts", "--num-iterations", 3)
-    whole, parts = (read_metrics(tmp_path / name) for name in ("whole", "parts"))
-    for a, b in zip(whole, parts, strict=True):
-        assert {k: v for k, v in a.items() if "time/" not in k} == {
-            k: v for k, v in b.items() if "time/" not in k
-        }
+    whole, parts = (steady_metrics(tmp_path / name) for name in ("whole", "parts"))
+    assert whole == parts
     assert 0 <= whole[0]["kl/pretrained"] < whole[2]["kl/pretrained"]
-    whole, parts = (
-        UNet2DConditionModel.from_pretrained(tmp_path / name / "unet").state_dict()
+    unets = [
+        UNet2DConditionModel.from_pretrained(tmp_path / name / "unet")
         for name in ("whole", "parts")
-    )
+    ]
+    whole, parts = (unet.state_dict() for unet in unets)
     before = UNet2DConditionModel.from_pretrained(tiny_sd, subfolder="unet").state_dict()
     assert all(whole[key].equal(parts[key]) for key in before)
     assert_all_trained(before, whole)
@@ -201,75 +138,46 @@ def test_all_weights(tiny_sd, tmp_path, script, monkeypatch):
 
 @pytest.mark.parametrize("script, rank", [("dpok.py", 4), ("ddpo.py", 4), ("ddpo.py", 0)])
 def test_fp16_where_ranks_have_no_transitions(tiny_sd, tmp_path, smooth, script, rank):
-    """Three processes and one transition, or sample, an update: two of them have none, in the first update of a run and
-    of a resumed one."""
-    flags = [
-        *tiny(script, tmp_path, smooth),
-        "--model",
-        tiny_sd,
-        "--dtype",
-        "fp16",
-        "--lora-rank",
-        rank,
-    ]
-    flags += ["--num-inference-steps", 2, "--samples-per-iteration", 6]
-    flags += {
-        "dpok.py": [
-            "--batch-size",
-            1,
-            "--gradient-steps",
-            3,
-            "--value-function",
-            "--value-batch-size",
-            1,
-        ],
-        "ddpo.py": ["--gradient-steps", 6, "--min-count", 2],
-    }[script]
+    """Three processes and one transition, or sample, an update: two of them have none.
+
+    In the first update of a run, and of a resumed one.
+    """
+    flags = [*tiny(script, tmp_path, smooth), "--model", tiny_sd, "--lora-rank", rank]
+    flags += ["--dtype", "fp16", "--num-inference-steps", 2, "--samples-per-iteration", 6]
+    of_dpok = "--batch-size 1 --gradient-steps 3 --value-function --value-batch-size 1"
+    of_ddpo = "--gradient-steps 6 --min-count 2"
+    flags += {"dpok.py": of_dpok, "ddpo.py": of_ddpo}[script].split()
     flags += ["--output-dir", tmp_path / "run", "--learning-rate", 1e-4]
     result = run_script(script, *flags, "--num-iterations", 1, ranks=3)
     assert result.returncode == 0, result.stderr
     result = run_script(script, "--resume", tmp_path / "run", "--num-iterations", 2, ranks=3)
     assert result.returncode == 0, result.stderr
     lines = read_metrics(tmp_path / "run")
-    assert len(lines) == 2 and all(
-        line["updates/skipped"] == 0 and line["grad_norm"] > 0 for line in lines
-    )
+    assert len(lines) == 2
+    assert all(line["updates/skipped"] == 0 and line["grad_norm"] > 0 for line in lines)
     assert all(line["ratio/first_max_deviation"] < 1e-5 for line in lines)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_grid_and_prompts_are_bounded_by_the_micro_batch(tiny_sd, tmp_path, script, monkeypatch):
-    """No forward pass of UNet or text encoder has more than a micro-batch of three (twice that, with guidance), and of
-    400 prompts those alone are encoded that are drawn."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel
+    """No forward pass has more than a micro-batch of three (twice that, with guidance).
 
+    And of 400 prompts those alone are encoded that are drawn.
+    """
     sizes = {UNet2DConditionModel: [], CLIPTextModel: [], AutoencoderKL: []}
 
-    def recorded(network, name, method):
-        return lambda self, x, *a, **k: sizes[network].append(len(x)) or method(self, x, *a, **k)
+    def record(network, name):
+        method, seen = getattr(network, name), sizes[network]
+        recorded = lambda self, x, *a, **k: seen.append(len(x)) or method(self, x, *a, **k)
+        monkeypatch.setattr(network, name, recorded)
 
-    for network, name in (
-        (UNet2DConditionModel, "forward"),
-        (CLIPTextModel, "forward"),
-        (AutoencoderKL, "decode"),
-    ):
-        monkeypatch.setattr(network, name, recorded(network, name, getattr(network, name)))
+    record(UNet2DConditionModel, "forward")
+    record(CLIPTextModel, "forward")
+    record(AutoencoderKL, "decode")
     (tmp_path / "many.txt").write_text("".join(f"a cat {i}\n" for i in range(400)))
-    flags = [
-        "--num-inference-steps",
-        4,
-        *ten_samples(script, "jpeg_compressibility", tmp_path / "many.txt"),
-    ]
-    flags += [
-        *OWN[script],
-        "--num-iterations",
-        1,
-        "--micro-batch-size",
-        3,
-        "--output-dir",
-        tmp_path / "run",
-    ]
+    flags = ten_samples(script, "jpeg_compressibility", tmp_path / "many.txt")
+    flags += [*TABLE[script].takes_part.split(), "--num-inference-steps", 4, "--num-iterations", 1]
+    flags += ["--micro-batch-size", 3, "--output-dir", tmp_path / "run"]
     run_here(monkeypatch, script, *flags, "--model", tiny_sd)
     assert max(sizes[UNet2DConditionModel]) == 6 and max(sizes[AutoencoderKL]) <= 3
     assert max(sizes[CLIPTextModel]) == 1 and len(sizes[CLIPTextModel]) < 50
@@ -279,25 +187,25 @@ def test_prompts_are_encoded_once_and_few_are_kept(tiny_sd):
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
     encode, prompts = PromptEncoder(pipeline, "cpu", kept=10), [f"a cat {i}" for i in range(30)]
     hidden, pooled = encode(prompts)
-    ids = pipeline.tokenizer(
-        prompts, padding="max_length", truncation=True, return_tensors="pt"
-    ).input_ids
+    padded = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    ids = pipeline.tokenizer(prompts, **padded).input_ids
     with torch.no_grad():
         expected = pipeline.text_encoder(ids)
     assert torch.allclose(hidden, expected.last_hidden_state, atol=1e-5)
     assert torch.allclose(pooled, expected.pooler_output, atol=1e-5)
-    assert (
-        encode.encode_one.cache_info().currsize == 10
-        and encode.encode_one.cache_info().misses == 30
-    )
+    cache = encode.encode_one.cache_info()
+    assert (cache.currsize, cache.misses) == (10, 30)
     assert encode(prompts[20:] + prompts[20:])[0].equal(hidden[20:].repeat(2, 1, 1))
     assert encode.encode_one.cache_info().misses == 30
 
 
 @pytest.fixture
 def smooth(tmp_path):
-    """A smooth reward (the size of a JPEG jumps with the last bit of a pixel) whose spread is far above rounding, which
-    it is not for the brightness of whole pictures: its advantages would be rounding in their fourth digit."""
+    """A smooth reward, where the size of a JPEG jumps with the last bit of a pixel.
+
+    Its spread is far above rounding, which it is not for the brightness of whole pictures: their
+    advantages would be rounding in their fourth digit.
+    """
     (tmp_path / "mine.py").write_text(
         "def f(images, prompts):\n"
         "    left, right = images[:, 0].double().chunk(2, dim=2)\n"
@@ -308,18 +216,11 @@ def smooth(tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_ranks_do_not_change_the_result(tiny_sd, tmp_path, smooth, script):
-    """10 samples on 1, 2 and 3 processes (uneven for 3): the same metrics and LoRA after 3 iterations."""
-    # With much smaller steps the KL is a difference of nearly equal numbers; with larger ones, and with the default
-    # guidance of 7.5, rounding is amplified.
-    flags = [
-        *tiny(script, tmp_path, smooth),
-        *OWN[script],
-        "--num-iterations",
-        3,
-        "--learning-rate",
-        2e-3,
-    ]
-    flags += ["--guidance-scale", 2, "--model", tiny_sd, "--lora-rank", 4]
+    """10 samples on 1, 2 and 3 processes, uneven for 3: the same metrics and LoRA."""
+    # With much smaller steps the KL is a difference of nearly equal numbers; with larger ones, and
+    # with the default guidance of 7.5, rounding is amplified.
+    flags = [*tiny_and_own(script, tmp_path, smooth), "--num-iterations", 3]
+    flags += ["--learning-rate", 2e-3, "--guidance-scale", 2, "--lora-rank", 4, "--model", tiny_sd]
     for ranks in (1, 2, 3):
         result = run_script(script, *flags, "--output-dir", tmp_path / str(ranks), ranks=ranks)
         assert result.returncode == 0, result.stderr
@@ -338,18 +239,10 @@ def test_ranks_do_not_change_the_result(tiny_sd, tmp_path, smooth, script):
 def test_micro_batch_size_does_not_change_the_result(
     tiny_sd, tmp_path, smooth, script, monkeypatch
 ):
+    flags = [*tiny_and_own(script, tmp_path, smooth), "--num-iterations", 1, "--model", tiny_sd]
     for size in (3, 64):
-        flags = [
-            *tiny(script, tmp_path, smooth),
-            *OWN[script],
-            "--num-iterations",
-            1,
-            "--micro-batch-size",
-            size,
-        ]
-        run_here(
-            monkeypatch, script, *flags, "--model", tiny_sd, "--output-dir", tmp_path / str(size)
-        )
+        words = ["--micro-batch-size", size, "--output-dir", tmp_path / str(size)]
+        run_here(monkeypatch, script, *flags, *words)
     small, large = read_metrics(tmp_path / "3")[0], read_metrics(tmp_path / "64")[0]
     for key in small:
         if not key.startswith(("time/", "ratio/first")):
@@ -358,86 +251,41 @@ def test_micro_batch_size_does_not_change_the_result(
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_resumed_run_equals_an_undisturbed_one(tiny_sd, tmp_path, script, monkeypatch, capsys):
-    flags = [
-        *tiny(script, tmp_path, "jpeg_incompressibility"),
-        *OWN[script],
-        "--learning-rate",
-        1e-3,
-    ]
-    flags += ["--model", tiny_sd]
+    flags = tiny_and_own(script, tmp_path, "jpeg_incompressibility")
+    flags += ["--learning-rate", 1e-3, "--model", tiny_sd]
     for folder, iterations in (("whole", 4), ("parts", 2)):
-        run_here(
-            monkeypatch,
-            script,
-            *flags,
-            "--num-iterations",
-            iterations,
-            "--output-dir",
-            tmp_path / folder,
-        )
+        words = ["--num-iterations", iterations, "--output-dir", tmp_path / folder]
+        run_here(monkeypatch, script, *flags, *words)
     run_here(monkeypatch, script, "--resume", tmp_path / "parts", "--num-iterations", 4)
-    whole, parts = (read_metrics(tmp_path / name) for name in ("whole", "parts"))
-    for a, b in zip(whole, parts, strict=True):
-        assert {k: v for k, v in a.items() if "time/" not in k} == {
-            k: v for k, v in b.items() if "time/" not in k
-        }
-    whole, parts = (
-        load_file(tmp_path / name / "pytorch_lora_weights.safetensors")
-        for name in ("whole", "parts")
-    )
-    assert all(whole[key].equal(parts[key]) for key in whole)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
     with pytest.raises(SystemExit) as end:
         run_here(monkeypatch, script, "--resume", tmp_path / "parts", "--weight-decay", 3)
     assert end.value.code == 2 and "--weight-decay" in capsys.readouterr().err
 
 
 def test_unknown_words_are_named(tmp_path):
-    flags = [
-        "--num-iterations",
-        1,
-        "--samples-per-iteration",
-        2,
-        "--num-inference-steps",
-        2,
-        "--gradient-steps",
-        1,
-    ]
-    result = run_script(
-        "dpok.py", "zoo", "--prompt", "A purple zebra", *flags, "--output-dir", tmp_path / "run"
-    )
+    flags = ["zoo", "--prompt", "A purple zebra", "--output-dir", tmp_path / "run"]
+    flags += ["--num-iterations", 1, "--samples-per-iteration", 2]
+    flags += ["--num-inference-steps", 2, "--gradient-steps", 1]
+    result = run_script("dpok.py", *flags)
     assert result.returncode == 0, result.stderr
     warning = [line for line in result.stderr.splitlines() if line.startswith("warning:")]
     assert len(warning) == 1 and "purple, zebra" in warning[0]
 
 
 def test_what_a_long_prompt_loses_is_shown(tiny_sd, tmp_path, monkeypatch, capsys):
-    """A file with a byte order mark, an empty line, another script, 10 000 characters, and parts of a path."""
-    (tmp_path / "p.txt").write_text(
-        "\ufeffa cat\n\nقطة\n" + "a white dog " * 840 + "\n../../../tmp/a/b\n"
-    )
-    flags = [
-        *tiny("dpok.py", tmp_path, "jpeg_compressibility"),
-        "--model",
-        tiny_sd,
-        "--num-iterations",
-        1,
-    ]
-    flags += [
-        "--gradient-steps",
-        1,
-        "--prompts-file",
-        tmp_path / "p.txt",
-        "--output-dir",
-        tmp_path / "run",
-    ]
+    """A file with a byte order mark, an empty line, another script, and parts of a path.
+
+    One prompt of it has 10 000 characters.
+    """
+    prompts = ["a cat", "", "قطة", "a white dog " * 840, "../../../tmp/a/b"]
+    (tmp_path / "p.txt").write_text("\ufeff" + "\n".join(prompts) + "\n")
+    flags = [*tiny("dpok.py", tmp_path, "jpeg_compressibility"), "--model", tiny_sd]
+    flags += ["--num-iterations", 1, "--gradient-steps", 1]
+    flags += ["--prompts-file", tmp_path / "p.txt", "--output-dir", tmp_path / "run"]
     run_here(monkeypatch, "dpok.py", *flags)
-    lost = [line for line in capsys.readouterr().err.splitlines() if "this is lost" in line]
-    assert (
-        len(lost) == 1
-        and "1 of the prompts" in lost[0]
-        and "white dog" in lost[0]
-        and len(lost[0]) < 400
-    )
+    (lost,) = [line for line in capsys.readouterr().err.splitlines() if "this is lost" in line]
+    assert "1 of the prompts" in lost and "white dog" in lost and len(lost) < 400
 
 
 @pytest.mark.parametrize(
@@ -454,7 +302,7 @@ def test_reward_that_is_not_finite_stops_the_run(tiny_sd, tmp_path, script):
     (tmp_path / "mine.py").write_text(
         "import torch\ndef f(images, prompts): return torch.full((len(prompts),), float('nan'))\n"
     )
-    flags = [*tiny(script, tmp_path, f"{tmp_path}/mine.py:f"), *SMALL[script], "--model", tiny_sd]
+    flags = [*tiny(script, tmp_path, f"{tmp_path}/mine.py:f"), "--model", tiny_sd]
     result = run_script(script, *flags, "--output-dir", tmp_path / "run")
     assert result.returncode == 1 and "nan" in result.stderr and PROMPT in result.stderr
     assert "Traceback" not in result.stderr
@@ -529,7 +377,9 @@ WRONG_OF = {
             "no size": "jpeg_compressibility prompts/zoo.txt 8by8",
             "no images": "jpeg_compressibility prompts/zoo.txt 8x0",
             "a set of one": "statistical_parity:zoo/skin_tone prompts/zoo_portraits.txt 8x1",
-            "prompts that the reward cannot score": "object_detection:zoo/detector prompts/occupations.txt 2x2",
+            "prompts that the reward cannot score": (
+                "object_detection:zoo/detector prompts/occupations.txt 2x2"
+            ),
         }.items()
     }
     | {
@@ -553,11 +403,15 @@ def is_one_line(stderr: str, mentioned: str) -> bool:
     return len(lines) == 1 and mentioned in lines[0]
 
 
-@pytest.mark.parametrize("script, name", [(s, n) for s in SCRIPTS for n in WRONG | WRONG_OF[s]])
+def wrong_of(script: str) -> dict:
+    return WRONG | WRONG_OF.get(script, {})
+
+
+@pytest.mark.parametrize("script, name", [(s, n) for s in SCRIPTS for n in wrong_of(s)])
 def test_wrong_input_is_one_line_and_exit_code_2(script, name, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "other" / "checkpoint").mkdir(parents=True)
-    words, mentioned = (WRONG | WRONG_OF[script])[name]
+    words, mentioned = wrong_of(script)[name]
     replaced = {"EMPTY": tmp_path / "empty.txt", "OTHER": tmp_path / "other"}
     monkeypatch.chdir(ROOT)
     words = [" ".join(str(replaced.get(part, part)) for part in word.split(" ")) for word in words]
@@ -572,54 +426,49 @@ def test_wrong_input_is_one_line_and_exit_code_2(script, name, tmp_path, monkeyp
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_wrong_input_as_a_user_sees_it(script):
-    """In a process of its own, in 10 s of its core: nothing that a library prints comes beside the line."""
-    wrong = WRONG | WRONG_OF[script]
+    """In a process of its own, in 10 s of its core: no library prints anything beside the line."""
+    wrong = wrong_of(script)
     for words, mentioned in (wrong["default model, no hub"], wrong["reward folder empty"]):
         before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         result = run_script(script, *words, timeout=60)
         assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 10
-        assert result.returncode == 2 and is_one_line(
-            result.stderr, mentioned.replace("SCRIPT", script)
-        ), result.stderr
+        assert result.returncode == 2
+        assert is_one_line(result.stderr, mentioned.replace("SCRIPT", script)), result.stderr
 
 
 @pytest.mark.parametrize(
     "script, flag", [("dpok.py", "--samples-per-iteration"), ("large_scale_ppo.py", "--tasks")]
 )
 def test_fewer_samples_than_ranks(tiny_sd, tmp_path, script, flag):
-    one = {
-        "--tasks": f"jpeg_compressibility {ROOT}/prompts/zoo.txt 1x1",
-        "--samples-per-iteration": 1,
-    }[flag]
-    result = run_script(script, "--model", tiny_sd, *SMALL[script], flag, one, ranks=2)
+    prompts = f"jpeg_compressibility {ROOT}/prompts/zoo.txt 1x1"
+    one = {"--tasks": prompts, "--samples-per-iteration": 1}[flag]
+    flags = ["--model", tiny_sd, *TABLE[script].needs.split(), flag, one]
+    result = run_script(script, *flags, ranks=2)
     errors = [line for line in result.stderr.splitlines() if line.startswith(f"{script}: error:")]
     assert result.returncode != 0 and len(errors) == 1 and flag in errors[0]
 
 
 def test_blocks_that_are_the_same_in_every_script():
-    blocks, found_in = {}, {}
+    blocks = {}
     for script in SCRIPTS:
         text = (ROOT / script).read_text()
         marked = r"^# --- same in every script(?: that asks)?: (.+)\n((?:.*\n)*?)# ---\n"
         found = re.findall(marked, text, re.MULTILINE)
-        found_in[script] = [name for name, _ in found]
+        assert tuple(name for name, _ in found) == TABLE[script].blocks, script
         for name, body in found:
             assert body == blocks.setdefault(name, body), (script, name)
-    assert found_in.pop("dpok.py") == ["policy"], "its KL is part of the algorithm"
-    assert all(names == ["policy", "monitoring"] for names in found_in.values())
 
 
 def test_flags_with_the_same_name_mean_the_same():
-    """A flag that scripts share has the same type and stands in the same place among those that they share."""
-    fields = [
-        importlib.import_module(s.removesuffix(".py")).Args.__dataclass_fields__ for s in SCRIPTS
-    ]
+    """A flag that scripts share has the same type, and the same place among those they share."""
+    modules = [importlib.import_module(script.removesuffix(".py")) for script in SCRIPTS]
+    fields = [module.Args.__dataclass_fields__ for module in modules]
     shared = [name for name in fields[0] if all(name in other for other in fields)]
     of_one_task = {"prompt", "prompts_file", "reward", "samples_per_iteration"}
     assert all(of_one_task <= set(other) or "tasks" in other for other in fields)
-    promised = "model num_iterations micro_batch_size "
-    promised += "num_inference_steps guidance_scale eta learning_rate lora_rank max_grad_norm seed dtype compile "
-    assert {*promised.split(), "output_dir", "resume", "track"} <= set(shared)
+    promised = "model num_iterations micro_batch_size num_inference_steps guidance_scale eta "
+    promised += "learning_rate lora_rank max_grad_norm seed dtype compile output_dir resume track"
+    assert set(promised.split()) <= set(shared)
     for other in fields:
         assert [name for name in other if name in shared] == shared
         # The rate of three scripts depends on what is trained.

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, read_metrics
+from scripts import SCRIPTS, TABLE, reward_flags
 from short_runs import (
     COMMON,
-    SCRIPTS,
     SHORT,
     assert_same_run,
     finish,
@@ -82,10 +82,8 @@ def with_reward(script: str, folder: Path, kind: str, call: int) -> list:
         code = code.replace(f"{{{name}}}", f"pathlib.Path({str(folder / name)!r})")
     (folder / "mine.py").write_text(code)
     (folder / "fault").touch()
-    spec, flags = f"{folder}/mine.py:{kind}", [*COMMON, *SHORT[script]]
-    if script == "large_scale_ppo.py":
-        return [*flags[:-1], f"{spec} prompts/zoo.txt 2x2"]  # the value of --tasks
-    return [*flags, "--reward", spec]
+    spec = f"{folder}/mine.py:{kind}"
+    return [*COMMON, *TABLE[script].short.split(), *reward_flags(script, spec, "2x2")]
 
 
 KINDS = {"raises": "the scorer is gone", "hangs": "no answer in 3 s", "nan": "returned nan"}
@@ -100,14 +98,14 @@ def test_reward_that_fails_or_hangs(script, kind, tmp_path):
 
     With a reward that is well the run ends as if undisturbed.
     """
-    # Calls an iteration, data set.
-    call, iteration = {"rwr.py": (3, 1), "sft_kl.py": (3, 1)}.get(script, (2, 2))
+    # The last call of the third iteration.
+    call = TABLE[script].calls_at_first + 3 * TABLE[script].calls - 1
     preset, *flags = with_reward(script, tmp_path, kind, call)
     flags = [preset, "--reward-timeout", 3, *flags]
     flags[flags.index("--save-every") + 1] = 50
     process = start(script, *flags, "--output-dir", tmp_path / "run")
     ends_in_one_line(process, 1, KINDS[kind], str(tmp_path / "run"))
-    assert iteration_of(tmp_path / "run") == iteration
+    assert iteration_of(tmp_path / "run") == 2
     (tmp_path / "fault").unlink()
     finish(start(script, "--resume", tmp_path / "run"))
     finish(start(script, *flags, "--output-dir", tmp_path / "whole"))
@@ -133,7 +131,8 @@ def test_disk_that_is_full(script, ranks, tmp_path):
 
     The checkpoint stays whole, and the run goes on later.
     """
-    flags = with_reward(script, tmp_path, "waits", {"rwr.py": 2, "sft_kl.py": 3}.get(script, 1))
+    call = TABLE[script].calls_at_first + TABLE[script].calls
+    flags = with_reward(script, tmp_path, "waits", call)
     process = start(script, *flags, "--output-dir", tmp_path / "run", ranks=ranks)
     wait_for((tmp_path / "waiting").exists, process)
     for pid in workers_of(process) if ranks > 1 else [process.pid]:
@@ -312,28 +311,15 @@ def test_there_is_always_a_whole_checkpoint(tmp_path):
     assert operations > 8 and seen == {b"before", b"after"}
 
 
-SMALLEST = {
-    "dpok.py": ("--samples-per-iteration", 2, "--batch-size", 2, "--gradient-steps", 1),
-    "ddpo.py": ("--samples-per-iteration", 2, "--min-count", 1, "--gradient-steps", 1),
-    "rwr.py": ("--samples-per-iteration", 2, "--shard-size", 2, "--batch-size", 2),
-    "sft_kl.py": ("--dataset-size", 2, "--shard-size", 2, "--samples-per-iteration", 2),
-    "large_scale_ppo.py": ("--pretrain-batch-size", 2, "--training-timesteps", 1),
-}
-SMALLEST["rwr.py"] += ("--gradient-steps", 1)
-SMALLEST["sft_kl.py"] += ("--batch-size", 2, "--gradient-steps", 1)
-SMALLEST["large_scale_ppo.py"] += ("--pretrain-data", "zoo/pairs.py:biased")
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_memory_and_files_do_not_grow(script, tiny_sd, tmp_path):
     """200 iterations of the smallest setting: memory and open files after the first 20.
 
     Under 1 % more memory, and as many open files.
     """
-    flags = [*SMALLEST[script], "--model", tiny_sd]
+    flags = [*TABLE[script].smallest.split(), "--model", tiny_sd]
+    flags += reward_flags(script, "jpeg_compressibility", "1x2")
     flags += ["--num-inference-steps", 2, "--num-iterations", 200]
-    reward = ("--tasks", "jpeg_compressibility prompts/zoo.txt 1x2")
-    flags += reward if script == "large_scale_ppo.py" else ("--reward", "jpeg_compressibility")
     flags += ["--output-dir", tmp_path / "run"]
     # A file, as nobody empties a pipe while the run goes on, and bars of 200 iterations would fill
     # it.

@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import read_metrics
 from safetensors.torch import load_file
+from scripts import SCRIPTS
 from short_runs import (
     COMMON,
     FINAL,
-    SCRIPTS,
     SHORT,
     assert_same_run,
     finish,
