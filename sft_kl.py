@@ -3,7 +3,7 @@
 The model learns from M samples that the pretrained one has drawn once, weighted by their reward
 (Algorithm 2):
 
-    D = {x_0 ~ p_pre(x_0 | z), z ~ p(z)}, M samples, but those of r + gamma <= 0      (Lemma 4.3, B)
+    D = {x_0 ~ p_pre(x_0 | z), z ~ p(z)}, M samples; r <- max(r, -gamma)              (Lemma 4.3, B)
     theta <- theta - lr grad E loss / (2 sigma_t^2), with
     KL-D: loss = (r + gamma) |x_0 - f_theta(x_t, t, z)|^2                              (Eq. 11, 13)
     KL-O: loss = r |x_0 - f_theta|^2 + gamma |f_pre - f_theta|^2                           (Eq. 12)
@@ -93,9 +93,10 @@ class Args(RunArgs):
     """Of |x_0 - f|^2. "paper": 1 / (2 sigma_t^2), Eq. 13. "bound": the means' factor as well, as
     Eq. 11 and 12 have it. "simple": that of the usual loss, the squared error of what the UNet
     predicts (docs/sft_kl.md)."""
-    filter: Literal["drop", "floor"] = "drop"
-    """Of samples with r + gamma <= 0 (App. B). "drop": no part in the loss. "floor": r is set to
-    -gamma, which is the same but for KL-O, whose loss is then linear in f (docs/sft_kl.md)."""
+    filter: Literal["floor", "drop"] = "floor"
+    """Of samples with r + gamma < 0 (App. B). "floor": it is set to 0, as the paper writes; with
+    KL-O the loss of such a sample is linear in f and has no minimum. "drop": they have no part in
+    the loss. The two differ for KL-O alone (docs/sft_kl.md)."""
     gradient_steps: int = 100
     """Updates of an iteration."""
     batch_size: int = 128

@@ -14,10 +14,10 @@ python sft_kl.py zoo --regularization kl-d --prompt "A green colored rabbit" --s
 python sft_kl.py zoo --regularization none --prompt "A green colored rabbit" --seed $SEED \
     --dataset runs/benchmark-learning/data__a-green-colored-rabbit__$SEED \
     --output-dir runs/benchmark-learning/sft_kl__none__a-green-colored-rabbit__$SEED
-python sft_kl.py zoo --regularization kl-o --filter floor --prompt "A green colored rabbit" \
+python sft_kl.py zoo --regularization kl-o --filter drop --prompt "A green colored rabbit" \
     --seed $SEED \
     --dataset runs/benchmark-learning/data__a-green-colored-rabbit__$SEED \
-    --output-dir runs/benchmark-learning/sft_kl__kl-o,-floor__a-green-colored-rabbit__$SEED
+    --output-dir runs/benchmark-learning/sft_kl__kl-o,-drop__a-green-colored-rabbit__$SEED
 
 python sft_kl.py zoo --regularization kl-o --prompt "A cat and a dog" --seed $SEED \
     --dataset runs/benchmark-learning/data__a-cat-and-a-dog__$SEED \
@@ -28,9 +28,9 @@ python sft_kl.py zoo --regularization kl-d --prompt "A cat and a dog" --seed $SE
 python sft_kl.py zoo --regularization none --prompt "A cat and a dog" --seed $SEED \
     --dataset runs/benchmark-learning/data__a-cat-and-a-dog__$SEED \
     --output-dir runs/benchmark-learning/sft_kl__none__a-cat-and-a-dog__$SEED
-python sft_kl.py zoo --regularization kl-o --filter floor --prompt "A cat and a dog" --seed $SEED \
+python sft_kl.py zoo --regularization kl-o --filter drop --prompt "A cat and a dog" --seed $SEED \
     --dataset runs/benchmark-learning/data__a-cat-and-a-dog__$SEED \
-    --output-dir runs/benchmark-learning/sft_kl__kl-o,-floor__a-cat-and-a-dog__$SEED
+    --output-dir runs/benchmark-learning/sft_kl__kl-o,-drop__a-cat-and-a-dog__$SEED
 
 python sft_kl.py zoo --regularization kl-o --prompt "Four wolves in the park" --seed $SEED \
     --dataset runs/benchmark-learning/data__four-wolves-in-the-park__$SEED \
@@ -41,10 +41,10 @@ python sft_kl.py zoo --regularization kl-d --prompt "Four wolves in the park" --
 python sft_kl.py zoo --regularization none --prompt "Four wolves in the park" --seed $SEED \
     --dataset runs/benchmark-learning/data__four-wolves-in-the-park__$SEED \
     --output-dir runs/benchmark-learning/sft_kl__none__four-wolves-in-the-park__$SEED
-python sft_kl.py zoo --regularization kl-o --filter floor --prompt "Four wolves in the park" \
+python sft_kl.py zoo --regularization kl-o --filter drop --prompt "Four wolves in the park" \
     --seed $SEED \
     --dataset runs/benchmark-learning/data__four-wolves-in-the-park__$SEED \
-    --output-dir runs/benchmark-learning/sft_kl__kl-o,-floor__four-wolves-in-the-park__$SEED
+    --output-dir runs/benchmark-learning/sft_kl__kl-o,-drop__four-wolves-in-the-park__$SEED
 
 python sft_kl.py zoo --regularization kl-o --prompt "A dog on the moon" --seed $SEED \
     --dataset runs/benchmark-learning/data__a-dog-on-the-moon__$SEED \
@@ -55,7 +55,7 @@ python sft_kl.py zoo --regularization kl-d --prompt "A dog on the moon" --seed $
 python sft_kl.py zoo --regularization none --prompt "A dog on the moon" --seed $SEED \
     --dataset runs/benchmark-learning/data__a-dog-on-the-moon__$SEED \
     --output-dir runs/benchmark-learning/sft_kl__none__a-dog-on-the-moon__$SEED
-python sft_kl.py zoo --regularization kl-o --filter floor --prompt "A dog on the moon" \
+python sft_kl.py zoo --regularization kl-o --filter drop --prompt "A dog on the moon" \
     --seed $SEED \
     --dataset runs/benchmark-learning/data__a-dog-on-the-moon__$SEED \
-    --output-dir runs/benchmark-learning/sft_kl__kl-o,-floor__a-dog-on-the-moon__$SEED
+    --output-dir runs/benchmark-learning/sft_kl__kl-o,-drop__a-dog-on-the-moon__$SEED
