@@ -116,10 +116,10 @@ def dpok(name: str, seeds: tuple[int, ...], count: int) -> None:
             # Right pictures alone, equally many before and after: else it matters how well the
             # wrong ones are drawn.
             right_after = right_pictures(judge, images, prompt)[: len(right)]
+            after["seed"] = int(values_of(each)["--seed"])
             after["image_quality_right"] = judging.image_quality(judge, base.vae, right_after)
             result["runs"].append(dpok_numbers(each, before, after))
-            seed = result["runs"][-1]["seed"]
-            plot_reward(axis, folder_of(each), label=f"seed {seed}")
+            plot_reward(axis, folder_of(each), label=f"seed {after['seed']}")
         keys = ("success", "image_quality", "image_quality_right")
         keys += ("reward", "reward_gain", "quality_ratio")
         values = {key: [numbers[key] for numbers in result["runs"]] for key in keys}
@@ -155,7 +155,6 @@ def dpok_numbers(command: str, before: dict, after: dict) -> dict:
     folder = folder_of(command)
     lines, wall_time = metrics_of(folder), read_wall_time(folder)
     return after | {
-        "seed": int(values_of(command)["--seed"]),
         "reward_gain": after["reward"] - before["reward"],
         "quality_ratio": after["image_quality"] / before["image_quality"],
         "wall_time": {key: wall_time[key] for key in ("seconds", "jobs_side_by_side", "cores")},
