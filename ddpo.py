@@ -4,7 +4,7 @@ Denoising is a Markov decision process (4.3): the state is (c, t, x_t), the acti
 policy one step p_theta(x_{t-1} | c, t, x_t), the reward r(x_0, c) comes at the end. Each iteration:
 
     sample c ~ p(c) and x_{T:0} ~ p_theta, 256 times                                          (A.1)
-    A <- (r - mean of c's rewards) / std of c's rewards, clipped to +-10                      (A.3)
+    A <- (r - mean of c's rewards) / std of c's rewards                                       (A.3)
     SF: theta <- theta + lr grad E sum_t A log p_theta(x_{t-1} | c, t, x_t), once            (Eq. 3)
     IS: theta <- theta + lr grad E sum_t min(A ratio_t, A clip(ratio_t, 1 - eps, 1 + eps)),  (Eq. 4)
         ratio_t = p_theta(x_{t-1} | c, t, x_t) / p_old(x_{t-1} | c, t, x_t), 4 times          (A.1)
@@ -314,10 +314,10 @@ def main():
         with run.timer("train"):
             generator = seeded(args.seed, UPDATES, iteration)
             steps = choose_steps(args, noisy_steps, generator)
-            shares = torch.randperm(m, generator=generator).tensor_split(gradient_steps)
-            for update, samples in enumerate(shares):
-                count = len(samples) * steps.shape[1]
-                samples = samples[(samples >= own.start) & (samples < own.stop)]
+            minibatches = torch.randperm(m, generator=generator).tensor_split(gradient_steps)
+            for update, minibatch in enumerate(minibatches):
+                count = len(minibatch) * steps.shape[1]
+                samples = minibatch[(minibatch >= own.start) & (minibatch < own.stop)]
                 i_of_steps = samples.repeat_interleave(steps.shape[1])
                 transitions = torch.stack([i_of_steps, steps[samples].flatten()]).to(run.device)
                 for rows in micro_batches(transitions.shape[1], args.micro_batch_size):
@@ -325,9 +325,9 @@ def main():
                     t, own_i = sd.timesteps[j], i - own.start
                     x_t, x_prev = trajectory[own_i, j], trajectory[own_i, j + 1]
                     text = sd.encode([asked[k - own.start] for k in i_of_steps[rows]])
-                    noise = guided_noise(train_args, sd, sd.unet, x_t, t, text)
+                    prediction = guided_noise(train_args, sd, sd.unet, x_t, t, text)
                     step = ddim_step_with_logprob(
-                        sd.scheduler, noise, t, x_t, args.eta, prev_sample=x_prev
+                        sd.scheduler, prediction, t, x_t, args.eta, prev_sample=x_prev
                     )
                     ratio = torch.exp(step.log_prob - log_prob[own_i, j])  # Eq. 4
                     clipped = ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
@@ -342,12 +342,13 @@ def main():
                     run.add("ratio/clip_fraction", outside)
                     run.add("loss/policy", loss.detach().double() / gradient_steps)
                     if update == 0:
-                        off, limit = (ratio - 1).abs().max(), args.clip_range
-                        run.add("ratio/first_max_deviation", off, "max", warn_above=limit)
+                        run.add("ratio/first_max_deviation", (ratio - 1).abs().max(), "max")
                 run.step(optimizer, args.max_grad_norm)
         line = {"samples": (iteration + 1) * m}
         line |= mean_and_std("reward", rewards) | mean_and_std("advantages", advantages)
-        run.log(line)
+        # Without CFG training another policy sampled, and no ratio is 1.
+        limits = {"ratio/first_max_deviation": args.clip_range} if args.cfg_training else {}
+        run.log(line, warn_above=limits)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ Algorithm 1, each iteration:
 A laptop, five minutes:   python dpok.py zoo --prompt "A green colored rabbit"
 One GPU, SD v1.5:         python dpok.py --prompt "A green colored rabbit"
 Eight GPUs:               torchrun --nproc_per_node=8 dpok.py --prompt "A green colored rabbit"
-Many prompts:             torchrun --nproc_per_node=8 dpok.py multi-prompt --prompts-file FILE
+Many prompts:             torchrun --nproc_per_node=8 dpok.py multi-prompt
+                              --prompts-file prompts/dpok.txt
 
 docs/dpok.md says what the paper does, what the released code does, what this file does, and
 explains every metric.
@@ -96,7 +97,8 @@ class Args(RunArgs):
     value_learning_rate: float = 1e-4
     """AdamW's learning rate for the value function (E.3)."""
     value_batch_size: int = 256
-    """Transitions of each of the 5 backward passes of a value update, all ranks together (E.3)."""
+    """Transitions of each of the 5 backward passes of a value update, all ranks together (E.3; 5 is
+    the released code's)."""
     reward_filter: bool = False
     """Set negative rewards to 0 before they are learned from (an option of the released code)."""
     learning_rate: float = 1e-5
@@ -234,6 +236,8 @@ class ValueFunction(torch.nn.Module):
 class Replay:
     """The last rollouts of this rank's samples, indexed by slot, sample and step."""
 
+    KEPT = ("trajectory", "log_prob", "reward", "prompt", "pre_noise", "has_pre_noise")
+
     def __init__(self, args, sd, own: range):
         self.own, self.m, self.T = own, args.samples_per_iteration, args.num_inference_steps
         self.noisy_steps = steps_with_noise(sd.scheduler, args.eta)
@@ -258,26 +262,30 @@ class Replay:
         transitions = torch.stack([slot, sample - self.own.start, self.noisy_steps[step]])
         return len(drawn), transitions[:, mine].to(self.reward.device)
 
-    def pretrained_noise(self, s, i, j, predict):
-        """The pretrained model's prediction: predict(new) when it is first needed, then kept."""
+    def pretrained_noise(self, args, sd, s, i, j, text):
+        """The pretrained model's prediction; computed when it is first needed, then kept."""
         new = ~self.has_pre_noise[s, i, j]
         if new.any():
-            self.pre_noise[s[new], i[new], j[new]] = predict(new)
-            self.has_pre_noise[s[new], i[new], j[new]] = True
+            at = s[new], i[new], j[new]
+            with sd.pretrained() as unet:
+                x_t, t = self.trajectory[at], sd.timesteps[j[new]]
+                self.pre_noise[at] = guided_noise(args, sd, unet, x_t, t, text[new])
+            self.has_pre_noise[at] = True
         return self.pre_noise[s, i, j]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {key: value for key, value in vars(self).items() if key in self.KEPT}
+        return {key: getattr(self, key) for key in self.KEPT}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         for key in self.KEPT:
             getattr(self, key).copy_(state[key])
 
-    KEPT = ("trajectory", "log_prob", "reward", "prompt", "pre_noise", "has_pre_noise")
 
+def monitor(run, args, count, scale, ratio, clipped, advantages, policy_loss, penalty, kl) -> None:
+    """The metrics of a micro-batch of one of `gradient_steps` updates on `count` transitions.
 
-def monitor(run, args, sd, count, ratio, clipped, advantages, policy_loss, penalty, kl) -> None:
-    """The metrics of a micro-batch of one of `gradient_steps` updates on `count` transitions."""
+    `scale` turns the KL into nats of a whole chain.
+    """
 
     def mean(values):
         return values.detach().double().sum() / count / args.gradient_steps
@@ -287,8 +295,7 @@ def monitor(run, args, sd, count, ratio, clipped, advantages, policy_loss, penal
     run.add("ratio/clip_fraction", mean(ratio != clipped))
     run.add("advantages/mean", mean(advantages))
     run.add("advantages/square", mean(advantages.double() ** 2))
-    num_steps = len(steps_with_noise(sd.scheduler, args.eta))
-    run.add("kl/pretrained", mean(kl) * sd.latent_size * num_steps)
+    run.add("kl/pretrained", mean(kl) * scale)
 
 
 @command
@@ -306,6 +313,7 @@ def main():
     value_function = ValueFunction(sd.latent_size + sd.text_size, T).to(run.device)
     value_optimizer = torch.optim.AdamW(value_function.parameters(), args.value_learning_rate)
     replay = Replay(args, sd, own)
+    nats = sd.latent_size * len(replay.noisy_steps)  # of a KL that is a mean over both
     run.keep(model=sd, optimizer=optimizer)
     run.keep(value_function=value_function, value_optimizer=value_optimizer)
     run.keep_shares(m, replay=replay)
@@ -362,22 +370,21 @@ def main():
                     s, i, j = transitions[:, rows]
                     t = sd.timesteps[j]
                     x_t, x_prev = replay.trajectory[s, i, j], replay.trajectory[s, i, j + 1]
-                    asked = [prompts[k] for k in replay.prompt[s, i].tolist()]
-                    text = sd.encode(asked)
+                    of_transitions = [prompts[k] for k in replay.prompt[s, i].tolist()]
+                    text = sd.encode(of_transitions)
 
-                    def predict_pretrained(new):
-                        with sd.pretrained() as unet:
-                            return guided_noise(args, sd, unet, x_t[new], t[new], text[new])
-
-                    noise = guided_noise(args, sd, sd.unet, x_t, t, text)
-                    pre_noise = replay.pretrained_noise(s, i, j, predict_pretrained)
-                    at = (t, x_t, args.eta)
-                    step = ddim_step_with_logprob(sd.scheduler, noise, *at, prev_sample=x_prev)
-                    pre = ddim_step_with_logprob(sd.scheduler, pre_noise, *at, prev_sample=x_prev)
+                    prediction = guided_noise(args, sd, sd.unet, x_t, t, text)
+                    pre_prediction = replay.pretrained_noise(args, sd, s, i, j, text)
+                    step, pre = (
+                        ddim_step_with_logprob(
+                            sd.scheduler, output, t, x_t, args.eta, prev_sample=x_prev
+                        )
+                        for output in (prediction, pre_prediction)
+                    )
 
                     advantages = replay.reward[s, i]
                     if args.value_function:
-                        value = value_function(x_t, j, sd.pooled(asked))
+                        value = value_function(x_t, j, sd.pooled(of_transitions))
                         advantages = advantages - value.detach()  # Eq. 22
                     ratio = torch.exp(step.log_prob - replay.log_prob[s, i, j])  # Eq. 25
                     clipped = ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
@@ -386,19 +393,18 @@ def main():
                     kl = ddim_step_kl(step.mean, pre.mean, step.std)  # Eq. 7
                     penalty = kl
                     if args.kl == "released":
-                        penalty = ((noise - pre_noise) ** 2).flatten(1).mean(1)
+                        penalty = ((prediction - pre_prediction) ** 2).flatten(1).mean(1)
                     loss = (policy_loss + args.beta * penalty).sum() / count  # Eq. 9
                     run.backward(loss)
 
                     terms = (ratio, clipped, advantages, policy_loss, penalty, kl)
-                    monitor(run, args, sd, count, *terms)
+                    monitor(run, args, count, nats, *terms)
                     if update == 0:
                         newest = (ratio - 1).abs() * (s == slot)
-                        limit = args.clip_range
-                        run.add("ratio/first_max_deviation", newest.max(), "max", warn_above=limit)
+                        run.add("ratio/first_max_deviation", newest.max(), "max")
                 run.step(optimizer, args.max_grad_norm)
-        queries = {"samples": (iteration + 1) * m}
-        run.log(queries | mean_and_std("reward", run.gather(rewards, m)))
+        line = {"samples": (iteration + 1) * m, **mean_and_std("reward", run.gather(rewards, m))}
+        run.log(line, warn_above={"ratio/first_max_deviation": args.clip_range})
 
 
 if __name__ == "__main__":

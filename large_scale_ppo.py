@@ -242,7 +242,7 @@ def monitor(run, args, ratio, loss, m, num_updates, update):
     """The metrics of a micro-batch of one of a task's updates on m samples each."""
     off, limit = (ratio - 1).abs().detach(), args.clip_range
     if update == 0:
-        run.add("ratio/first_max_deviation", off.max(), "max", warn_above=limit)
+        run.add("ratio/first_max_deviation", off.max(), "max")
     else:
         run.add("ratio/max_deviation", off.max(), "max")
     run.add("ratio/clip_fraction", (off > limit).double().sum() / m / num_updates)
@@ -258,9 +258,10 @@ def main():
     names = " ".join(task.name for task in tasks)
     run = Run(args, __file__, names, fixed={"numbers of prompts and pairs": sizes})
     some = [take(task.prompts, args.seed, 0, min(len(task.prompts), 1000)) for task in tasks]
-    rewards_of = {}
-    for task, prompts in zip(tasks, some):
-        rewards_of[task] = load_run_reward(run, args, task.reward, prompts, "--tasks")
+    rewards_of = [
+        load_run_reward(run, args, task.reward, prompts, "--tasks")
+        for task, prompts in zip(tasks, some)
+    ]
     sd = load_stable_diffusion(args, run.device, keep_pretrained=args.monitor_kl)
     for prompts in some:
         warn_of_prompts(sd.encoder, prompts)
@@ -298,15 +299,15 @@ def main():
                     log_prob.append(rollout.log_prob)
                     images.append(sd.decode(rollout.trajectory[:, -1]))
                     if args.monitor_kl:
-                        at = kl_steps[rows].to(run.device)
-                        kl = kl_to_pretrained(args, sd, text, rollout, at).double().sum()
+                        kl_at = kl_steps[rows].to(run.device)
+                        kl = kl_to_pretrained(args, sd, text, rollout, kl_at).double().sum()
                         scale = sd.latent_size * T / (P * G) / len(tasks)
                         run.add("kl/pretrained", kl * scale)
                 trajectory, log_prob = torch.cat(trajectory), torch.cat(log_prob)
 
             # Reward r(x_0, c), and advantages over the task's batch on all ranks.
             with run.timer("reward"):
-                rewards = rewards_of[task](torch.cat(images), asked, groups)  # Eq. 11, 12, 13
+                rewards = rewards_of[k](torch.cat(images), asked, groups)  # Eq. 11, 12, 13
                 rewards = run.gather(rewards, P * G).cpu()
                 A = per_batch_advantages(rewards).float().to(run.device)  # Eq. 10
                 A = A[own.start : own.stop]
@@ -323,9 +324,9 @@ def main():
                     for rows in micro_batches(len(own), args.micro_batch_size):
                         x_t, x_prev = trajectory[rows, j], trajectory[rows, j + 1]
                         t, text = sd.timesteps[j].expand(len(x_t)), sd.encode(asked[rows])
-                        noise = guided_noise(args, sd, sd.unet, x_t, t, text)
+                        prediction = guided_noise(args, sd, sd.unet, x_t, t, text)
                         step = ddim_step_with_logprob(
-                            sd.scheduler, noise, t, x_t, args.eta, prev_sample=x_prev
+                            sd.scheduler, prediction, t, x_t, args.eta, prev_sample=x_prev
                         )
                         ratio = torch.exp(step.log_prob - log_prob[rows, j])  # w of Eq. 7
                         bound = torch.where(A[rows] >= 0, 1 + args.clip_range, 1 - args.clip_range)
@@ -346,20 +347,21 @@ def main():
                     torch.rand(1, generator=g).item() >= args.caption_dropout for g in generators
                 ]
                 captions = [caption if keep else "" for keep, caption in zip(kept, captions)]
-                steps = len(sd.scheduler.alphas_cumprod)
-                t = torch.cat([torch.randint(steps, (1,), generator=g) for g in generators])
+                num_steps = len(sd.scheduler.alphas_cumprod)
+                t = torch.cat([torch.randint(num_steps, (1,), generator=g) for g in generators])
                 noise = [torch.randn(2, *sd.latent_shape, generator=g) for g in generators]
                 for rows in micro_batches(len(own), args.micro_batch_size):
-                    at = t[rows].to(run.device), torch.stack(noise[rows]).to(run.device)
-                    shown_now = pictures[rows].to(run.device), captions[rows]
-                    loss = pretraining_loss(args, sd, *shown_now, *at).sum() / B  # Eq. 9
+                    batch = (pictures[rows].to(run.device), captions[rows], t[rows].to(run.device))
+                    drawn = torch.stack(noise[rows]).to(run.device)
+                    loss = pretraining_loss(args, sd, *batch, drawn).sum() / B  # Eq. 9
                     run.backward(args.pretrain_beta * loss)  # Eq. 8
                     run.add("loss/pretrain", loss)
                 run.step(optimizer, args.max_grad_norm, "grad_norm/pretrain")
 
         if task is None:
             samples = sum(task.num_prompts * task.num_images for task in tasks)
-            run.log({"samples": (iteration + 1) * samples})
+            limits = {"ratio/first_max_deviation": args.clip_range}
+            run.log({"samples": (iteration + 1) * samples}, warn_above=limits)
 
 
 if __name__ == "__main__":

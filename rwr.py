@@ -6,7 +6,7 @@ on its own samples, weighted by their reward. Each round:
     sample c ~ p(c) and x_0 ~ p_theta(x_0 | c), 10 240 times, and keep them                   (A.6)
     w_RWR = exp(beta r) / Z, the softmax over the samples of each prompt                 (4.2, A.3)
     w_sparse = 1 where r >= C, a percentile of the rewards of each prompt, else 0        (4.2, A.2)
-    theta <- theta - lr grad E w |eps - eps_theta(x_t, t, c)|^2, 400 times, guided       (Eq. 1, 5)
+    theta <- theta - lr grad E w |eps - eps_theta(x_t, t, c)|^2, 400 times, guided           (Eq. 5)
     x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) eps, t uniform over all of the training's steps
 
 A laptop, minutes:        python rwr.py zoo
@@ -308,22 +308,23 @@ def main():
             batches = batches_of(kept, n, generator)
             for _ in progress(range(args.gradient_steps), "updates"):
                 batch = next(batches)
-                steps = sd.scheduler.config.num_train_timesteps
-                t = torch.randint(steps, (n,), generator=generator)
+                num_steps = sd.scheduler.config.num_train_timesteps
+                t = torch.randint(num_steps, (n,), generator=generator)
                 noise = torch.randn(n, *sd.latent_shape, generator=generator)
                 x_t, target = noised(sd.scheduler, x0[batch], noise, t)
                 for rows in micro_batches(len(own), args.micro_batch_size, own.start):
                     text = sd.encode([prompts[i] for i in chosen[batch[rows]]])
-                    at = x_t[rows].to(run.device), t[rows].to(run.device)
-                    output = guided_noise(train_args, sd, sd.unet, *at, text)
-                    error = ((output - target[rows].to(run.device)) ** 2).flatten(1).mean(1)
+                    noisy, of_rows = x_t[rows].to(run.device), t[rows].to(run.device)
+                    prediction = guided_noise(train_args, sd, sd.unet, noisy, of_rows, text)
+                    error = ((prediction - target[rows].to(run.device)) ** 2).flatten(1).mean(1)
                     weight = w[batch[rows]].to(run.device, torch.float32)
-                    loss = (weight * error).sum() / n  # Eq. 1, 5
+                    loss = (weight * error).sum() / n
                     run.backward(loss)
                     run.add("loss/rwr", loss.detach().double() / args.gradient_steps)
                 run.step(optimizer, args.max_grad_norm)
 
-        line = {"samples": (iteration + 1) * m, **mean_and_std("reward", rewards)}
+        line = {"time/sample_s": 0.0, "time/reward_s": 0.0}  # where all shards were there
+        line |= {"samples": (iteration + 1) * m, **mean_and_std("reward", rewards)}
         line |= {"weights/kept": len(kept) / m}
         line |= {"weights/effective": (w.sum() ** 2 / (w**2).sum() / m).item()}
         if args.monitor_kl:

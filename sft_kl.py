@@ -14,7 +14,8 @@ the reward.
 
 A laptop, minutes:        python sft_kl.py zoo --prompt "A green colored rabbit"
 One GPU, SD v1.5:         python sft_kl.py --prompt "A green colored rabbit"
-Eight GPUs, KL-D:         torchrun --nproc_per_node=8 sft_kl.py kl-d --prompt "A green rabbit"
+Eight GPUs, KL-D:         torchrun --nproc_per_node=8 sft_kl.py kl-d
+                              --prompt "A green colored rabbit"
 
 docs/sft_kl.md says what the paper does, what this file does and why, and explains every metric.
 """
@@ -253,7 +254,9 @@ def predict_x0(args, sd, unet, x_t, t, text):
 
 
 def pretrained_x0(args, sd, x_t, t, text):
-    """f_pre(x_t, t, z), (B, C, H, W)."""
+    """f_pre(x_t, t, z), (B, C, H, W), where the loss asks for it: KL-O alone does."""
+    if args.regularization != "kl-o":
+        return None
     with sd.pretrained() as unet:
         return predict_x0(args, sd, unet, x_t, t, text)
 
@@ -339,14 +342,16 @@ def main():
 
     # The data set: M samples of the pretrained model and their rewards (Algorithm 2).
     shards, about = [], json.dumps(about_dataset(args, prompts))
+    folder = args.dataset.absolute() if args.dataset else Path("dataset")
     for first in progress(range(0, args.dataset_size, args.shard_size), "data set"):
-        path = (args.dataset or Path("dataset")) / f"{first:06d}.safetensors"
+        path = folder / f"{first:06d}.safetensors"
         shards.append(run.shard(path, args.shard_size, partial(draw_shard, first), about))
     data = {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
     gamma = 0.0 if args.regularization == "none" else args.gamma
     below_floor = (data["reward"] + gamma <= 0).float().mean().item()
     best = f"the best r is {data['reward'].max():.3f}"
-    require(below_floor < 1, f"--gamma: no sample has r + gamma above 0 ({best}); raise it")
+    remedy = "start anew with kl-d or kl-o, a larger --gamma and --dataset RUN/dataset"
+    require(below_floor < 1, f"no sample has r + gamma above 0 ({best}); {remedy}")
 
     grid = partial(draw_grid, args, sd, prompts)
     for iteration, part in run.iterations("updates", "samples", grid=grid):
@@ -356,8 +361,8 @@ def main():
                 for update in range(args.gradient_steps):
                     generator = seeded(args.seed, UPDATES, iteration, update)
                     batch = torch.randint(len(data["x0"]), (n,), generator=generator)
-                    steps = sd.scheduler.config.num_train_timesteps
-                    t = torch.randint(1, steps, (n,), generator=generator)
+                    num_steps = sd.scheduler.config.num_train_timesteps
+                    t = torch.randint(1, num_steps, (n,), generator=generator)
                     noise = torch.randn(n, *sd.latent_shape, generator=generator)
                     weight = step_weights(sd.scheduler, t, args.weighting)
                     for rows in micro_batches(len(own), args.micro_batch_size, own.start):
@@ -365,9 +370,7 @@ def main():
                         text = sd.encode([prompts[i] for i in data["prompt"][batch[rows]]])
                         x_t = sd.scheduler.add_noise(x0, noise[rows].to(run.device), at)
                         f = predict_x0(train_args, sd, sd.unet, x_t, at, text)
-                        f_pre = None
-                        if args.regularization == "kl-o":
-                            f_pre = pretrained_x0(train_args, sd, x_t, at, text)
+                        f_pre = pretrained_x0(train_args, sd, x_t, at, text)
                         reward = data["reward"][batch[rows]].to(run.device)
                         loss = sft_loss(args, reward, x0, f, f_pre)
                         loss = (weight[rows].to(run.device) * loss).sum() / n  # Eq. 12, 13

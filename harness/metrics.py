@@ -27,6 +27,14 @@ class Metrics:
         after = torch.maximum(before, value) if reduce == "max" else before + value
         self.added[reduce][name] = after
 
+    def copy(self) -> "Metrics":
+        """As it is now, whatever is added to either later."""
+        other = Metrics(self.device)
+        other.added = {reduce: dict(added) for reduce, added in self.added.items()}
+        other.norms.update({name: list(norms) for name, norms in self.norms.items()})
+        other.seconds.update(self.seconds)
+        return other
+
     @contextmanager
     def timer(self, name: str):
         began = time.perf_counter()

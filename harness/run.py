@@ -46,7 +46,7 @@ class Run:
         self._folder, self._grid = None, None
         self._iteration, self._unit = 0, 0
         self._last_norms = deque(maxlen=args.max_skipped_updates)
-        self._metrics, self._limits = Metrics(self.device), {}
+        self._metrics = self._before_unit = Metrics(self.device)
         self._state = None
         if args.resume:
             self._state = self._load("state.pt")
@@ -133,13 +133,13 @@ class Run:
         """
         self._open()
         self._grid = grid
-        if self._state is None:
+        if (self._iteration, self._unit) == (0, 0):
             self._save_grid(0)
         numbers = range(self._iteration, self._args.num_iterations)
         progress = tqdm(numbers, disable=self._rank > 0, desc=Path(self._script).stem)
         for iteration in progress:
             for number in range(self._unit, max(1, len(units))):
-                self._unit = number
+                self._unit, self._before_unit = number, self._metrics.copy()
                 yield (iteration, units[number]) if units else iteration
             self._iteration, self._unit = iteration + 1, 0
             self._show(progress)
@@ -180,25 +180,27 @@ class Run:
         """A block whose time is summed over the iteration: the metric time/<name>_s."""
         return self._metrics.timer(name)
 
-    def add(self, name: str, value, reduce: str = "sum", warn_above: float | None = None) -> None:
+    def add(self, name: str, value, reduce: str = "sum") -> None:
         """Add to a metric of the iteration: the "sum" or "max" over all calls and ranks.
 
         "own" is for what every rank knows already. "X/square" beside "X/mean" becomes "X/std".
-        `warn_above`: a larger value in the first iteration is worth a warning.
         """
         self._metrics.add(name, value, reduce)
-        if warn_above is not None:
-            self._limits[name] = warn_above
 
-    def log(self, metrics: dict[str, float]) -> None:
-        """Write the iteration's line: `metrics`, what was added, gradient norms and times."""
+    def log(self, metrics: dict[str, float], warn_above: dict[str, float] | None = None) -> None:
+        """Write the iteration's line: `metrics`, what was added, gradient norms and times.
+
+        In the first iteration a metric above its limit in `warn_above` is worth a warning.
+        """
         line = {"iteration": self._iteration, **metrics, **self._metrics.line()}
         self._folder.log(line)
-        for name, limit in self._limits.items():
-            if self._iteration == 0 and self._rank == 0 and line[name] > limit:
-                off = f"{name} is {line[name]:.1e} in the first iteration, more than {limit}"
-                print(f"warning: {off}; try --dtype fp32", file=sys.stderr)
-        self._metrics = Metrics(self.device)
+        first = self._iteration == 0 and self._rank == 0
+        for name, limit in (warn_above or {}).items() if first else ():
+            if line.get(name, 0) > limit:
+                remedy = "" if self._args.dtype == "fp32" else "; try --dtype fp32"
+                what = f"{name} is {line[name]:.1e}, more than {limit}{remedy}"
+                print(f"warning: {what}", file=sys.stderr)
+        self._metrics = self._before_unit = Metrics(self.device)
 
     # Behind the scenes
 
@@ -235,7 +237,7 @@ class Run:
 
     def _save(self) -> None:
         """A checkpoint: each rank its shares, rank 0 the rest."""
-        metrics = self._metrics.state_dict()
+        metrics = self._before_unit.state_dict()  # an unfinished unit will be made again
         with new_checkpoint(self._folder.path) as folder:
             for name, thing in self._shares.items():
                 torch.save(thing.state_dict(), folder / f"{name}-{self._rank:05d}.pt")

@@ -15,6 +15,9 @@ GRID = 3
 
 
 def seeded(*key: int) -> torch.Generator:
-    """A CPU generator that is a function of `key` alone."""
+    """A CPU generator that is a function of `key` alone.
+
+    A key and the same with zeros at its end give the same numbers: keep keys of one use as long.
+    """
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> 1))

@@ -38,6 +38,8 @@ def test_scripts_take_the_commands(command, tmp_path):
 def test_no_two_jobs_write_into_one_folder():
     owners = {}
     for number, (_, commands) in enumerate(PARAGRAPHS):
+        # Else the job of each seed would have the commands without one.
+        assert len({"$SEED" in command for command in commands}) == 1
         for command in commands:
             dataset = run.values_of(command).get("--dataset")
             for folder in {run.folder_of(command), dataset} - {None}:

@@ -192,8 +192,8 @@ def test_groups_are_places_in_the_batch(tmp_path, monkeypatch, small):
         return images.mean((1, 2, 3))
 
     monkeypatch.setattr(large_scale_ppo, "load_run_reward", lambda *args: recorder)
-    (tmp_path / "two.txt").write_text("a cat\na dog\n")
-    tasks = ["--tasks", f"jpeg_compressibility {tmp_path}/two.txt 3x4", "--pretrain-beta", 0]
+    (tmp_path / "two.py").write_text("def f(seed):\n    return ['a cat', 'a dog']\n")
+    tasks = ["--tasks", f"jpeg_compressibility {tmp_path}/two.py:f 3x4", "--pretrain-beta", 0]
     run_here(monkeypatch, *small, *tasks, "--output-dir", tmp_path / "run")
     # The fixture's own task has ten pictures.
     ((prompts, groups),) = [call for call in seen if len(call[0]) == 12]

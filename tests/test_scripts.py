@@ -252,7 +252,7 @@ def test_micro_batch_size_does_not_change_the_result(
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_resumed_run_equals_an_undisturbed_one(tiny_sd, tmp_path, script, monkeypatch, capsys):
     flags = tiny_and_own(script, tmp_path, "jpeg_incompressibility")
-    flags += ["--learning-rate", 1e-3, "--model", tiny_sd]
+    flags += ["--learning-rate", 1e-3, "--model", tiny_sd, "--lora-rank", 4]
     for folder, iterations in (("whole", 4), ("parts", 2)):
         words = ["--num-iterations", iterations, "--output-dir", tmp_path / folder]
         run_here(monkeypatch, script, *flags, *words)

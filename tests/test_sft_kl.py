@@ -5,12 +5,13 @@ And a data set that is reused.
 
 import json
 import math
+import os
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import read_metrics, run_script
+from conftest import ROOT, read_metrics, run_script
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 from written_out import merged_unet, record_updates
@@ -292,7 +293,8 @@ def test_gradient_is_that_of_the_loss_written_out(tiny_sd, tmp_path, monkeypatch
 
 
 def test_data_set_is_drawn_once_and_reused(tiny_sd, tmp_path):
-    flags = [*FLAGS, "--model", tiny_sd, "--dataset", tmp_path / "data"]
+    relative = os.path.relpath(tmp_path / "data", ROOT)  # of the working folder, not of the run's
+    flags = [*FLAGS, "--model", tiny_sd, "--dataset", relative]
     result = run_script("sft_kl.py", *flags, "--output-dir", tmp_path / "one")
     assert result.returncode == 0, result.stderr
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").glob("*.safetensors")}
