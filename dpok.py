@@ -303,8 +303,8 @@ def main():
     args = parse_args(PRESETS, __doc__, check)
     prompts = read_prompts(args)
     run = Run(args, __file__, tag_of(args))
-    reward_function = load_run_reward(run, args, args.reward, prompts)
     sd = load_stable_diffusion(args, run.device)
+    reward_function = load_run_reward(run, args, args.reward, prompts)
     warn_of_prompts(sd.encoder, prompts)
     m, T = args.samples_per_iteration, args.num_inference_steps
     own = run.share(m)

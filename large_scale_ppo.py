@@ -257,12 +257,12 @@ def main():
     sizes = [*(len(task.prompts) for task in tasks), len(pairs)]
     names = " ".join(task.name for task in tasks)
     run = Run(args, __file__, names, fixed={"numbers of prompts and pairs": sizes})
+    sd = load_stable_diffusion(args, run.device, keep_pretrained=args.monitor_kl)
     some = [take(task.prompts, args.seed, 0, min(len(task.prompts), 1000)) for task in tasks]
     rewards_of = [
         load_run_reward(run, args, task.reward, prompts, "--tasks")
         for task, prompts in zip(tasks, some)
     ]
-    sd = load_stable_diffusion(args, run.device, keep_pretrained=args.monitor_kl)
     for prompts in some:
         warn_of_prompts(sd.encoder, prompts)
     T, B = args.num_inference_steps, args.pretrain_batch_size

@@ -306,8 +306,8 @@ def main():
     prompts = read_prompts(args)
     check_dataset(args, prompts)
     run = Run(args, __file__, tag_of(args))
-    reward_function = load_run_reward(run, args, args.reward, prompts)
     sd = load_stable_diffusion(args, run.device)
+    reward_function = load_run_reward(run, args, args.reward, prompts)
     warn_of_prompts(sd.encoder, prompts)
     m, n, T = args.samples_per_iteration, args.batch_size, args.num_inference_steps
 
