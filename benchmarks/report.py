@@ -19,6 +19,7 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
+from diffusers import UNet2DConditionModel
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy.stats import ttest_1samp
@@ -442,7 +443,31 @@ def evaluate(name: str, seeds: tuple[int, ...], count: int) -> None:
     print(f"{results['seconds']:.0f} seconds on {results['cores']} cores, load before {load:.1f}")
 
 
+# docs/runs.md
+
+
+def all_weights(name: str, seeds: tuple[int, ...], count: int) -> None:
+    """The judged reward of the UNets that runs with --lora-rank 0 left, and of the base."""
+    reward, results = load_reward(ZOO_REWARD), {"weights": weights_digest(), "pictures": count}
+    results["runs"] = {}
+    for command in commands_of(name):
+        folder = folder_of(command)
+        prompts = prompts_of(command)
+        if "--tasks" in values_of(command):
+            prompts = (ROOT / "prompts/zoo_preference.txt").read_text().splitlines()
+        asked, pipeline = [prompts[i % len(prompts)] for i in range(count)], load_pipeline()
+        before = reward(pictures(pipeline, asked, seed=5), asked).mean().item()
+        pipeline.unet = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
+        after = reward(pictures(pipeline, asked, seed=5), asked).mean().item()
+        last = metrics_of(folder)[-1]
+        numbers = {"base": before, "after": after, "iterations": last["iteration"] + 1}
+        results["runs"][folder.name] = numbers | {"kl": last["kl/pretrained"]}
+        print(folder.name, results["runs"][folder.name], flush=True)
+    save_results(name, results)
+
+
 REPORTS = {
+    "all_weights": (all_weights, 128),
     "dpok": (dpok, 256),
     "dpok_20": (dpok, 256),
     "dpok_30": (dpok, 256),
