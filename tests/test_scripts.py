@@ -155,7 +155,7 @@ def test_fp16_where_ranks_have_no_transitions(tiny_sd, tmp_path, smooth, script,
     lines = read_metrics(tmp_path / "run")
     assert len(lines) == 2
     # The scaler finds its scale by skipping: it begins where float16 may overflow.
-    assert all(line["updates/skipped"] <= 1 and line["grad_norm"] > 0 for line in lines)
+    assert all(line["updates/skipped"] < 3 and line["grad_norm"] > 0 for line in lines)
     assert all(line["ratio/first_max_deviation"] < 1e-5 for line in lines)
 
 
