@@ -16,7 +16,7 @@ A laptop, two minutes:    python evaluate.py zoo --lora runs/A --lora runs/B
 One GPU, SD v1.5:         python evaluate.py --lora runs/A --prompts-file FILE
 Eight GPUs:               torchrun --nproc_per_node=8 evaluate.py --lora runs/A --prompts-file FILE
 
-The same command goes on where it was stopped. docs/evaluate.md explains every column, and
+The same command resumes what was stopped. docs/evaluate.md explains every column, and
 human_eval.py asks people. The work is in evaluation/.
 """
 
@@ -74,7 +74,7 @@ class Args:
     shown_images: int = 8
     """Pictures of each prompt in comparison.png, its columns."""
     output_dir: Path | None = None
-    """Where the results go, and where a stopped evaluation goes on; by default
+    """Where the results go, and where a stopped evaluation is resumed; by default
     runs/evaluate__TAG__SEED__DIGEST, the digest being of all that the figures depend on."""
 
 
