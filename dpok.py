@@ -304,7 +304,6 @@ def main():
     prompts = read_prompts(args)
     run = Run(args, __file__, tag_of(args))
     sd = load_stable_diffusion(args, run.device)
-    reward_function = load_run_reward(run, args, args.reward, prompts)
     warn_of_prompts(sd.encoder, prompts)
     m, T = args.samples_per_iteration, args.num_inference_steps
     own = run.share(m)
@@ -312,6 +311,7 @@ def main():
     optimizer = torch.optim.AdamW(sd.weights, args.learning_rate, weight_decay=args.weight_decay)
     value_function = ValueFunction(sd.latent_size + sd.text_size, T).to(run.device)
     value_optimizer = torch.optim.AdamW(value_function.parameters(), args.value_learning_rate)
+    reward_function = load_run_reward(run, args, args.reward, prompts)
     replay = Replay(args, sd, own)
     nats = sd.latent_size * len(replay.noisy_steps)  # of a KL that is a mean over both
     run.keep(model=sd, optimizer=optimizer)
