@@ -54,7 +54,7 @@ TABLE = {
         short="--dataset-size 8 --shard-size 4 --samples-per-iteration 4 --batch-size 4 "
         "--gradient-steps 2",
         smallest="--dataset-size 2 --shard-size 2 --samples-per-iteration 2 --batch-size 2 "
-        "--gradient-steps 1",
+        "--gradient-steps 1 --gamma 9",
         # A gamma of more than the kB of a JPEG.
         needs="--dataset-size 10 --shard-size 5 --batch-size 6 --gradient-steps 2 --gamma 9",
         rate=2e-5,
