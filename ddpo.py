@@ -180,7 +180,8 @@ def sample(args, sd, unet, text, noise) -> Rollout:
     """Denoise from noise (B, T+1, C, H, W), standard normal: x_T first, then that of every step."""
     x_t = noise[:, 0] * sd.scheduler.init_noise_sigma
     trajectory, log_probs, means = [x_t], [], []
-    for j, t in enumerate(sd.timesteps.expand(len(text), -1).unbind(dim=1)):
+    for j, timestep in enumerate(sd.timesteps):
+        t = timestep.expand(len(text))
         model_output = guided_noise(args, sd, unet, x_t, t, text)
         step = ddim_step_with_logprob(
             sd.scheduler, model_output, t, x_t, args.eta, noise=noise[:, j + 1]
@@ -286,10 +287,11 @@ def main():
             chosen = torch.cat([torch.randint(len(prompts), (1,), generator=g) for g in generators])
             noise = [torch.randn(T + 1, *sd.latent_shape, generator=g) for g in generators]
             kl_steps = torch.cat([torch.randint(T, (1,), generator=g) for g in generators])
-            asked = [prompts[i] for i in chosen]
+            own_prompts = [prompts[i] for i in chosen]
             trajectory, log_prob, images = [], [], []
             for rows in micro_batches(len(own), args.micro_batch_size):
-                drawn, text = torch.stack(noise[rows]).to(run.device), sd.encode(asked[rows])
+                drawn = torch.stack(noise[rows]).to(run.device)
+                text = sd.encode(own_prompts[rows])
                 rollout = sample(args, sd, sd.unet, text, drawn)
                 trajectory.append(rollout.trajectory)
                 log_prob.append(rollout.log_prob)
@@ -301,7 +303,7 @@ def main():
 
         # Reward r(x_0, c), and the advantages of all samples on all ranks (A.3).
         with run.timer("reward"):
-            rewards = run.gather(reward_function(torch.cat(images), asked), m).cpu()
+            rewards = run.gather(reward_function(torch.cat(images), own_prompts), m).cpu()
             if args.normalise == "per-prompt":
                 all_prompts = run.gather(chosen.to(run.device), m).cpu()
                 advantages = per_prompt_advantages(history, all_prompts, rewards, args.min_count)
@@ -324,7 +326,7 @@ def main():
                     i, j = transitions[:, rows]
                     t, own_i = sd.timesteps[j], i - own.start
                     x_t, x_prev = trajectory[own_i, j], trajectory[own_i, j + 1]
-                    text = sd.encode([asked[k - own.start] for k in i_of_steps[rows]])
+                    text = sd.encode([own_prompts[k - own.start] for k in i_of_steps[rows]])
                     prediction = guided_noise(train_args, sd, sd.unet, x_t, t, text)
                     step = ddim_step_with_logprob(
                         sd.scheduler, prediction, t, x_t, args.eta, prev_sample=x_prev

@@ -186,7 +186,8 @@ def sample(args, sd, unet, text, noise) -> Rollout:
     """Denoise from noise (B, T+1, C, H, W), standard normal: x_T first, then that of every step."""
     x_t = noise[:, 0] * sd.scheduler.init_noise_sigma
     trajectory, log_probs, means = [x_t], [], []
-    for j, t in enumerate(sd.timesteps.expand(len(text), -1).unbind(dim=1)):
+    for j, timestep in enumerate(sd.timesteps):
+        t = timestep.expand(len(text))
         model_output = guided_noise(args, sd, unet, x_t, t, text)
         step = ddim_step_with_logprob(
             sd.scheduler, model_output, t, x_t, args.eta, noise=noise[:, j + 1]
@@ -325,11 +326,11 @@ def main():
             generators = [seeded(args.seed, ROLLOUT, iteration, i) for i in own]
             chosen = [torch.randint(len(prompts), (), generator=g).item() for g in generators]
             noise = [torch.randn(T + 1, *sd.latent_shape, generator=g) for g in generators]
-            asked = [prompts[i] for i in chosen]
+            own_prompts = [prompts[i] for i in chosen]
             images = []
             for rows in micro_batches(len(own), args.micro_batch_size):
                 drawn = torch.stack(noise[rows]).to(run.device)
-                rollout = sample(args, sd, sd.unet, sd.encode(asked[rows]), drawn)
+                rollout = sample(args, sd, sd.unet, sd.encode(own_prompts[rows]), drawn)
                 replay.trajectory[slot, rows] = rollout.trajectory
                 replay.log_prob[slot, rows] = rollout.log_prob
                 images.append(sd.decode(rollout.trajectory[:, -1]))
@@ -338,7 +339,7 @@ def main():
 
         # Reward r(x_0, z).
         with run.timer("reward"):
-            rewards = reward_function(torch.cat(images), asked)
+            rewards = reward_function(torch.cat(images), own_prompts)
             replay.reward[slot] = rewards.clamp(min=0) if args.reward_filter else rewards
             if iteration == 0:  # else all advantages have one sign until V has learned the mean
                 mean = run.gather(replay.reward[slot], m).double().sum().item() / m
@@ -346,7 +347,7 @@ def main():
 
         # Value function: one update on five batches (Eq. 24).
         with run.timer("train"):
-            for batch in range(5 * args.value_function):
+            for batch in range(5 if args.value_function else 0):
                 generator = seeded(args.seed, VALUE, iteration, batch)
                 count, (s, i, j) = replay.draw(args.value_batch_size, slots, generator)
                 if len(s) == 0:  # all of them are other ranks'

@@ -175,7 +175,8 @@ def sample(args, sd, unet, text, noise) -> Rollout:
     """Denoise from noise (B, T+1, C, H, W), standard normal: x_T first, then that of every step."""
     x_t = noise[:, 0] * sd.scheduler.init_noise_sigma
     trajectory, log_probs, means = [x_t], [], []
-    for j, t in enumerate(sd.timesteps.expand(len(text), -1).unbind(dim=1)):
+    for j, timestep in enumerate(sd.timesteps):
+        t = timestep.expand(len(text))
         model_output = guided_noise(args, sd, unet, x_t, t, text)
         step = ddim_step_with_logprob(
             sd.scheduler, model_output, t, x_t, args.eta, noise=noise[:, j + 1]
@@ -258,12 +259,14 @@ def main():
     names = " ".join(task.name for task in tasks)
     run = Run(args, __file__, names, fixed={"numbers of prompts and pairs": sizes})
     sd = load_stable_diffusion(args, run.device, keep_pretrained=args.monitor_kl)
-    some = [take(task.prompts, args.seed, 0, min(len(task.prompts), 1000)) for task in tasks]
+    first_prompts = [
+        take(task.prompts, args.seed, 0, min(len(task.prompts), 1000)) for task in tasks
+    ]
     rewards_of = [
         load_run_reward(run, args, task.reward, prompts, "--tasks")
-        for task, prompts in zip(tasks, some)
+        for task, prompts in zip(tasks, first_prompts)
     ]
-    for prompts in some:
+    for prompts in first_prompts:
         warn_of_prompts(sd.encoder, prompts)
     T, B = args.num_inference_steps, args.pretrain_batch_size
 
@@ -277,8 +280,9 @@ def main():
     # Each task is a unit of an iteration, and last comes the pre-training loss.
     units = [*enumerate(tasks), (len(tasks), None)]
     # The grids of samples show the first prompts of each task in turn.
-    shown = [prompts[i % len(prompts)] for i in range(8) for prompts in some][:8]
-    for iteration, (k, task) in run.iterations(*units, grid=partial(draw_grid, args, sd, shown)):
+    grid_prompts = [prompts[i % len(prompts)] for i in range(8) for prompts in first_prompts][:8]
+    grid = partial(draw_grid, args, sd, grid_prompts)
+    for iteration, (k, task) in run.iterations(*units, grid=grid):
         if task is not None:
             # Rollout: the task's next P prompts, G samples of the current policy for each. Sample i
             # shows prompt i // G of the batch, and has its own generator.
@@ -287,13 +291,14 @@ def main():
             with run.timer("sample"):
                 batch = take(task.prompts, args.seed, iteration * P, P)
                 groups = [i // G for i in own]
-                asked = [batch[group] for group in groups]
+                own_prompts = [batch[group] for group in groups]
                 generators = [seeded(args.seed, ROLLOUT, iteration, k, i) for i in own]
                 noise = [torch.randn(T + 1, *sd.latent_shape, generator=g) for g in generators]
                 kl_steps = torch.cat([torch.randint(T, (1,), generator=g) for g in generators])
                 trajectory, log_prob, images = [], [], []
                 for rows in micro_batches(len(own), args.micro_batch_size):
-                    drawn, text = torch.stack(noise[rows]).to(run.device), sd.encode(asked[rows])
+                    drawn = torch.stack(noise[rows]).to(run.device)
+                    text = sd.encode(own_prompts[rows])
                     rollout = sample(args, sd, sd.unet, text, drawn)
                     trajectory.append(rollout.trajectory)
                     log_prob.append(rollout.log_prob)
@@ -307,7 +312,7 @@ def main():
 
             # Reward r(x_0, c), and advantages over the task's batch on all ranks.
             with run.timer("reward"):
-                rewards = rewards_of[k](torch.cat(images), asked, groups)  # Eq. 11, 12, 13
+                rewards = rewards_of[k](torch.cat(images), own_prompts, groups)  # Eq. 11, 12, 13
                 rewards = run.gather(rewards, P * G).cpu()
                 A = per_batch_advantages(rewards).float().to(run.device)  # Eq. 10
                 A = A[own.start : own.stop]
@@ -323,7 +328,7 @@ def main():
                 for update, j in enumerate(steps):
                     for rows in micro_batches(len(own), args.micro_batch_size):
                         x_t, x_prev = trajectory[rows, j], trajectory[rows, j + 1]
-                        t, text = sd.timesteps[j].expand(len(x_t)), sd.encode(asked[rows])
+                        t, text = sd.timesteps[j].expand(len(x_t)), sd.encode(own_prompts[rows])
                         prediction = guided_noise(args, sd, sd.unet, x_t, t, text)
                         step = ddim_step_with_logprob(
                             sd.scheduler, prediction, t, x_t, args.eta, prev_sample=x_prev

@@ -168,7 +168,8 @@ def sample(args, sd, unet, text, noise) -> Rollout:
     """Denoise from noise (B, T+1, C, H, W), standard normal: x_T first, then that of every step."""
     x_t = noise[:, 0] * sd.scheduler.init_noise_sigma
     trajectory, log_probs, means = [x_t], [], []
-    for j, t in enumerate(sd.timesteps.expand(len(text), -1).unbind(dim=1)):
+    for j, timestep in enumerate(sd.timesteps):
+        t = timestep.expand(len(text))
         model_output = guided_noise(args, sd, unet, x_t, t, text)
         step = ddim_step_with_logprob(
             sd.scheduler, model_output, t, x_t, args.eta, noise=noise[:, j + 1]
@@ -272,10 +273,11 @@ def main():
             chosen = torch.cat([torch.randint(len(prompts), (1,), generator=g) for g in generators])
             noise = [torch.randn(T + 1, *sd.latent_shape, generator=g) for g in generators]
             kl_steps = torch.cat([torch.randint(T, (1,), generator=g) for g in generators])
-            asked = [prompts[i] for i in chosen]
+            own_prompts = [prompts[i] for i in chosen]
             x0, images, kl = [], [], torch.zeros(len(numbers), device=run.device)
             for rows in micro_batches(len(numbers), args.micro_batch_size):
-                drawn, text = torch.stack(noise[rows]).to(run.device), sd.encode(asked[rows])
+                drawn = torch.stack(noise[rows]).to(run.device)
+                text = sd.encode(own_prompts[rows])
                 rollout = sample(args, sd, sd.unet, text, drawn)
                 x0.append(rollout.trajectory[:, -1])
                 images.append(sd.decode(x0[-1]))
@@ -284,7 +286,7 @@ def main():
                         args, sd, text, rollout, kl_steps[rows].to(run.device)
                     )
         with run.timer("reward"):
-            rewards = reward_function(torch.cat(images), asked)
+            rewards = reward_function(torch.cat(images), own_prompts)
         chosen = chosen.to(run.device)
         return {"x0": torch.cat(x0), "prompt": chosen, "reward": rewards, "kl": kl}
 

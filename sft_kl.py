@@ -160,8 +160,8 @@ def check_dataset(args, prompts) -> None:
     if args.dataset is None or not (args.dataset / "dataset.json").exists():
         return
     there = json.loads((args.dataset / "dataset.json").read_text())
-    asked = about_dataset(args, prompts)
-    differ = [f"--{k.replace('_', '-')}" for k in asked if there.get(k) != asked[k]]
+    wanted = about_dataset(args, prompts)
+    differ = [f"--{k.replace('_', '-')}" for k in wanted if there.get(k) != wanted[k]]
     if differ:
         remedy = "choose another folder or the same settings"
         fail(f"--dataset {args.dataset} was drawn with other {', '.join(differ)}; {remedy}")
@@ -197,7 +197,8 @@ def sample(args, sd, unet, text, noise) -> Rollout:
     """Denoise from noise (B, T+1, C, H, W), standard normal: x_T first, then that of every step."""
     x_t = noise[:, 0] * sd.scheduler.init_noise_sigma
     trajectory, log_probs, means = [x_t], [], []
-    for j, t in enumerate(sd.timesteps.expand(len(text), -1).unbind(dim=1)):
+    for j, timestep in enumerate(sd.timesteps):
+        t = timestep.expand(len(text))
         model_output = guided_noise(args, sd, unet, x_t, t, text)
         step = ddim_step_with_logprob(
             sd.scheduler, model_output, t, x_t, args.eta, noise=noise[:, j + 1]
