@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def pytest_collection_modifyitems(config, items):
     """For --dist loadgroup: tests that share a fixture run in one process.
 
-    Those of test_scripts.py run in any.
+    Those of test_scripts.py and test_faults.py run in any.
     """
     if not config.pluginmanager.hasplugin("xdist"):
         return
@@ -33,6 +33,8 @@ def pytest_collection_modifyitems(config, items):
             if "default_run" not in item.fixturenames:
                 continue
             group = f"default run of {item.callspec.params['default_run']}"
+        if group == "test_faults" and "short_run" not in item.fixturenames:
+            continue
         item.add_marker(pytest.mark.xdist_group(group))
 
 
