@@ -1,0 +1,75 @@
+"""Files that an earlier command has written, and that anyone may have damaged or edited since."""
+
+import json
+import math
+from pathlib import Path
+
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+
+from common import UserError
+
+LARGEST = 1 << 26
+"""Bytes of a stored file that are read; none of ours is near it."""
+
+
+class StoredError(UserError):
+    """A stored file that is not as it was written; the message names file, fault and remedy."""
+
+
+def parse_json(text: str):
+    """What a JSON text says; raises ValueError for whatever is wrong with it.
+
+    Numbers must be finite, and the nesting is not deeper than Python's own stack.
+    """
+
+    def refuse(name: str):
+        raise ValueError(f"it has the number {name}")
+
+    def finite(digits: str) -> float:
+        return float(digits) if math.isfinite(float(digits)) else refuse(digits[:20])
+
+    try:
+        return json.loads(text, parse_constant=refuse, parse_float=finite)
+    except RecursionError:
+        raise ValueError("its JSON is nested too deep") from None
+
+
+def read_text(path: Path, remedy: str) -> str:
+    """A small text file of ours; raises StoredError."""
+    try:
+        if not path.is_file():
+            raise ValueError("is not a file" if path.exists() else "is not there")
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"has more than {LARGEST >> 20} MB")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise StoredError(f"{path} is not text in UTF-8; {remedy}") from None
+    except OSError as error:
+        raise StoredError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
+    except ValueError as error:
+        raise StoredError(f"{path} {error}; {remedy}") from None
+
+
+def checked(value, hint, what: str, remedy: str):
+    """`value`, which is what the type `hint` says, down to every item; raises StoredError."""
+    try:
+        strategy = CollectionCheckStrategy.ALL_ITEMS
+        return check_type(value, hint, collection_check_strategy=strategy)
+    except TypeCheckError as error:
+        fault = " ".join(str(error).split())[:200]
+        raise StoredError(f"{what} is not as it was written ({fault}); {remedy}") from None
+
+
+def read_stored(path: Path, hint, remedy: str):
+    """The JSON of a stored file, of the type `hint`; raises StoredError with the remedy.
+
+    A TypedDict says which keys an object must have.
+    """
+    text = read_text(path, remedy)
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        raise StoredError(
+            f"{path} is no JSON as we write it ({str(error)[:200]}); {remedy}"
+        ) from None
+    return checked(value, hint, str(path), remedy)
