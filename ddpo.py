@@ -33,6 +33,7 @@ from harness import (
     UPDATES,
     Run,
     RunArgs,
+    check_memory,
     check_reward,
     check_sampler,
     check_share,
@@ -144,9 +145,12 @@ def check(args: Args) -> None:
     steps, m = args.gradient_steps, args.samples_per_iteration
     require(steps <= m, f"--gradient-steps is {steps}; at most --samples-per-iteration, {m}")
     count, size = args.min_count, args.buffer_size
+    require(size <= 100_000, f"--buffer-size is {size}; it can be at most 100000")
     require(count <= size, f"--min-count is {count}; it can be at most --buffer-size, {size}")
     check_share("--samples-per-iteration", m)
     check_sampler(args)
+    kept = m * (args.num_inference_steps + 1)
+    check_memory("--samples-per-iteration", args.model, kept, pictures=m)
     check_reward(args.reward)
 
 

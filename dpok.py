@@ -37,6 +37,7 @@ from harness import (
     VALUE,
     Run,
     RunArgs,
+    check_memory,
     check_reward,
     check_sampler,
     check_share,
@@ -153,6 +154,9 @@ def check(args: Args) -> None:
     require(args.cooldown_share <= 1, f"--cooldown-share is {args.cooldown_share}; at most 1")
     check_share("--samples-per-iteration", args.samples_per_iteration)
     check_sampler(args)
+    m, T = args.samples_per_iteration, args.num_inference_steps
+    kept = m * args.replay_rollouts * (2 * T + 1)
+    check_memory("--samples-per-iteration with --replay-rollouts", args.model, kept, pictures=m)
     check_reward(args.reward)
 
 

@@ -38,7 +38,8 @@ from evaluation.settings import (
     check_world_size,
     read_settings,
 )
-from harness.args import check_dtype, check_numbers, command, parse_args
+from harness.args import check_dtype, check_numbers, parse_args
+from harness.guard import command
 
 
 @dataclass

@@ -35,7 +35,9 @@ from evaluation.page import KEY_NAME, PAGE_NAME, write_page
 from evaluation.pairs import choose_models, shuffled_pairs
 from evaluation.settings import SHARD_SIZE, check_world_size, read_settings
 from evaluation.tally import tables, tally
-from harness.args import check_dtype, check_numbers, command, fail, parse_args
+from harness.args import check_dtype, check_numbers, parse_args, read_words
+from harness.guard import command
+from harness.stop import fail
 
 
 @dataclass
@@ -155,7 +157,7 @@ def main():
         build(parse_args(PRESETS, __doc__, words=words))
     elif what == "tally":
         prog = "human_eval.py tally"
-        args = tyro.cli(TallyArgs, args=words, description=__doc__, prog=prog)
+        args = read_words(TallyArgs, words, __doc__, prog=prog)
         results = tally(args.answers, args.key)
         print(tables(results))
         if args.output:

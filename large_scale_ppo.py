@@ -39,6 +39,7 @@ from harness import (
     UPDATES,
     Run,
     RunArgs,
+    check_memory,
     check_sampler,
     check_share,
     command,
@@ -143,6 +144,8 @@ def check(args: Args) -> None:
     require(dropout <= 1, f"--caption-dropout is {dropout}; it can be at most 1")
     check_share("--pretrain-batch-size", args.pretrain_batch_size)
     check_sampler(args)
+    n = args.pretrain_batch_size
+    check_memory("--pretrain-batch-size", args.model, 2 * n, pictures=n)
 
 
 # --- same in every script: policy
@@ -254,6 +257,8 @@ def monitor(run, args, ratio, loss, m, num_updates, update):
 def main():
     args = parse_args(PRESETS, __doc__, check)
     tasks = read_tasks(args)
+    m = max(task.num_prompts * task.num_images for task in tasks)
+    check_memory("--tasks", args.model, m * (args.num_inference_steps + 1), pictures=m)
     pairs = open_pretrain_data(args.pretrain_data, args.seed) if args.pretrain_beta else []
     sizes = [*(len(task.prompts) for task in tasks), len(pairs)]
     names = " ".join(task.name for task in tasks)

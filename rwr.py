@@ -32,6 +32,7 @@ from harness import (
     UPDATES,
     Run,
     RunArgs,
+    check_memory,
     check_reward,
     check_sampler,
     check_share,
@@ -135,6 +136,9 @@ def check(args: Args) -> None:
     check_share("--shard-size", args.shard_size)
     check_share("--batch-size", args.batch_size)
     check_sampler(args)
+    check_memory("--samples-per-iteration", args.model, m)
+    check_memory("--shard-size", args.model, shard, pictures=shard)
+    check_memory("--batch-size", args.model, 2 * args.batch_size)
     check_reward(args.reward)
 
 

@@ -38,6 +38,7 @@ from harness import (
     Run,
     RunArgs,
     check_folder,
+    check_memory,
     check_reward,
     check_sampler,
     check_share,
@@ -49,6 +50,7 @@ from harness import (
     parse_args,
     progress,
     read_prompts,
+    read_stored,
     require,
     seeded,
     tag_of,
@@ -144,6 +146,13 @@ def check(args: Args) -> None:
     for name in ("shard_size", "batch_size", "samples_per_iteration"):
         check_share("--" + name.replace("_", "-"), getattr(args, name))
     check_sampler(args)
+    check_memory("--dataset-size", args.model, size)
+    check_memory("--batch-size", args.model, 2 * args.batch_size)
+    for flag, n in (
+        ("--shard-size", shard),
+        ("--samples-per-iteration", args.samples_per_iteration),
+    ):
+        check_memory(flag, args.model, n, pictures=n)
     check_reward(args.reward)
     if args.dataset:
         check_folder("--dataset", args.dataset)
@@ -159,7 +168,7 @@ def check_dataset(args, prompts) -> None:
     """Refuse a --dataset that was drawn with other settings."""
     if args.dataset is None or not (args.dataset / "dataset.json").exists():
         return
-    there = json.loads((args.dataset / "dataset.json").read_text())
+    there = read_stored(args.dataset / "dataset.json", dict, "choose another --dataset")
     wanted = about_dataset(args, prompts)
     differ = [f"--{k.replace('_', '-')}" for k in wanted if there.get(k) != wanted[k]]
     if differ:

@@ -3,19 +3,21 @@
 from harness.args import (
     RunArgs,
     check_folder,
+    check_memory,
     check_reward,
     check_sampler,
     check_share,
-    command,
-    fail,
     parse_args,
-    require,
 )
+from harness.guard import command
+from harness.loops import micro_batches, progress
 from harness.metrics import mean_and_std
 from harness.prompts import read_prompts, tag_of, warn_of_prompts
 from harness.rewards import load_run_reward
-from harness.run import Run, micro_batches, progress
+from harness.run import Run
 from harness.seeds import GRID, PRETRAINING, PROGRESS, ROLLOUT, UPDATES, VALUE, seeded
+from harness.stop import fail, require
+from harness.stored import read_stored
 
 __all__ = [
     "GRID",
@@ -27,6 +29,7 @@ __all__ = [
     "Run",
     "RunArgs",
     "check_folder",
+    "check_memory",
     "check_reward",
     "check_sampler",
     "check_share",
@@ -38,6 +41,7 @@ __all__ = [
     "parse_args",
     "progress",
     "read_prompts",
+    "read_stored",
     "require",
     "seeded",
     "tag_of",

@@ -1,6 +1,7 @@
 """The command line: flags that every script has, presets, and what is refused before slow work."""
 
-import functools
+import contextlib
+import io
 import json
 import os
 import re
@@ -8,17 +9,17 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import tyro
 
-from common import UserError
 from common.rewards import RewardError, check_spec
-from common.stable_diffusion import ModelError
-from harness.checkpoint import CheckpointError, check_checkpoint
+from harness.resume import check_same, of_project, resume_after_restart, stored_args
+from harness.stop import Ended, fail, require
+
+LARGEST = 10**9
 
 
 @dataclass(kw_only=True)
@@ -49,40 +50,8 @@ class RunArgs:
     """Log to Weights & Biases as well (pip install wandb)."""
 
 
-MAY_CHANGE_ON_RESUME = {field.name for field in fields(RunArgs)} - {"seed", "dtype"}
-MAY_CHANGE_ON_RESUME |= {"num_iterations"}
-
-
-def fail(message: str) -> NoReturn:
-    """One line on stderr, of a node's first rank, and exit code 2: the fault and the remedy."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        script, line = Path(sys.argv[0]).name, " ".join(message.split())
-        print(f"{script}: error: {line}", file=sys.stderr)
-    if dist.is_initialized():
-        dist.destroy_process_group()  # else gloo's threads may outlive the interpreter
-    raise SystemExit(2)
-
-
-def require(condition: bool, message: str) -> None:
-    """`fail` with the message, unless the condition holds."""
-    if not condition:
-        fail(message)
-
-
-def command(main: Callable) -> Callable:
-    """`main` of a script, in which what the user can mend becomes one line and exit code 2."""
-
-    @functools.wraps(main)
-    def guarded():
-        try:
-            main()
-        except ModelError as error:
-            remedy = f"the embedded model: python {Path(sys.argv[0]).name} zoo"
-            fail(f"--model {error}; check the name and the network, or try {remedy}")
-        except UserError as error:
-            fail(str(error))
-
-    return guarded
+MAY_CHANGE = {field.name for field in fields(RunArgs)} - {"seed", "dtype"} | {"num_iterations"}
+"""Flags that a run which is resumed may have otherwise."""
 
 
 def parse_args(
@@ -102,64 +71,43 @@ def parse_args(
     if words and not words[0].startswith("-") and words[0] not in presets:
         fail(f"there is no preset {words[0]!r}; there are: {', '.join(presets)}")
     preset = words.pop(0) if words and words[0] in presets else next(iter(presets))
-    default = presets[preset]
+    default = of_project(presets[preset])
     words = resume_after_restart(words)
+    flags = {word.split("=")[0].replace("_", "-") for word in words}
     if "--resume" in words[:-1]:
-        default = stored_args(Path(words[words.index("--resume") + 1]), default)
+        folder = Path(words[words.index("--resume") + 1])
+        default = of_project(stored_args(folder, default, MAY_CHANGE, flags))
     several = [f.name.replace("_", "-") for f in fields(default) if "tuple" in str(f.type)]
     words = join_repeated(words, [f"--{name}" for name in several])
-    args = tyro.cli(type(default), default=default, args=words, description=description)
-    flags = {word.split("=")[0].replace("_", "-") for word in words}
+    args = read_words(type(default), words, description, default=default)
     if {"--prompt", "--prompts-file"} <= flags:
         fail("--prompt and --prompts-file are both given; choose one")
     if "--prompt" in flags:
         args = replace(args, prompts_file=None)
     if isinstance(args, RunArgs):
         if args.resume:
-            args = resumed(args, default)
+            check_same(args, default, MAY_CHANGE)
+            if "--output-dir" in flags and args.output_dir.resolve() != args.resume.resolve():
+                remedy = "leave --output-dir out, or copy the folder and resume the copy"
+                fail(f"--resume {args.resume} goes on in its own folder; {remedy}")
+            args = replace(args, output_dir=args.resume)
         check_run(args)
     if check is not None:
         check(args)
     return args
 
 
-def resume_after_restart(words: list[str]) -> list[str]:
-    """With --resume where torchrun --max-restarts starts the command anew after a rank has died."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    if not restarted or "--output-dir" not in words[:-1] or "--resume" in words:
-        return words
-    folder = words[words.index("--output-dir") + 1]
-    saved = any((Path(folder) / name).exists() for name in ("checkpoint", "checkpoint.old"))
-    return [*words, "--resume", folder] if saved else words
-
-
-def stored_args(folder: Path, default):
-    """Arguments of the run in `folder`, of the same class as `default`."""
+def read_words(args_class, words: Sequence[str], description: str, **options):
+    """tyro.cli, whose error is one line."""
+    said = io.StringIO()
     try:
-        check_checkpoint(folder)
-        stored = json.loads((folder / "args.json").read_text())
-    except (CheckpointError, OSError, ValueError) as error:
-        fail(f"--resume {folder}: {error}")
-    if stored.keys() - vars(default).keys():
-        fail(f"--resume {folder} is a run of another script; resume it with that one")
-    for field in fields(default):
-        value = stored.get(field.name)
-        if value and "Path" in str(field.type):
-            stored[field.name] = Path(value)
-        elif isinstance(value, list):
-            stored[field.name] = tuple(value)
-    return replace(default, **stored)
-
-
-def resumed(args, default):
-    """`args` with the run's own folder; what must agree with the run is held to."""
-    differ = []
-    for name, stored in vars(default).items():
-        if vars(args)[name] != stored and name not in MAY_CHANGE_ON_RESUME:
-            differ.append(f"--{name.replace('_', '-')} (there {stored})")
-    if differ:
-        fail(f"--resume {args.resume}: the run has other {', '.join(differ)}; leave them out")
-    return replace(args, output_dir=args.resume)
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(args_class, args=words, description=description, **options)
+    except SystemExit as end:
+        if end.code:
+            plain = re.sub(r"[\u2500-\u257f]+|\x1b\[[\d;]*m", " ", said.getvalue())
+            fail(re.sub(r"Argument helptext:.*?(?=For full|$)", "", plain, flags=re.DOTALL))
+        raise Ended(0) from None  # after --help
 
 
 def split_values(words: Sequence[str], flags: Sequence[str]) -> list[str]:
@@ -198,21 +146,41 @@ def check_run(args: RunArgs) -> None:
     installed = any((Path(folder) / "wandb").is_dir() for folder in sys.path)
     if args.track and not installed:
         fail("--track needs Weights & Biases: pip install wandb; TensorBoard is always written")
+    folder = args.output_dir or Path("runs")
+    check_folder("--output-dir", folder)
     if args.output_dir and not args.resume:
-        folder = args.output_dir
         if any((folder / name).exists() for name in ("checkpoint", "checkpoint.old")):
             fail(f"--output-dir {folder} holds another run; choose another, or --resume {folder}")
-        check_folder("--output-dir", folder)
+        if not only_begun(folder):
+            fail(f"--output-dir {folder} holds other files; choose another, or an empty one")
+
+
+def only_begun(folder: Path) -> bool:
+    """Whether a folder has nothing but what a run leaves that ends before its first checkpoint."""
+    empty = ("metrics.jsonl", ".lock")
+    for path in folder.rglob("*") if folder.exists() else ():
+        if path.name in empty and path.stat().st_size > 0:
+            return False
+        known = path.name in (*empty, "samples", "args.json", "args.json.partial")
+        known = known or path.name.startswith("events.out.tfevents")
+        if not known and "checkpoint.partial" not in path.relative_to(folder).parts:
+            return False
+    return True
 
 
 def check_numbers(args, may_be_0: set[str]) -> None:
-    """Refuse integers under 1 (those of `may_be_0` under 0), other numbers negative or infinite."""
+    """Refuse integers under 1 (those of `may_be_0` under 0), and other numbers under 0.
+
+    No number but a seed has a use beyond LARGEST.
+    """
     for name, value in asdict(args).items():
         flag, least = "--" + name.replace("_", "-"), 0 if name in may_be_0 else 1
         if isinstance(value, int) and not isinstance(value, bool) and value < least:
             fail(f"{flag} is {value}; it must be {least} or more")
         if isinstance(value, float) and not (np.isfinite(value) and value >= 0):
             fail(f"{flag} is {value}; it must be a number of 0 or more")
+        if isinstance(value, int | float) and value > LARGEST and "seed" not in name:
+            fail(f"{flag} is {value:.3g}; it can be at most {LARGEST:.0e}")
     if args.seed >= 1 << 63:
         fail(f"--seed is {args.seed}; it must be less than 2**63")
 
@@ -228,9 +196,14 @@ def check_dtype(dtype: str) -> None:
 def check_folder(flag: str, folder: Path) -> None:
     """Refuse a folder that cannot be made, or written into."""
     places = (folder.absolute(), *folder.absolute().parents)
-    existing = next(path for path in places if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        fail(f"{flag} {folder} cannot be written; choose another")
+    try:
+        str(folder).encode()
+        existing = next(path for path in places if path.exists())
+        too_long = any(len(os.fsencode(part)) > 255 for part in folder.parts)
+        possible = existing.is_dir() and os.access(existing, os.W_OK) and not too_long
+    except (OSError, ValueError):  # a name that is too long or not text
+        possible = False
+    require(possible, f"{flag} {str(folder)[:200]!r} cannot be written; choose another")
 
 
 def check_model(model: str) -> None:
@@ -243,10 +216,33 @@ def check_model(model: str) -> None:
         fail(f"--model: {model!r} has no model_index.json; give a folder in diffusers format")
 
 
+def check_memory(flag: str, model: str, latents: int, pictures: int = 0) -> None:
+    """Refuse what memory cannot hold: so many latents and pictures at once, of all ranks together.
+
+    Against the memory of this machine, for each of the ranks.
+    """
+    size = 4 * 64 * 64
+    try:
+        config = json.loads((Path(model) / "unet" / "config.json").read_text())
+        size = int(config["in_channels"]) * int(config["sample_size"]) ** 2
+    except (OSError, ValueError, KeyError, TypeError):  # a hub id; or a fault that loading it names
+        pass
+    latents += 48 * pictures  # of three colours, and eight pixels by eight for four numbers
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * world_size / 1e9
+    needed = 4 * size * latents / 1e9
+    what = f"{needed:.3g} GB of latents and pictures, and there are {there:.3g} GB"
+    require(needed < there, f"{flag} asks for {what}; lower it")
+
+
 def check_sampler(args) -> None:
     """Refuse a model, a number of steps or an eta that no policy can have."""
-    require(args.eta > 0, "--eta is 0, and a deterministic step has no log-probability; use 1")
     require(args.eta <= 1, f"--eta is {args.eta}; it can be at most 1")
+    why = "a step with less noise has no log-probability but rounding"
+    require(args.eta >= 0.01, f"--eta is {args.eta}; it must be 0.01 or more, as {why}")
+    T, rank = args.num_inference_steps, args.lora_rank
+    require(T > 1, f"--num-inference-steps is {T}; one step has nothing to learn: take 2 or more")
+    require(rank <= 1024, f"--lora-rank is {rank}; it can be at most 1024")
     check_model(args.model)
     try:
         path = Path(args.model) / "scheduler" / "scheduler_config.json"

@@ -8,33 +8,52 @@ import hashlib
 import json
 import os
 import shutil
+import weakref
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from common import UserError
 from harness.stop import end_run
+from harness.stored import checked, read_stored
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-CHECKPOINT_FORMAT = 3
-"""3: state.pt has what `Run.keep` was given, under its names. Earlier ones are refused."""
+CHECKPOINT_FORMAT = 4
+"""4: state.pt has what `Run.keep` was given, under its names, and args.json the arguments.
+
+Earlier ones are refused.
+"""
+PUT_BACK = "put a copy back, or start the run anew"
 
 
-class CheckpointError(ValueError):
+CHECKPOINT_FILES = ("state.pt", "args.json")
+
+
+class Index(TypedDict):
+    """files.json: the format, and a digest of every other file."""
+
+    format: int
+    sha256: dict[str, str]
+
+
+class CheckpointError(UserError):
     """A checkpoint that cannot be resumed; the message is one line for the user."""
 
 
 def lock(run_dir: Path):
     """An open file that no other process has locked, so that two never write one run.
 
-    Raises OSError where another has.
+    Raises OSError where another has. A process that is forked from this one closes it: else the
+    lock would live as long as a reward's worker.
     """
     file = (run_dir / ".lock").open("w")
     if fcntl is None:
@@ -45,6 +64,8 @@ def lock(run_dir: Path):
         raise OSError("another process is still writing it; end that first") from None
     except OSError:  # a file system without locks
         pass
+    alive = weakref.ref(file)
+    os.register_at_fork(after_in_child=lambda: alive() and alive().close())
     return file
 
 
@@ -103,7 +124,7 @@ def new_checkpoint(run_dir: Path):
     folder, partial = run_dir / "checkpoint", run_dir / "checkpoint.partial"
     with saving(run_dir):
         if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+            remove(partial)  # of a process that was killed
             partial.mkdir(parents=True)
     with saving(run_dir):
         yield partial
@@ -118,12 +139,59 @@ def new_checkpoint(run_dir: Path):
             for path in (*paths, index, partial, *([metrics] if metrics.exists() else [])):
                 sync(path)
             old = folder.with_suffix(".old")
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
             if folder.exists():
                 folder.rename(old)
             partial.rename(folder)
             sync(run_dir)
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
+
+
+def remove(folder: Path) -> None:
+    """A folder with all in it, or a link to one, whose contents stay."""
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def restoring(run_dir: Path, name: str):
+    """Whatever goes wrong when part of a checkpoint is read is told in one line."""
+    try:
+        yield
+    except Exception as error:  # the readers of tensors and everything that is restored have many
+        what = f"{type(error).__name__}: {str(error)[:200]}"
+        fault = f"--resume {run_dir}: {name} of its checkpoint does not fit ({what})"
+        raise CheckpointError(f"{fault}; {PUT_BACK}") from error
+
+
+def read_part(path: Path, device: torch.device) -> dict:
+    """What torch.save has written, as data alone: nothing in it is run."""
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+def read_shares(run_dir: Path, name: str, n: int, own: range, device: torch.device) -> dict:
+    """This rank's share, of n in dimension 1, of tensors whose shares some ranks have written."""
+    paths = sorted((run_dir / "checkpoint").glob(f"{name}-*.pt"))
+    parts = [read_part(path, device) for path in paths]
+    whole = {key: torch.cat([part[key] for part in parts], dim=1) for key in parts[0]}
+    if any(value.shape[1] != n for value in whole.values()):
+        raise ValueError(f"it is not of {n} samples")
+    return {key: value[:, own.start : own.stop] for key, value in whole.items()}
+
+
+def read_shard(path: Path, n: int) -> dict[str, torch.Tensor]:
+    """The tensors of n samples that `write_tensors` wrote; raises CheckpointError."""
+    remedy = "delete it, and its samples are drawn again"
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        fault = f"{path} cannot be read as safetensors ({str(error)[:100]})"
+        raise CheckpointError(f"{fault}; {remedy}") from None
+    sizes = {len(values) if values.dim() else 0 for values in tensors.values()}
+    if sizes != {n}:
+        raise CheckpointError(f"{path} does not hold {n} samples; {remedy}")
+    return tensors
 
 
 def sha256(path: Path) -> str:
@@ -145,7 +213,7 @@ def sync(path: Path) -> None:
 
 
 def check_checkpoint(run_dir: Path) -> None:
-    """Raises CheckpointError where `run_dir` has no checkpoint, a damaged one or another format's.
+    """Raises UserError where `run_dir` has no checkpoint, a damaged one or another format's.
 
     A process that was killed between the two renames of `new_checkpoint` has left the old one
     beside; it is put back.
@@ -160,17 +228,18 @@ def check_checkpoint(run_dir: Path) -> None:
     earlier = "its checkpoint is of an earlier version of this project; resume it with that one"
     if not (folder / "files.json").exists():
         raise CheckpointError(earlier)
-    damaged = "is damaged or missing; put a copy back, or start the run anew"
-    try:
-        index = json.loads((folder / "files.json").read_text())
-        version, digests = int(index["format"]), dict(index["sha256"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / 'files.json'} {damaged}") from error
-    if version > CHECKPOINT_FORMAT:
+    index = read_stored(folder / "files.json", dict, PUT_BACK)
+    version = index.get("format")
+    if isinstance(version, int) and version > CHECKPOINT_FORMAT:
         raise CheckpointError(f"its checkpoint has format {version}, of a later version; update")
-    if version < CHECKPOINT_FORMAT:
+    if isinstance(version, int) and version < CHECKPOINT_FORMAT:
         raise CheckpointError(earlier)
-    for name, digest in digests.items():
+    index = checked(index, Index, str(folder / "files.json"), PUT_BACK)
+    for name in {*index["sha256"], *CHECKPOINT_FILES}:
         path = folder / name
-        if not path.is_file() or sha256(path) != digest:
-            raise CheckpointError(f"{path} {damaged}")
+        if (
+            name not in index["sha256"]
+            or not path.is_file()
+            or sha256(path) != index["sha256"][name]
+        ):
+            raise CheckpointError(f"{path} is damaged or missing; {PUT_BACK}")

@@ -1,7 +1,9 @@
 """What a run leaves behind: arguments, metrics as JSON lines and TensorBoard events, pictures."""
 
 import gc
+import itertools
 import json
+import os
 import re
 import sys
 import threading
@@ -17,6 +19,8 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from harness.checkpoint import lock, saving, write_text
+from harness.resume import stored_form
+from harness.stored import StoredError, checked, parse_json, read_text
 
 
 def run_name(script: str, tag: str, seed: int) -> str:
@@ -26,11 +30,41 @@ def run_name(script: str, tag: str, seed: int) -> str:
 
 
 def choose_run_dir(script: str, tag: str, args) -> Path:
-    """--output-dir, or a folder in runs/, the same on all ranks (its name has the time in it)."""
-    chosen = [args.output_dir or Path("runs") / run_name(script, tag, args.seed)]
+    """--output-dir, or a folder of its own in runs/, the same on all ranks."""
+    chosen = [args.output_dir]
+    if args.output_dir is None and int(os.environ.get("RANK", 0)) == 0:
+        chosen = [made_anew(Path("runs") / run_name(script, tag, args.seed))]
     if dist.is_initialized():
         dist.broadcast_object_list(chosen)
     return chosen[0]
+
+
+def made_anew(path: Path) -> Path:
+    """The folder, made by this process; with a number at its end if another was first."""
+    for number in itertools.count(1):
+        folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+
+
+def read_metrics(path: Path, count: int) -> list[dict]:
+    """The first `count` lines of metrics.jsonl; what follows may be cut off. Raises StoredError."""
+    remedy = "put a copy back, or start the run anew"
+    lines = read_text(path, remedy).splitlines()[:count] if count else []
+    if len(lines) < count:
+        raise StoredError(f"{path} has {len(lines)} lines, and the checkpoint {count}; {remedy}")
+    history = []
+    for number, line in enumerate(lines, start=1):
+        what = f"line {number} of {path}"
+        try:
+            numbers = parse_json(line, finite=False)
+            history.append(checked(numbers, dict[str, float], what, remedy))
+        except ValueError as error:
+            raise StoredError(f"{what}: {error}; {remedy}") from None
+    return history
 
 
 class RunFolder:
@@ -46,12 +80,9 @@ class RunFolder:
             if rank == 0:
                 (path / "samples").mkdir(parents=True, exist_ok=True)
                 self.lock = lock(path)
-                for text in metrics.read_text().splitlines() if first_iteration else []:
-                    if len(self.history) < first_iteration:  # what follows may be cut off
-                        self.history.append(json.loads(text))
+                self.history = read_metrics(metrics, first_iteration)
                 write_text(metrics, "".join(json.dumps(line) + "\n" for line in self.history))
-                stored = json.dumps(asdict(args), indent=2, default=str)
-                write_text(path / "args.json", stored + "\n")
+                write_text(path / "args.json", stored_form(args))
                 threading.excepthook = warn_of_threads
                 self.writer = SummaryWriter(path, purge_step=first_iteration)
         if args.track and rank == 0:
@@ -75,6 +106,12 @@ class RunFolder:
             self.writer.flush()
         if self.wandb:
             self.wandb.log(metrics, step=metrics["iteration"])
+
+    def shown(self) -> dict[str, str]:
+        """What the progress bar shows of the last iteration."""
+        names = {"reward": "reward/mean", "kl": "kl/pretrained"}
+        line = self.history[-1]
+        return {name: f"{line[key]:.3f}" for name, key in names.items() if key in line}
 
     def save_learning_curve(self) -> None:
         """learning_curve.png: reward (mean, std) and KL against reward queries, as far as known."""

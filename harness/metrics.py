@@ -1,6 +1,7 @@
 """The numbers of an iteration, over all micro-batches and ranks."""
 
 import math
+import sys
 import time
 from collections import defaultdict
 from contextlib import contextmanager
@@ -86,3 +87,18 @@ class Metrics:
 def mean_and_std(name: str, values: torch.Tensor) -> dict[str, float]:
     """Two metrics of a tensor (n,)."""
     return {f"{name}/mean": values.mean().item(), f"{name}/std": values.std(correction=0).item()}
+
+
+def warn_where_above(line: dict[str, float], limits: dict[str, float], dtype: str) -> None:
+    """A warning for every metric of a line that is above its limit."""
+    for name, limit in limits.items():
+        if line.get(name, 0) > limit:
+            remedy = "" if dtype == "fp32" else "; try --dtype fp32"
+            what = f"{name} is {line[name]:.1e}, more than {limit}{remedy}"
+            print(f"warning: {what}", file=sys.stderr)
+
+
+def all_finite(trained: dict[object, list[torch.nn.Parameter]]) -> bool:
+    """Whether all weights are finite, those of all optimizers."""
+    weights = [p.detach().isfinite().all() for of_one in trained.values() for p in of_one]
+    return not weights or torch.stack(weights).all().item()

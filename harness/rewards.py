@@ -17,17 +17,9 @@ def load_run_reward(run: Run, args, spec: str, prompts: Sequence[str], flag: str
     """score(images, prompts[, groups]) of the reward `spec`, float32 (B,) on the images' device.
 
     A reward that is not to be had, or cannot score one of `prompts`, is refused in one line; one
-    that fails later, on any rank, ends the run with all that is done saved.
+    that fails later, on any rank, raises RewardError on all of them (harness/guard.py).
     """
-    reward = load_reward_or_fail(spec, run.device, prompts, flag, args.reward_timeout)
-
-    def score(images: torch.Tensor, prompts: list[str], groups=None) -> torch.Tensor:
-        try:
-            return reward(images, prompts, groups)
-        except RewardError as error:
-            run._end(str(error))
-
-    return score
+    return load_reward_or_fail(spec, run.device, prompts, flag, args.reward_timeout)
 
 
 def load_reward_or_fail(

@@ -2,7 +2,6 @@
 
 import math
 import os
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,14 +10,24 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from tqdm import tqdm
 
-from harness.args import fail
-from harness.checkpoint import new_checkpoint, saving, write_tensors, write_text
+from harness import guard
+from harness.checkpoint import (
+    new_checkpoint,
+    read_part,
+    read_shard,
+    read_shares,
+    restoring,
+    saving,
+    write_tensors,
+    write_text,
+)
 from harness.folder import RunFolder, choose_run_dir, save_grid
-from harness.metrics import Metrics
-from harness.stop import catch_signals, end_early, end_run, join_ranks
+from harness.loops import micro_batches
+from harness.metrics import Metrics, all_finite, warn_where_above
+from harness.resume import checkpoint_form, contents_of_files
+from harness.stop import catch_signals, end_alone, end_early, end_run, fail, join_ranks
 
 GRID_PICTURES = 8
 
@@ -30,6 +39,7 @@ class Run:
     """
 
     def __init__(self, args, script: str, tag: str = "", fixed: dict | None = None):
+        guard.runs.append(self)
         self._args, self._script, self._tag = args, script, tag
         self._rank = int(os.environ.get("RANK", 0))
         self._world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -42,14 +52,14 @@ class Run:
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=args.dtype == "fp16")
         # Its first call makes the scale, and a rank may have nothing to scale in its first update.
         self._scaler.scale(torch.zeros(1, device=self.device))
-        self._kept, self._shares, self._fixed = {}, {}, fixed or {}
+        self._kept, self._shares, self._trained = {}, {}, {}
+        self._fixed, self._contents = fixed or {}, contents_of_files(args)
         self._folder, self._grid = None, None
         self._iteration, self._unit = 0, 0
         self._last_norms = deque(maxlen=args.max_skipped_updates)
         self._metrics = self._before_unit = Metrics(self.device)
         self._state = None
         if args.resume:
-            self._state = self._load("state.pt")
             self._restore()
 
     # Ranks
@@ -77,12 +87,13 @@ class Run:
             self._kept[name] = thing
             if self._state is None:
                 continue
-            if hasattr(thing, "load"):
-                thing.load(self._args.resume / "checkpoint")
-            elif isinstance(thing, torch.Tensor):
-                thing.copy_(self._state["kept"][name])
-            else:
-                thing.load_state_dict(self._state["kept"][name])
+            with restoring(self._args.resume, name):
+                if hasattr(thing, "load"):
+                    thing.load(self._args.resume / "checkpoint")
+                elif isinstance(thing, torch.Tensor):
+                    thing.copy_(self._state["kept"][name])
+                else:
+                    thing.load_state_dict(self._state["kept"][name])
 
     def keep_shares(self, n: int, **things) -> None:
         """The same for tensors of which each rank has its share of n samples, in dimension 1.
@@ -94,12 +105,9 @@ class Run:
             self._shares[name] = thing
             if self._state is None:
                 continue
-            files = sorted((self._args.resume / "checkpoint").glob(f"{name}-*.pt"))
-            parts = [self._load(file.name) for file in files]
-            whole = {key: torch.cat([part[key] for part in parts], dim=1) for key in parts[0]}
-            thing.load_state_dict(
-                {key: value[:, own.start : own.stop] for key, value in whole.items()}
-            )
+            with restoring(self._args.resume, name):
+                state = read_shares(self._args.resume, name, n, own, self.device)
+                thing.load_state_dict(state)
 
     def shard(self, path: str | Path, n: int, make: Callable, about: str | None = None) -> dict:
         """The tensors of n samples in a file, its path relative to the run's folder.
@@ -112,7 +120,7 @@ class Run:
         self._open()
         path = self._folder.path / path
         if self._any(self._rank == 0 and path.exists()):
-            return load_file(path)
+            return read_shard(path, n)
         if self._any(bool(self._signals)):
             self._save()
             end_early(self._folder.path, self._signals)
@@ -142,7 +150,7 @@ class Run:
                 self._unit, self._before_unit = number, self._metrics.copy()
                 yield (iteration, units[number]) if units else iteration
             self._iteration, self._unit = iteration + 1, 0
-            self._show(progress)
+            progress.set_postfix(self._folder.shown())
             self._save_or_stop()
         if self._rank == 0:
             print(f"weights, metrics and pictures are in {self._folder.path}")
@@ -160,7 +168,7 @@ class Run:
 
         `metric` is the mean of the norms before clipping.
         """
-        parameters = optimizer.param_groups[0]["params"]
+        parameters = self._trained[id(optimizer)] = optimizer.param_groups[0]["params"]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = self._all_sum(torch.cat([gradient.flatten() for gradient in gradients]))
         for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters])):
@@ -194,12 +202,8 @@ class Run:
         """
         line = {"iteration": self._iteration, **metrics, **self._metrics.line()}
         self._folder.log(line)
-        first = self._iteration == 0 and self._rank == 0
-        for name, limit in (warn_above or {}).items() if first else ():
-            if line.get(name, 0) > limit:
-                remedy = "" if self._args.dtype == "fp32" else "; try --dtype fp32"
-                what = f"{name} is {line[name]:.1e}, more than {limit}{remedy}"
-                print(f"warning: {what}", file=sys.stderr)
+        if self._iteration == 0 and self._rank == 0:
+            warn_where_above(line, warn_above or {}, self._args.dtype)
         self._metrics = self._before_unit = Metrics(self.device)
 
     # Behind the scenes
@@ -212,23 +216,28 @@ class Run:
     def _any(self, here: bool) -> bool:
         return self._all_sum(torch.tensor(float(here), device=self.device)).item() > 0
 
-    def _load(self, name: str):
-        path = self._args.resume / "checkpoint" / name
-        return torch.load(path, map_location=self.device, weights_only=True)
+    @property
+    def _begun(self) -> bool:
+        return self._folder is not None
 
     def _restore(self) -> None:
         """Where the run is, and the metrics of an iteration some of whose units are done."""
-        self._scaler.load_state_dict(self._state["scaler"])
-        self._iteration, self._unit = self._state["iteration"], self._state["unit"]
+        with restoring(self._args.resume, "state.pt"):
+            path = self._args.resume / "checkpoint" / "state.pt"
+            self._state = read_part(path, self.device)
+            self._iteration, self._unit = int(self._state["iteration"]), int(self._state["unit"])
+            self._scaler.load_state_dict(self._state["scaler"])
+            self._metrics.load_state_dict(self._state["metrics"])
+            before, _ = dict(self._state["fixed"]), dict(self._state["kept"])
+            if self._iteration < 0 or self._unit < 0:
+                raise ValueError(f"iteration {self._iteration}, unit {self._unit}")
         for name, value in self._fixed.items():
-            if self._state["fixed"].get(name) != value:
-                before = self._state["fixed"].get(name)
-                fail(f"--resume: {name} were {before} and are {value}; put them back")
-        self._metrics.load_state_dict(self._state["metrics"])
+            if before.get(name) != value:
+                fail(f"--resume: {name} were {before.get(name)} and are {value}; put them back")
 
     def _open(self) -> None:
         """Take the run's folder; a new run has a checkpoint from the start."""
-        if self._folder is not None:
+        if self._begun:
             return
         path = choose_run_dir(self._script, self._tag, self._args)
         self._folder = RunFolder(path, self._args, self._rank, self._iteration)
@@ -243,6 +252,7 @@ class Run:
                 torch.save(thing.state_dict(), folder / f"{name}-{self._rank:05d}.pt")
             if self._rank > 0:
                 return
+            write_text(folder / "args.json", checkpoint_form(self._args, self._contents))
             kept = {}
             for name, thing in self._kept.items():
                 if hasattr(thing, "save"):
@@ -261,13 +271,10 @@ class Run:
         pictures = torch.cat([self._grid(range(GRID_PICTURES)[batch]) for batch in batches])
         save_grid(pictures, self._folder.path / "samples" / f"{iteration:06d}.png")
 
-    def _show(self, progress) -> None:
-        line, shown = self._folder.history[-1], {"reward": "reward/mean", "kl": "kl/pretrained"}
-        shown = {name: f"{line[key]:.3f}" for name, key in shown.items() if key in line}
-        progress.set_postfix(shown)
-
     def _save_or_stop(self) -> None:
         """After an iteration: save where it is due, stop where a signal or its gradients ask."""
+        if not all_finite(self._trained):
+            self._end("an update has left weights that are not finite")
         args, asked = self._args, self._any(bool(self._signals))
         norms = self._last_norms
         no_gradient = len(norms) == norms.maxlen and not any(map(math.isfinite, norms))
@@ -280,21 +287,14 @@ class Run:
         if asked or no_gradient:
             end_early(self._folder.path, self._signals if asked else None)
 
-    def _end(self, fault: str) -> None:
-        """Save what is done and end on every rank, all of which call this, in one line."""
+    def _end(self, fault: str, on_all_ranks: bool = True) -> None:
+        """Save what is done and end in one line; weights that are not finite are not saved."""
         self._open()
+        path, place = self._folder.path, f"iteration {self._iteration}: {fault}"
+        last = f"its last checkpoint is whole: --resume {path}"
+        if self._world_size > 1 and not on_all_ranks:
+            end_alone(f"{place}; {last}")
+        if not all_finite(self._trained):
+            end_run(f"{place}; lower --learning-rate or use --dtype fp32; {last}")
         self._save()
-        where = f"iteration {self._iteration}: {fault}; the run so far is in {self._folder.path}"
-        end_run(where)
-
-
-def micro_batches(n: int, size: int, first: int = 0) -> list[slice]:
-    """Slices of at most `size` of n things, number `first` and on; none of them is empty."""
-    starts = range(first, first + n, size)
-    return [slice(start, min(start + size, first + n)) for start in starts]
-
-
-def progress(items, what: str) -> tqdm:
-    """A bar for what an iteration goes through, of the first rank."""
-    rank = int(os.environ.get("RANK", 0))
-    return tqdm(items, desc=what, leave=False, disable=rank > 0)
+        end_run(f"{place}; the run so far is in {path}")

@@ -1,4 +1,4 @@
-"""How a run stops before its end: a fault, a signal, updates without a finite gradient."""
+"""How a command ends before its end: wrong input, a fault, a signal, no finite gradient."""
 
 import os
 import signal
@@ -16,6 +16,34 @@ HUNG = "hung reward"
 """Name of a thread that never ends."""
 
 
+class Ended(SystemExit):
+    """An end that this project has chosen; any other SystemExit is a fault of what it called."""
+
+
+def fail(message: str) -> NoReturn:
+    """One line on stderr, of a node's first rank, and exit code 2: the fault and the remedy."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0)) if "WORLD_SIZE" in os.environ else 0
+    if local_rank == 0:
+        print(f"{Path(sys.argv[0]).name}: error: {one_line(message)}", file=sys.stderr)
+    if dist.is_initialized():
+        dist.destroy_process_group()  # else gloo's threads may outlive the interpreter
+    raise Ended(2)
+
+
+def require(condition: bool, message: str) -> None:
+    """`fail` with the message, unless the condition holds."""
+    if not condition:
+        fail(message)
+
+
+def one_line(message: str, longest: int = 700) -> str:
+    """A message without line breaks, and without the middle of what is long in it."""
+    line = " ".join(message.split())
+    if len(line) <= longest:
+        return line
+    return f"{line[: longest // 2]} ... {line[-longest // 2 :]}"
+
+
 def join_ranks(device: torch.device) -> None:
     """dist.init_process_group, on a store of its own for each start by torchrun --max-restarts.
 
@@ -31,8 +59,9 @@ def join_ranks(device: torch.device) -> None:
 def end_run(message: str) -> NoReturn:
     """One line on stderr and exit code 1 on every rank, all of which call this."""
     if int(os.environ.get("RANK", 0)) == 0:
-        line = " ".join(message.split())
-        tqdm.write(f"error: {line}", file=sys.stderr)  # on a line of its own, not the bar's
+        tqdm.write(
+            f"error: {one_line(message)}", file=sys.stderr
+        )  # on a line of its own, not the bar's
     if dist.is_initialized():
         # torchrun ends the other ranks when one has ended: rank 0 must have said everything.
         dist.barrier()
@@ -42,7 +71,14 @@ def end_run(message: str) -> NoReturn:
         os._exit(1)  # the interpreter would wait for what the thread has begun
     if dist.is_initialized():
         dist.destroy_process_group()  # else gloo's threads may outlive the interpreter
-    raise SystemExit(1)
+    raise Ended(1)
+
+
+def end_alone(message: str) -> NoReturn:
+    """The same on this rank, while the others wait for it in a collective: torchrun ends them."""
+    rank = os.environ.get("RANK", "0")
+    print(f"error: rank {rank}: {one_line(message)}", file=sys.stderr, flush=True)
+    os._exit(1)  # leaving the process group would wait for the others
 
 
 def catch_signals() -> list[int]:
@@ -86,6 +122,4 @@ def end_early(run_dir: Path, signals: list[int] | None) -> NoReturn:
     if dist.is_initialized():
         dist.destroy_process_group()
     # A rank's code other than 0 is a failure to torchrun, which may start the run again.
-    raise SystemExit(
-        130 if signal.SIGINT in signals and "TORCHELASTIC_RUN_ID" not in os.environ else 0
-    )
+    raise Ended(130 if signal.SIGINT in signals and "TORCHELASTIC_RUN_ID" not in os.environ else 0)

@@ -16,20 +16,19 @@ class StoredError(UserError):
     """A stored file that is not as it was written; the message names file, fault and remedy."""
 
 
-def parse_json(text: str):
+def parse_json(text: str, finite: bool = True):
     """What a JSON text says; raises ValueError for whatever is wrong with it.
 
-    Numbers must be finite, and the nesting is not deeper than Python's own stack.
+    Its numbers must be finite, unless told otherwise, its nesting no deeper than Python's stack.
     """
 
-    def refuse(name: str):
-        raise ValueError(f"it has the number {name}")
-
-    def finite(digits: str) -> float:
-        return float(digits) if math.isfinite(float(digits)) else refuse(digits[:20])
+    def number(digits: str) -> float:
+        if finite and not math.isfinite(float(digits)):
+            raise ValueError(f"it has the number {digits[:20]}")
+        return float(digits)
 
     try:
-        return json.loads(text, parse_constant=refuse, parse_float=finite)
+        return json.loads(text, parse_constant=number, parse_float=number)
     except RecursionError:
         raise ValueError("its JSON is nested too deep") from None
 

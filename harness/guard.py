@@ -1,0 +1,72 @@
+"""What the main() of every command runs in: nothing ends in silence, and nothing in a traceback."""
+
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from common import UserError
+from common.stable_diffusion import ModelError
+from harness.stop import Ended, fail, one_line
+
+FLAG, VARIABLE = "--traceback", "CLEAN_DIFFUSION_TRACEBACK"
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+runs = []
+"""The Run of this process, which the guard asks to save what there is."""
+
+
+def command(main: Callable) -> Callable:
+    """`main` of a command, in which every fault becomes one line on stderr.
+
+    Exit code 2 where nothing was begun, else 1, and what there is is saved. With the flag
+    --traceback, or the environment variable CLEAN_DIFFUSION_TRACEBACK=1, the traceback comes first.
+    """
+
+    @functools.wraps(main)
+    def guarded():
+        show_traceback = FLAG in sys.argv or os.environ.get(VARIABLE) == "1"
+        sys.argv = [word for word in sys.argv if word != FLAG]
+        try:
+            main()
+        except Ended:
+            raise
+        except BaseException as error:  # a reward may raise anything, and no end is to be silent
+            if show_traceback:
+                traceback.print_exc()
+            end(error)
+        finally:
+            runs.clear()
+
+    return guarded
+
+
+def end(error: BaseException):
+    """End the command with the line of `error`; a run that has begun saves what there is."""
+    line = described(error)
+    if runs and runs[0]._begun:
+        # What the user can mend is raised on all ranks together, anything else perhaps on one.
+        runs[0]._end(line, on_all_ranks=isinstance(error, UserError))
+    fail(line)
+
+
+def described(error: BaseException) -> str:
+    """Fault and remedy, in one line."""
+    if isinstance(error, ModelError):
+        remedy = f"the embedded model: python {Path(sys.argv[0]).name} zoo"
+        return f"--model {error}; check the name and the network, or try {remedy}"
+    if isinstance(error, UserError):
+        return str(error)
+    what = one_line(f"{type(error).__name__}: {error}", 300)
+    if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+        remedy = "lower --micro-batch-size, or the number of samples"
+        return f"there is not enough memory ({what}); {remedy}"
+    if isinstance(error, SystemExit | KeyboardInterrupt | GeneratorExit):
+        return f"something ended the command from within ({what}); {FLAG} shows where"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(place.filename).name}:{place.lineno}"
+    return (
+        f"{what} ({where}); {FLAG} shows all of it; please report a fault of this project with it"
+    )

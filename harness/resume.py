@@ -1,0 +1,180 @@
+"""Arguments of a run that is resumed: those it had, and no code of its folder unasked."""
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TypedDict, get_type_hints
+
+from common import UserError
+from common.rewards import RewardError, parse_sum
+from harness.checkpoint import PUT_BACK, check_checkpoint, sha256
+from harness.stop import fail
+from harness.stored import checked, read_stored
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+class Kept(TypedDict):
+    """args.json of a checkpoint: the arguments, and a digest of each file that they name."""
+
+    arguments: dict[str, object]
+    contents: dict[str, str]
+
+
+def stored_form(args) -> str:
+    """The text of a run's args.json."""
+    return json.dumps(asdict(args), indent=2, default=str) + "\n"
+
+
+def checkpoint_form(args, contents: dict[str, str]) -> str:
+    """The text of a checkpoint's args.json."""
+    kept = {"arguments": asdict(args), "contents": contents}
+    return json.dumps(kept, indent=2, default=str) + "\n"
+
+
+def code_files(value) -> set[Path]:
+    """The files of Python code that an argument names, as path/to/file.py:function.
+
+    However rewards and tasks are read, it is among them: whole or in quoted words, alone or in a
+    weighted sum.
+    """
+    found = set()
+    for text in value if isinstance(value, tuple) else [value]:
+        if not isinstance(text, str):
+            continue
+        words = [text]
+        with suppress(ValueError):  # a quote that is not closed
+            words += shlex.split(text)
+        for word in words:
+            terms = [word]
+            with suppress(RewardError):
+                terms += [term for _, term in parse_sum(word)]
+            found |= {Path(term.rpartition(":")[0]) for term in terms if ".py" in term}
+    return {path for path in found if path.is_file()}
+
+
+def place(path: Path) -> str:
+    """The name of a file, wherever the project lies."""
+    path = path.resolve()
+    return str(path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path)
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def contents_of_files(args) -> dict[str, str]:
+    """Digests of the files that arguments name: prompts by their flag, and code by its place."""
+    contents = {}
+    for name, value in vars(args).items():
+        if isinstance(value, Path) and value.is_file():
+            contents[flag_of(name)] = sha256(value)
+        contents |= {place(path): sha256(path) for path in code_files(value)}
+    return contents
+
+
+def of_project(args):
+    """A preset's paths, from whatever folder the script is called: they belong to the project."""
+    return replace(args, **{name: path_of_project(value) for name, value in vars(args).items()})
+
+
+def path_of_project(value):
+    """The value of an argument, in which zoo/ and prompts/ are the project's."""
+    if Path.cwd() == PROJECT:
+        return value
+    if isinstance(value, tuple):
+        return tuple(map(path_of_project, value))
+    if not isinstance(value, str | Path):
+        return value
+    return type(value)(re.sub(r"(?<![\w./-])(zoo|prompts)/", rf"{PROJECT}/\1/", str(value)))
+
+
+def resume_after_restart(words: list[str]) -> list[str]:
+    """With --resume where torchrun --max-restarts starts the command anew after a rank has died."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if not restarted or "--output-dir" not in words[:-1] or "--resume" in words:
+        return words
+    folder = words[words.index("--output-dir") + 1]
+    saved = any((Path(folder) / name).exists() for name in ("checkpoint", "checkpoint.old"))
+    return [*words, "--resume", folder] if saved else words
+
+
+def stored_args(folder: Path, default, may_change: set[str], flags: set[str]):
+    """Arguments of the run in `folder`, of the same class as `default`.
+
+    `flags` are those of the command line. Files of code that the run names are run again only if
+    their flag is among them, or if they are part of this project and unchanged.
+    """
+    try:
+        check_checkpoint(folder)
+        stored = read_stored(folder / "args.json", dict, PUT_BACK)
+        kept = read_stored(folder / "checkpoint" / "args.json", Kept, PUT_BACK)
+        args = typed(stored, default, folder / "args.json")
+        saved = typed(kept["arguments"], default, folder / "checkpoint" / "args.json")
+    except (UserError, OSError) as error:
+        fail(f"--resume {str(folder)[:200]}: {error}")
+    for name, value in vars(saved).items():
+        if getattr(args, name) != value and name not in may_change:
+            fault = f"{name} of its args.json was edited; it was {value}"
+            fail(f"--resume {folder}: {fault}: put it back, or start a run of its own")
+        flag, value = flag_of(name), path_of_project(value)
+        if flag in kept["contents"]:
+            check_unchanged(folder, flag, value, kept["contents"][flag])
+        for path in code_files(value) if flag not in flags else ():
+            check_code(folder, flag, path, kept["contents"])
+    return args
+
+
+def typed(stored: dict, default, path: Path):
+    """`default` with stored values, whose types are those of its fields; raises StoredError."""
+    if stored.keys() - vars(default).keys():
+        fault = "is a run of another script"
+        raise UserError(f"it {fault}; resume it with that one")
+    hints, values = get_type_hints(type(default)), {}
+    for field in fields(default):
+        if field.name not in stored:
+            raise UserError(f"{path} has no {field.name!r}; {PUT_BACK}")
+        value, hint = stored[field.name], hints[field.name]
+        if isinstance(value, str) and "Path" in str(hint):
+            value = Path(value)
+        if isinstance(value, list):
+            value = tuple(value)
+        hint = type(None) if isinstance(value, bool) and "bool" not in str(hint) else hint
+        values[field.name] = checked(value, hint, f"{field.name!r} of {path}", PUT_BACK)
+    return replace(default, **values)
+
+
+def check_unchanged(folder: Path, flag: str, path: Path | None, digest: str) -> None:
+    """Refuse a file of prompts that is another one than at the run's start."""
+    if path is None or not path.is_file() or sha256(path) != digest:
+        fail(f"--resume {folder}: {flag} {path} has changed since the run began; put it back")
+
+
+def check_code(folder: Path, flag: str, path: Path, contents: dict[str, str]) -> None:
+    """Refuse to run a stored file of code that nobody has named on this command line.
+
+    Unless it belongs to this project, lies neither in the run's folder nor beside it, where it may
+    have come with the run, and is what it was when the run began.
+    """
+    run_dir = folder.resolve()
+    beside = run_dir if run_dir.parent in (PROJECT, *PROJECT.parents) else run_dir.parent
+    file = path.resolve()
+    ours = file.is_relative_to(PROJECT) and not file.is_relative_to(beside)
+    if not ours or contents.get(place(path)) != sha256(path):
+        fault = f"the run would run the code of {path}"
+        fail(f"--resume {folder}: {fault}; if you trust it, give {flag} again with its value")
+
+
+def check_same(args, default, may_change: Sequence[str]) -> None:
+    """Refuse arguments that must agree with those of the run, and do not."""
+    differ = []
+    for name, stored in vars(default).items():
+        if vars(args)[name] != stored and name not in may_change:
+            differ.append(f"{flag_of(name)} (there {stored})")
+    if differ:
+        fail(f"--resume {args.resume}: the run has other {', '.join(differ)}; leave them out")
