@@ -244,8 +244,8 @@ def test_killed_and_resumed_run_sees_every_prompt_once(tiny_sd, tmp_path, monkey
     (tmp_path / "mine.py").write_text(REWARD)
     lines = [f"{word} cat {i}\n" for i in range(10) for word in ("a", "one")]
     (tmp_path / "prompts.txt").write_text("".join(lines))
-    flags = ["--model", tiny_sd, "--tasks", f"{tmp_path}/mine.py:f {tmp_path}/prompts.txt 3x3"]
-    flags += ["--pretrain-beta", 0]
+    tasks = ["--tasks", f"{tmp_path}/mine.py:f {tmp_path}/prompts.txt 3x3"]
+    flags = ["--model", tiny_sd, *tasks, "--pretrain-beta", 0]
     flags += ["--num-inference-steps", 2, "--training-timesteps", 1]
     flags += ["--guidance-scale", 1, "--save-every", 2]
     command = [sys.executable, "large_scale_ppo.py", *map(str, flags)]
@@ -270,7 +270,7 @@ def test_killed_and_resumed_run_sees_every_prompt_once(tiny_sd, tmp_path, monkey
     assert done >= 2 and saved["fixed"] == {"numbers of prompts and pairs": [20, 0]}
     monkeypatch.setenv("SEEN", str(tmp_path / "after"))
     total = done + 7
-    words = ["--resume", tmp_path / "run", "--num-iterations", total]
+    words = ["--resume", tmp_path / "run", *tasks, "--num-iterations", total]
     result = run_script("large_scale_ppo.py", *words, ranks=3)
     assert result.returncode == 0, result.stderr
 
@@ -288,7 +288,8 @@ def test_killed_and_resumed_run_sees_every_prompt_once(tiny_sd, tmp_path, monkey
     assert torch.load(state, weights_only=True)["iteration"] == total
     (tmp_path / "prompts.txt").write_text("a cat\n" * 21)
     with pytest.raises(SystemExit) as end:
-        run_here(monkeypatch, "--resume", tmp_path / "run", "--num-iterations", total + 1)
+        words = ["--resume", tmp_path / "run", *tasks, "--num-iterations", total + 1]
+        run_here(monkeypatch, *words)
     assert end.value.code == 2 and "[21, 0]" in capsys.readouterr().err
 
 
@@ -303,6 +304,7 @@ def test_checkpointing_and_no_monitoring(tiny_sd, tmp_path, monkeypatch, small):
         words = ["--num-iterations", iterations, "--output-dir", tmp_path / folder]
         run_here(monkeypatch, *flags, *words)
     resume = ["--resume", tmp_path / "parts", "--num-iterations", 3, "--no-gradient-checkpointing"]
+    resume += ["--pretrain-data", f"{tmp_path}/pairs.py:f"]  # its code is named again
     run_here(monkeypatch, *resume)
     whole, parts = (read_metrics(tmp_path / name) for name in ("whole", "parts"))
     for a, b in zip(whole, parts, strict=True):

@@ -127,7 +127,8 @@ def test_round_goes_on_with_the_samples_that_are_there(tiny_sd, tmp_path):
     fault.unlink()
     first = tmp_path / "parts/pool/000/000000.safetensors"
     written = first.stat().st_mtime_ns
-    result = run_script("rwr.py", "--resume", tmp_path / "parts")
+    named_again = ["--reward", f"{tmp_path}/mine.py:f"]
+    result = run_script("rwr.py", "--resume", tmp_path / "parts", *named_again)
     assert result.returncode == 0, result.stderr
     assert first.stat().st_mtime_ns == written
     whole = load_file(tmp_path / "whole/pytorch_lora_weights.safetensors")

@@ -150,7 +150,8 @@ def test_fp16_where_ranks_have_no_transitions(tiny_sd, tmp_path, smooth, script,
     flags += ["--output-dir", tmp_path / "run", "--learning-rate", 1e-4]
     result = run_script(script, *flags, "--num-iterations", 1, ranks=3)
     assert result.returncode == 0, result.stderr
-    result = run_script(script, "--resume", tmp_path / "run", "--num-iterations", 2, ranks=3)
+    words = ["--resume", tmp_path / "run", "--num-iterations", 2, "--reward", smooth]
+    result = run_script(script, *words, ranks=3)
     assert result.returncode == 0, result.stderr
     lines = read_metrics(tmp_path / "run")
     assert len(lines) == 2

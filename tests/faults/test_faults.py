@@ -86,6 +86,12 @@ def with_reward(script: str, folder: Path, kind: str, call: int) -> list:
     return [*COMMON, *TABLE[script].short.split(), *reward_flags(script, spec, "2x2")]
 
 
+def resume(script: str, folder: Path, kind: str):
+    """The run of `with_reward` in folder/run, with its code named again."""
+    named_again = reward_flags(script, f"{folder}/mine.py:{kind}", "2x2")
+    return start(script, "--resume", folder / "run", *named_again)
+
+
 KINDS = {"raises": "the scorer is gone", "hangs": "no answer in 3 s", "nan": "returned nan"}
 
 
@@ -107,7 +113,7 @@ def test_reward_that_fails_or_hangs(script, kind, tmp_path):
     ends_in_one_line(process, 1, KINDS[kind], str(tmp_path / "run"))
     assert iteration_of(tmp_path / "run") == 2
     (tmp_path / "fault").unlink()
-    finish(start(script, "--resume", tmp_path / "run"))
+    finish(resume(script, tmp_path, kind))
     finish(start(script, *flags, "--output-dir", tmp_path / "whole"))
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
@@ -120,7 +126,8 @@ def test_reward_of_a_later_task_that_fails(tmp_path):
     ends_in_one_line(process, 1, "the scorer is gone")
     assert iteration_of(tmp_path / "run") == 1
     (tmp_path / "fault").unlink()
-    finish(start("large_scale_ppo.py", "--resume", tmp_path / "run"))
+    named_again = flags[flags.index("--tasks") :]
+    finish(start("large_scale_ppo.py", "--resume", tmp_path / "run", *named_again))
     finish(start("large_scale_ppo.py", *flags, "--output-dir", tmp_path / "whole"))
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
@@ -140,7 +147,7 @@ def test_disk_that_is_full(script, ranks, tmp_path):
     (tmp_path / "fault").unlink()
     ends_in_one_line(process, 1, "cannot be written", "--resume")
     assert iteration_of(tmp_path / "run") == 1
-    finish(start(script, "--resume", tmp_path / "run"))
+    finish(resume(script, tmp_path, "waits"))
     assert len(read_metrics(tmp_path / "run")) == 3
 
 
@@ -149,7 +156,7 @@ def test_two_processes_never_write_one_run(tmp_path):
     flags = with_reward("dpok.py", tmp_path, "waits", 1)
     process = start("dpok.py", *flags, "--output-dir", tmp_path / "run")
     wait_for((tmp_path / "waiting").exists, process)
-    second = start("dpok.py", "--resume", tmp_path / "run")
+    second = resume("dpok.py", tmp_path, "waits")
     ends_in_one_line(second, 1, "another process is still writing it")
     (tmp_path / "fault").unlink()
     finish(process)
@@ -179,9 +186,11 @@ def test_rank_that_dies(tmp_path):
 
 def test_grid_that_cannot_be_written(tmp_path):
     """A warning; the run goes on."""
-    (tmp_path / "run/samples/000002.png").mkdir(parents=True)
+    process = start("dpok.py", *COMMON, *SHORT["dpok.py"], "--output-dir", tmp_path / "run")
+    wait_for((tmp_path / "run/samples").exists, process)
+    (tmp_path / "run/samples/000002.png").mkdir()
     (tmp_path / "run/learning_curve.png").mkdir()
-    stderr = finish(start("dpok.py", *COMMON, *SHORT["dpok.py"], "--output-dir", tmp_path / "run"))
+    stderr = finish(process)
     assert "warning" in stderr and "000002.png" in stderr and "learning_curve.png" in stderr
     assert len(read_metrics(tmp_path / "run")) == 3
     assert (tmp_path / "run/samples/000003.png").is_file()
