@@ -66,6 +66,8 @@ def described(error: BaseException) -> str:
     if isinstance(error, SystemExit | KeyboardInterrupt | GeneratorExit):
         return f"something ended the command from within ({what}); {FLAG} shows where"
     place = traceback.extract_tb(error.__traceback__)[-1]
+    if Path(place.filename).name == "distributed_c10d.py":
+        return "another process has ended, or cannot be reached; its own line says why"
     where = f"{Path(place.filename).name}:{place.lineno}"
     return (
         f"{what} ({where}); {FLAG} shows all of it; please report a fault of this project with it"

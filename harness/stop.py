@@ -77,7 +77,8 @@ def end_run(message: str) -> NoReturn:
 def end_alone(message: str) -> NoReturn:
     """The same on this rank, while the others wait for it in a collective: torchrun ends them."""
     rank = os.environ.get("RANK", "0")
-    print(f"error: rank {rank}: {one_line(message)}", file=sys.stderr, flush=True)
+    tqdm.write(f"error: rank {rank}: {one_line(message)}", file=sys.stderr)
+    sys.stderr.flush()
     os._exit(1)  # leaving the process group would wait for the others
 
 

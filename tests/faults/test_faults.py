@@ -352,3 +352,30 @@ def test_memory_and_files_do_not_grow(script, tiny_sd, tmp_path):
     memory = [sorted(value for value, _ in part)[len(part) // 2] for part in (early, late)]
     files = [sorted(value for _, value in part)[len(part) // 2] for part in (early, late)]
     assert memory[1] < 1.01 * memory[0] and files[0] == files[1], (memory, files)
+
+
+ALONE = """
+import os, sys
+sys.path.insert(0, {root!r})
+import dpok
+from harness import Run
+def breaks(self, n, *args, share=Run.gather, **kwargs):
+    if os.environ["RANK"] == "1" and self._iteration == 2:
+        raise RuntimeError("a fault of one rank")
+    return share(self, n, *args, **kwargs)
+Run.gather = breaks
+dpok.main()
+"""
+
+
+def test_fault_of_one_rank_alone(tmp_path):
+    """The others wait for it in a collective: it says so and ends, and torchrun ends them."""
+    (tmp_path / "alone.py").write_text(ALONE.format(root=str(ROOT)))
+    flags = (*COMMON, *SHORT["dpok.py"], "--output-dir", tmp_path / "run")
+    began = time.time()
+    process = start(str(tmp_path / "alone.py"), *flags, ranks=2)
+    _, stderr = process.communicate(timeout=120)
+    lines = [line for line in stderr.replace("\r", "\n").splitlines() if "a fault of" in line]
+    assert process.returncode != 0 and time.time() - began < 100
+    assert len(lines) == 1 and lines[0].startswith("error: rank 1: iteration 2"), stderr
+    assert "--resume" in lines[0] and iteration_of(tmp_path / "run") == 2
