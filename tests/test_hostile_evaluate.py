@@ -10,6 +10,7 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -70,9 +71,17 @@ def place(prepared, tmp_path, monkeypatch):
     """A copy of `prepared`, in which the command runs."""
     shutil.copytree(prepared, tmp_path / "case", symlinks=True)
     monkeypatch.chdir(tmp_path / "case")
+    return tmp_path / "case"
+
+
+@contextmanager
+def room_again():
+    """A disk that gets full within it has room after it, for pytest's own files too."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield tmp_path / "case"
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def full_disk(tmp: Path, size: int) -> None:
@@ -693,7 +702,8 @@ def test_hostile_input_ends_in_one_line(case, place, monkeypatch, capsys):
     script, main = (
         ("human_eval.py", human_eval.main) if of_people else ("evaluate.py", evaluate.main)
     )
-    ends_in_one_line(case, main, script, place, monkeypatch, capsys)
+    with room_again():
+        ends_in_one_line(case, main, script, place, monkeypatch, capsys)
 
 
 def results(folder: Path) -> dict:
@@ -789,13 +799,12 @@ def test_results_have_no_bare_nan():
 def test_a_full_disk_loses_nothing(place, monkeypatch, capsys):
     """With room the same command resumes: what was drawn is as it was."""
     before = {path: path.read_bytes() for path in (place / "out/samples").rglob("*.npz")}
-    full_disk(place, 2000)
     words = f"{FLAGS} --lora run --lora other"
-    with pytest.raises(SystemExit) as end:
+    with room_again(), pytest.raises(SystemExit) as end:
+        full_disk(place, 2000)
         run(monkeypatch, evaluate.main, "evaluate.py", words)
     assert end.value.code == 1 and "same command resumes" in capsys.readouterr().err
     assert not [*place.rglob("*.partial")]
-    full_disk(place, 1 << 30)
     run(monkeypatch, evaluate.main, "evaluate.py", words)
     assert list(results(place / "out")) == ["base", "run", "other"]
     assert all(path.read_bytes() == content for path, content in before.items())
