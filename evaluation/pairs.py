@@ -1,5 +1,6 @@
 """The pairs of a human evaluation: the same prompt and the same noise, drawn by two models."""
 
+import os
 import secrets
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def choose_models(folder: Path, names: tuple[str, ...], images_per_prompt: int) 
         )
     for name in chosen:
         for number in range(len(shards_of(settings))):
-            if not shard_file(folder, name, number).is_file():
+            if not os.path.lexists(shard_file(folder, name, number)):
                 fail(
                     f"--evaluation {folder} lacks pictures of {name}; "
                     "run the command of evaluate.py again"
