@@ -40,7 +40,12 @@ def check_text(args) -> None:
 
 
 def check_place(flag: str, path: Path, is_folder: bool = True) -> None:
-    """Refuse a folder, or a file, that cannot be written, before there is anything to write."""
+    """Refuse a folder, or a file, that cannot be written, before there is anything to write.
+
+    For rank 0, which writes: another machine may not see the place.
+    """
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
     if os.path.lexists(path) and os.path.isdir(path) != is_folder:
         kind = "a folder" if is_folder else "a file to write"
         fail(f"{flag} {path} is there and is not {kind}; choose another")

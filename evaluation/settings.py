@@ -15,6 +15,8 @@ from harness.prompts import read_prompts
 
 SHARD_SIZE = 64
 """Pictures that are drawn, scored and then stored at once, unless a command has a flag for it."""
+STEPS = "num_train_timesteps"
+"""In a scheduler's configuration: how many steps the model was trained with."""
 LEAST_ETA = 1e-3
 """With less noise in a step the KL, which is over its square, is that of rounding."""
 COPIES = 10
@@ -64,15 +66,10 @@ def read_settings(args, **others) -> Settings:
     return Settings(**{field.name: values[field.name] for field in fields(Settings)})
 
 
-STEPS = "num_train_timesteps"
-
-
-def stored_number(path: Path, *keys: str | int) -> int | None:
+def stored_number(path: Path, key: str) -> int | None:
     """A positive integer in a model's configuration; None where loading the model will tell."""
     try:
-        value = json.loads(path.read_text())
-        for key in keys:
-            value = value[key]
+        value = json.loads(path.read_text())[key] if path.is_file() else None
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
     return value if type(value) is int and value > 0 else None
@@ -94,13 +91,11 @@ def check_size(settings: Settings, models: int, micro_batch_size: int, folder: P
     """
     size = stored_number(Path(settings.model) / "unet/config.json", "sample_size") or 64
     picture, N = (8 * size) ** 2 * 3, settings.images_per_prompt
-    memory, place = memory_size(), folder.absolute()
+    memory = memory_size()
     shard = max(map(len, shards_of(settings))) * N
     rows = min(micro_batch_size, shard)
     noise = rows * (settings.num_inference_steps + 1) * 4 * size**2 * 4 * 2
-    while not place.exists():
-        place = place.parent
-    disk = shutil.disk_usage(place).total
+    disk = disk_size(folder) if int(os.environ.get("RANK", 0)) == 0 else float("inf")
     total = models * len(settings.prompts) * N * picture
     of_shard = "--images-per-prompt" if N * picture * COPIES > memory else "--shard-size"
     for flag, needed, there, what in (
@@ -111,6 +106,14 @@ def check_size(settings: Settings, models: int, micro_batch_size: int, folder: P
         if needed > there:
             sizes = f"{needed / 1e9:.3g} GB of {what} {there / 1e9:.3g} GB"
             fail(f"{flag}: the pictures would take {sizes}; lower it")
+
+
+def disk_size(folder: Path) -> int:
+    """Bytes of the disk that a folder is on, or would be."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).total
 
 
 def memory_size() -> float:
