@@ -68,7 +68,9 @@ def run(patch, main: Callable, script: str, words: str) -> None:
 
 @pytest.fixture
 def place(prepared, tmp_path, monkeypatch):
-    """A copy of `prepared`, in which the command runs."""
+    """A copy of `prepared`, in which the command runs, on a machine of 16 GB and a small disk."""
+    monkeypatch.setattr("evaluation.settings.memory_size", lambda: 16e9)
+    monkeypatch.setattr("evaluation.settings.disk_size", lambda folder: 100e9)
     shutil.copytree(prepared, tmp_path / "case", symlinks=True)
     monkeypatch.chdir(tmp_path / "case")
     return tmp_path / "case"
@@ -486,7 +488,7 @@ CASES = [
     ),
     evaluates(
         "--micro-batch-size of memory",
-        "--output-dir out/new --images-per-prompt 150000 --micro-batch-size 100000000 "
+        "--output-dir out/new --images-per-prompt 50000 --micro-batch-size 100000000 "
         "--shard-size 1 --num-inference-steps 1000",
         ("--micro-batch-size", "lower"),
     ),
