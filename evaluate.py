@@ -27,17 +27,21 @@ from typing import Literal
 
 import torch.distributed as dist
 
+from evaluation.digests import score_keys
 from evaluation.draw import draw_and_score
 from evaluation.folder import check_folder, default_folder
 from evaluation.models import Model, read_models
+from evaluation.places import check_text, writing
 from evaluation.report import report
 from evaluation.settings import (
     SHARD_SIZE,
     Settings,
     check_rewards,
+    check_size,
     check_world_size,
     read_settings,
 )
+from evaluation.sheet import check_sheet
 from harness.args import check_dtype, check_numbers, parse_args
 from harness.guard import command
 
@@ -76,7 +80,8 @@ class Args:
     """Pictures of each prompt in comparison.png, its columns."""
     output_dir: Path | None = None
     """Where the results go, and where a stopped evaluation is resumed; by default
-    runs/evaluate__TAG__SEED__DIGEST, the digest being of all that the figures depend on."""
+    runs/evaluate__TAG__SEED__DIGEST, the digest being of all that the pictures depend on, and of
+    the rewards' names."""
 
 
 PRESETS = {
@@ -92,31 +97,37 @@ PRESETS = {
 }
 
 
-def check(args: Args, world_size: int) -> tuple[Settings, list[Model], Path]:
+def check(args: Args, world_size: int) -> tuple[Settings, list[Model], dict[str, str], Path]:
     """Refuse what cannot work before anything slow is loaded; returns what goes where."""
+    check_text(args)
     check_numbers(args, {"seed"})
     check_dtype(args.dtype)
     check_rewards(args.rewards, args.images_per_prompt)
     settings = read_settings(args)
     models = read_models(args)
     check_world_size(settings, world_size)
+    shown = min(args.shown_prompts, len(settings.prompts))
+    check_sheet(len(models), shown, min(args.shown_images, args.images_per_prompt))
     folder = args.output_dir or default_folder(__file__, args, settings, models)
     check_folder(folder, settings, models)
-    return settings, models, folder
+    check_size(settings, len(models), args.micro_batch_size, folder)
+    return settings, models, score_keys(args.rewards), folder
 
 
 @command
 def main():
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     args = parse_args(PRESETS, __doc__)
-    settings, models, folder = check(args, world_size)
-    draw_and_score(settings, models, args.rewards, folder, args.micro_batch_size)
-    if rank == 0:
-        shown = args.shown_prompts, args.shown_images
-        print(report(settings, models, args.rewards, folder, *shown))
-        print(f"the tables, the figures and the pictures are in {folder}")
+    settings, models, rewards, folder = check(args, world_size)
+    draw_and_score(settings, models, rewards, folder, args.micro_batch_size)
     if world_size > 1:
         dist.destroy_process_group()
+    if rank == 0:
+        with writing(folder):
+            shown = args.shown_prompts, args.shown_images
+            table = report(settings, models, rewards, folder, *shown)
+        print(table)
+        print(f"the tables, the figures and the pictures are in {folder}")
 
 
 if __name__ == "__main__":

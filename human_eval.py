@@ -17,7 +17,6 @@ Answers:         python human_eval.py tally study/answers/*.json --key study/key
 docs/evaluate.md says how to ask, and how answers count. The work is in evaluation/.
 """
 
-import json
 import os
 import sys
 import time
@@ -29,12 +28,13 @@ import torch.distributed as dist
 import tyro
 
 from evaluation.draw import draw_and_score
-from evaluation.folder import check_folder, write_whole
+from evaluation.folder import check_folder
 from evaluation.models import read_models
 from evaluation.page import KEY_NAME, PAGE_NAME, write_page
 from evaluation.pairs import choose_models, shuffled_pairs
-from evaluation.settings import SHARD_SIZE, check_world_size, read_settings
-from evaluation.tally import tables, tally
+from evaluation.places import check_place, check_text, to_json, write_whole, writing
+from evaluation.settings import SHARD_SIZE, check_size, check_world_size, read_settings
+from evaluation.tally import check_output, tables, tally
 from harness.args import check_dtype, check_numbers, parse_args, read_words
 from harness.guard import command
 from harness.stop import fail
@@ -98,7 +98,9 @@ PRESETS = {
 
 def check(args: BuildArgs, output_dir: Path) -> None:
     """Refuse what build cannot do, but for what `draw` and `choose_models` refuse."""
+    check_text(args)
     check_numbers(args, {"seed", "shuffle_seed"})
+    check_place("--output-dir", output_dir)
     if (output_dir / KEY_NAME).exists():
         fail(
             f"--output-dir {output_dir} holds a page and its key; "
@@ -124,9 +126,9 @@ def draw(args: BuildArgs, folder: Path) -> list[str]:
     models = read_models(args)
     check_world_size(settings, int(os.environ.get("WORLD_SIZE", 1)))
     check_folder(folder, settings, models)
-    models = models[-2:]
-    draw_and_score(settings, models, (), folder, args.micro_batch_size)
-    return [model.name for model in models]
+    check_size(settings, 2, args.micro_batch_size, folder)
+    draw_and_score(settings, models, {}, folder, args.micro_batch_size, drawn=2)
+    return [model.name for model in models[-2:]]
 
 
 def build(args: BuildArgs) -> None:
@@ -140,14 +142,15 @@ def build(args: BuildArgs) -> None:
     else:
         folder = output_dir / "pictures"
         names = draw(args, folder)
+    if dist.is_initialized():
+        dist.destroy_process_group()
     if int(os.environ.get("RANK", 0)) == 0:
         pairs, pictures = shuffled_pairs(args, folder, names)
-        write_page(output_dir, names, pairs, pictures)
+        with writing(output_dir, "choose another --output-dir, or make room"):
+            write_page(output_dir, names, pairs, pictures)
         count = len(pairs["pairs"])
         print(f"send {output_dir / PAGE_NAME}: {count} pairs of {names[0]} and {names[1]}")
         print(f"keep {output_dir / KEY_NAME}: without it nobody knows whose picture is where")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @command
@@ -158,10 +161,13 @@ def main():
     elif what == "tally":
         prog = "human_eval.py tally"
         args = read_words(TallyArgs, words, __doc__, prog=prog)
+        check_text(args)
+        check_output(args.output, (*args.answers, args.key))
         results = tally(args.answers, args.key)
         print(tables(results))
         if args.output:
-            write_whole(args.output, json.dumps(results, indent=2) + "\n")
+            with writing(args.output, "choose another --output, or make room"):
+                write_whole(args.output, to_json(results))
     elif what in ("-h", "--help"):
         print(f"{__doc__}\nbuild --help and tally --help explain every flag.")
     else:

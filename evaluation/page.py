@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from evaluation.folder import write_whole
+from evaluation.places import write_whole
 
 PAGE = Path(__file__).with_name("page.html")
 PAGE_NAME, KEY_NAME = "human_eval.html", "key.json"
@@ -45,8 +45,8 @@ def write_page(folder: Path, names: list[str], pairs: dict, pictures: list[np.nd
     page = {"study": key["study"], "questions": QUESTIONS, "answers": ANSWERS, "pairs": shown}
     # "<" would end the script's element, or begin a comment, where a prompt has it.
     content = json.dumps(page).replace("<", "\\u003c")
-    folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / PAGE_NAME, PAGE.read_text(encoding="utf-8").replace("STUDY", content))
+    # Last: where there is a key, all is there, and it is not overwritten.
     write_whole(folder / KEY_NAME, json.dumps(key, indent=2) + "\n")
 
 

@@ -1,12 +1,13 @@
 """The pairs of a human evaluation: the same prompt and the same noise, drawn by two models."""
 
+import os
 import secrets
 from pathlib import Path
 
 import numpy as np
 
 from evaluation.folder import read_description, read_shard, shard_file
-from evaluation.settings import Settings, shards_of
+from evaluation.settings import Settings, memory_size, shards_of
 from harness.args import fail
 
 
@@ -31,12 +32,31 @@ def choose_models(folder: Path, names: tuple[str, ...], images_per_prompt: int) 
         )
     for name in chosen:
         for number in range(len(shards_of(settings))):
-            if not shard_file(folder, name, number).exists():
+            if not os.path.lexists(shard_file(folder, name, number)):
                 fail(
                     f"--evaluation {folder} lacks pictures of {name}; "
                     "run the command of evaluate.py again"
                 )
     return chosen
+
+
+def read_pictures(folder: Path, name: str, number: int, pictures: int) -> np.ndarray:
+    """A shard's pictures; one that is not there ends the command."""
+    stored = read_shard(folder, name, number, pictures)
+    if not stored:
+        fail(f"{folder} lacks pictures of {name}; run the command of evaluate.py again")
+    return stored["images"]
+
+
+def check_page(args, settings: Settings, size: int) -> None:
+    """Refuse a page that memory cannot hold; `size` is the bytes of a picture.
+
+    They are there as pixels and in the page, which is text, a few times over.
+    """
+    needed = 2 * len(settings.prompts) * args.images_per_prompt * size * 6
+    if needed > memory_size():
+        sizes = f"{needed / 1e9:.3g} GB of memory, of this machine's {memory_size() / 1e9:.3g} GB"
+        fail(f"--images-per-prompt: the page would take {sizes}; lower it, or make several pages")
 
 
 def shuffled_pairs(args, folder: Path, names: list[str]) -> tuple[dict, list[np.ndarray]]:
@@ -49,7 +69,11 @@ def shuffled_pairs(args, folder: Path, names: list[str]) -> tuple[dict, list[np.
     settings = Settings(**read_description(folder)["settings"])
     found = []
     for number, shard in enumerate(shards_of(settings)):
-        both = [read_shard(folder, name, number)["images"] for name in names]
+        pictures = len(shard) * settings.images_per_prompt
+        both = [read_pictures(folder, name, number, pictures) for name in names]
+        if both[0].shape != both[1].shape:
+            fail(f"{folder}: pictures of {' and '.join(names)} differ in size; evaluate both anew")
+        check_page(args, settings, both[0][0].size)
         both = [np.split(images, len(shard)) for images in both]
         for row, j in enumerate(shard):
             for i in range(args.images_per_prompt):

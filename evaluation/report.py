@@ -1,15 +1,16 @@
 """The figures of an evaluation, from its stored samples, and the files that show them."""
 
-import json
+import io
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from evaluation.folder import describe, read_shard, write_whole
+from evaluation.folder import describe, read_shard
 from evaluation.judge import ZooJudge, load_judge
 from evaluation.models import Model, was_trained_on
+from evaluation.places import to_json, write_whole
 from evaluation.settings import Settings, shards_of
 from evaluation.sheet import comparison
 from evaluation.statistics import compare, diversity, mean_and_error
@@ -32,20 +33,21 @@ class Measured(NamedTuple):
 def report(
     settings: Settings,
     models: list[Model],
-    specs: tuple[str, ...],
+    rewards: dict[str, str],
     folder: Path,
     shown_prompts: int,
     shown_images: int,
 ) -> str:
     """Write results.json, table.md and comparison.png; returns the table of all prompts together.
 
-    Of the samples in `folder`, which must be complete for the models and the rewards `specs`; the
-    first model is the base. The sheet has the first `shown_prompts` prompts with `shown_images`
-    pictures each. For rank 0.
+    Of the samples in `folder`, which must be complete for the models and for `rewards`,
+    `score_keys` by spec; the first model is the base. The sheet has the first `shown_prompts`
+    prompts with `shown_images` pictures each. For rank 0.
     """
     judge, base, results, shown = load_judge(settings.model), {}, {}, {}
+    specs = tuple(rewards)
     for model in models:
-        measured = measure(settings, model, specs, folder, judge, shown_prompts, shown_images)
+        measured = measure(settings, model, rewards, folder, judge, shown_prompts, shown_images)
         results[model.name] = {
             "path": str(model.path) if model.path else None,
             "sha256": model.digest or None,
@@ -58,9 +60,10 @@ def report(
 
     everything = describe(settings, models)["settings"] | {"rewards": specs}
     everything = {"settings": everything, "models": results}
-    write_whole(folder / "results.json", json.dumps(everything, indent=2) + "\n")
-    sheet = comparison(shown, settings.prompts, [model.name for model in models])
-    sheet.save(folder / "comparison.png")
+    write_whole(folder / "results.json", to_json(everything))
+    sheet, file = comparison(shown, settings.prompts, list(results)), io.BytesIO()
+    sheet.save(file, "PNG")
+    write_whole(folder / "comparison.png", file.getvalue())
     in_all = [(None, name, found["all"]) for name, found in results.items()]
     in_all = markdown_table(in_all, specs, models)
     by_prompt = [
@@ -77,7 +80,7 @@ def report(
 def measure(
     settings: Settings,
     model: Model,
-    specs: tuple[str, ...],
+    rewards: dict[str, str],
     folder: Path,
     judge: ZooJudge | None,
     shown_prompts: int,
@@ -85,10 +88,13 @@ def measure(
 ) -> Measured:
     """Read a model's samples, and measure the pictures."""
     scores, of_prompts, drawn, shown = {}, [], [], []
+    stored_as = {"kl": "kl"} | rewards
     for number, shard in enumerate(shards_of(settings)):
-        stored = read_shard(folder, model.name, number)
-        for key in stored.keys() & {"kl", *specs}:
-            scores.setdefault(key, []).append(stored[key].reshape(len(shard), -1))
+        pictures = len(shard) * settings.images_per_prompt
+        stored = read_shard(folder, model.name, number, pictures)
+        for key, name in stored_as.items():
+            if name in stored:
+                scores.setdefault(key, []).append(stored[name].reshape(len(shard), -1))
         for j, images in zip(shard.tolist(), np.split(stored["images"], len(shard))):
             floats = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
             of_prompts.append({"diversity": diversity(floats.flatten(1))})

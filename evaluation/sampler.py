@@ -4,11 +4,16 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler
 
+from common import UserError
 from common.scheduler import ddim_step_kl, ddim_step_with_logprob
 from evaluation.settings import Settings
 
 NOISE = 4
 """The second number in the key of a picture's noise; training has others."""
+
+
+class PictureError(UserError):
+    """A picture that is no picture; the message names its prompt."""
 
 
 class Sampler:
@@ -28,13 +33,16 @@ class Sampler:
         clip_sample = config.get("clip_sample", False)
         self.scheduler = DDIMScheduler.from_config(config, clip_sample=clip_sample)
         self.scheduler.set_timesteps(settings.num_inference_steps)
+        side = pipeline.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.shape = (side, side, 3)
 
     def draw(
         self, unet: torch.nn.Module, pictures: list[tuple[int, int]]
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Pictures (prompt j, number i), uint8 (B, H, W, 3), and their KL in nats, (B,).
 
-        The KL is None where there is none: of the pretrained UNet itself, and with eta 0.
+        The KL is None where there is none: of the pretrained UNet itself, and with eta 0. Raises
+        PictureError where one is not finite, which 8 bits would not show.
         """
         settings, pretrained = self.settings, self.pipeline.unet
         config = pretrained.config
@@ -47,12 +55,25 @@ class Sampler:
         text = encode_prompts(self.pipeline, prompts, self.device)
         condition = (self.scheduler, text, self.no_text, noise)
         trajectory, stds = sample(settings, unet, *condition)
-        images = (decode(self.vae, trajectory[:, -1]) * 255).round().byte()
-        images = images.permute(0, 2, 3, 1).cpu().numpy()
+        decoded = decode(self.vae, trajectory[:, -1])
+        for values in (trajectory[:, -1], decoded):
+            check_finite(values, prompts, "picture")
+        images = (decoded * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         if unet is pretrained or settings.eta == 0:
             return images, None
         kl = kl_to_pretrained(settings, pretrained, *condition, trajectory, stds)
+        check_finite(kl, prompts, "KL")
         return images, kl.cpu().numpy()
+
+
+def check_finite(values: torch.Tensor, prompts: list[str], what: str) -> None:
+    """Raises PictureError with the first prompt whose row of `values` is NaN or infinite."""
+    finite = (
+        values.isfinite().flatten(start_dim=1) if values.dim() > 1 else values.isfinite()[:, None]
+    )
+    if not finite.all():
+        prompt = prompts[finite.all(1).tolist().index(False)]
+        raise PictureError(f"the {what} of the prompt {prompt[:100]!r} is not finite")
 
 
 def seeded(*key: int) -> torch.Generator:

@@ -1,15 +1,26 @@
 """What the pictures of an evaluation depend on, and what is refused before anything slow begins."""
 
+import json
+import os
+import shutil
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 
 from common.rewards import RewardError, check_spec
+from evaluation.places import is_text
 from harness.args import check_model, fail
 from harness.prompts import read_prompts
 
 SHARD_SIZE = 64
 """Pictures that are drawn, scored and then stored at once, unless a command has a flag for it."""
+STEPS = "num_train_timesteps"
+"""In a scheduler's configuration: how many steps the model was trained with."""
+LEAST_ETA = 1e-3
+"""With less noise in a step the KL, which is over its square, is that of rounding."""
+COPIES = 10
+"""Bytes of memory for each byte of a shard's pictures: as uint8 and float32, here and there."""
 
 
 @dataclass
@@ -43,9 +54,78 @@ def read_settings(args, **others) -> Settings:
     had end the command.
     """
     check_model(args.model)
+    if args.eta > 1 or 0 < args.eta < LEAST_ETA:
+        fail(f"--eta is {args.eta}; it must be 0, or from {LEAST_ETA} to 1")
+    trained = stored_number(Path(args.model) / "scheduler/scheduler_config.json", STEPS)
+    check_steps(args.num_inference_steps, trained, args.model)
     prompts = list(dict.fromkeys(read_prompts(args)))
+    for prompt in prompts:
+        if not is_text(prompt):
+            fail(f"--prompt {ascii(prompt)[:200]} has half a character or a null byte; write text")
     values = vars(args) | others | {"prompts": prompts}
     return Settings(**{field.name: values[field.name] for field in fields(Settings)})
+
+
+def stored_number(path: Path, key: str) -> int | None:
+    """A positive integer in a model's configuration; None where loading the model will tell."""
+    try:
+        value = json.loads(path.read_text())[key] if path.is_file() else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return value if type(value) is int and value > 0 else None
+
+
+def check_steps(steps: int, trained: int | None, model: str) -> None:
+    """Refuse more steps than the model was trained with, where that is known."""
+    if trained is not None and steps > trained:
+        fail(
+            f"--num-inference-steps is {steps}, and --model {model} was trained with {trained}; "
+            "take fewer"
+        )
+
+
+def check_size(settings: Settings, models: int, micro_batch_size: int, folder: Path) -> None:
+    """Refuse what this machine's memory, or the disk of `folder`, could never hold.
+
+    The pictures of a hub's model are taken for those of SD v1.5.
+    """
+    size = stored_number(Path(settings.model) / "unet/config.json", "sample_size") or 64
+    picture, N = (8 * size) ** 2 * 3, settings.images_per_prompt
+    memory = memory_size()
+    shard = max(map(len, shards_of(settings))) * N
+    rows = min(micro_batch_size, shard)
+    noise = rows * (settings.num_inference_steps + 1) * 4 * size**2 * 4 * 2
+    disk = disk_size(folder) if int(os.environ.get("RANK", 0)) == 0 else float("inf")
+    total = models * len(settings.prompts) * N * picture
+    of_shard = "--images-per-prompt" if N * picture * COPIES > memory else "--shard-size"
+    for flag, needed, there, what in (
+        (of_shard, shard * picture * COPIES, memory, "memory, of this machine's"),
+        ("--micro-batch-size", noise, memory, "memory, of this machine's"),
+        ("--images-per-prompt", total, disk, "disk, of"),
+    ):
+        if needed > there:
+            sizes = f"{needed / 1e9:.3g} GB of {what} {there / 1e9:.3g} GB"
+            fail(f"{flag}: the pictures would take {sizes}; lower it")
+
+
+def disk_size(folder: Path) -> int:
+    """Bytes of the disk that a folder is on, or would be."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).total
+
+
+def memory_size() -> float:
+    """Bytes that this process could have at most; infinite where the system does not tell."""
+    try:
+        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        return min(size, int(limit)) if limit.isdigit() else size
+    except (AttributeError, ValueError):  # Windows
+        return float("inf")
+    except OSError:
+        return size
 
 
 def check_rewards(specs: tuple[str, ...], images_per_prompt: int) -> None:
@@ -53,8 +133,8 @@ def check_rewards(specs: tuple[str, ...], images_per_prompt: int) -> None:
     for spec in specs:
         try:
             check_spec(spec)
-        except RewardError as error:
-            fail(f"--rewards: {error}")
+        except (RewardError, OSError) as error:  # OSError: a name too long
+            fail(f"--rewards: {str(error)[:500]}")
         if "statistical_parity" in spec and images_per_prompt < 2:
             fail(
                 f"--images-per-prompt is {images_per_prompt}, "

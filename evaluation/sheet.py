@@ -5,8 +5,20 @@ import re
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from harness.args import fail
+
 LEFT, TOP, GAP = 176, 26, 2
 """Pixels: left of the pictures, for the names; above each prompt's, for the prompt; between two."""
+SIDE, PIXELS = 256, 1 << 28
+"""Of a picture in the sheet, at most; of the sheet, at most: 800 MB of memory."""
+
+
+def check_sheet(rows: int, prompts: int, columns: int) -> None:
+    """Refuse a sheet that no viewer could open: `rows` and `columns` for each of the prompts."""
+    height, width = prompts * (TOP + rows * (SIDE + GAP)), LEFT + columns * (SIDE + GAP)
+    if height * width > PIXELS:
+        flag = "--shown-images" if columns > prompts * rows else "--shown-prompts"
+        fail(f"{flag}: comparison.png would have {width} x {height} pixels; show fewer")
 
 
 def comparison(
@@ -17,7 +29,7 @@ def comparison(
     `shown` has the pictures, uint8 (columns, H, W, 3), by the model's name and the prompt's index.
     """
     shape = next(iter(shown.values())).shape
-    side = 256 if shape[1] > 256 else shape[1] * max(1, 128 // shape[1])
+    side = SIDE if shape[1] > SIDE else shape[1] * max(1, 128 // shape[1])
     how = Image.Resampling.LANCZOS if side < shape[1] else Image.Resampling.NEAREST
     indices = sorted({j for _, j in shown})
     block = TOP + len(names) * (side + GAP)

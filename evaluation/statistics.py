@@ -28,7 +28,8 @@ def compare(
     """
     out = dict(zip(("mean", "standard_error"), mean_and_error(scores)))
     if base is not None:
-        gain = scores - base
+        # float32 may have no number for the difference of two large scores.
+        gain = scores.astype(np.float64) - base
         won = (gain > TIE) + 0.5 * (abs(gain) <= TIE)
         out |= dict(zip(("gain", "gain_standard_error"), mean_and_error(gain)))
         out |= dict(zip(("win_rate", "win_rate_standard_error"), mean_and_error(won)))

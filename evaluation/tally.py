@@ -1,11 +1,43 @@
 """The tally of a human evaluation: how often raters prefer which of its two models."""
 
-import json
+import os
 from pathlib import Path
 from statistics import NormalDist
+from typing import Literal, NotRequired, TypedDict
 
+from evaluation.models import NAME
 from evaluation.page import ANSWERS, KEY_NAME, QUESTIONS
+from evaluation.places import check_place
 from harness.args import fail
+from harness.stored import StoredError, read_stored
+
+
+class Pair(TypedDict):
+    """A pair of the page: the models on its sides."""
+
+    prompt: str
+    image: int
+    left: str
+    right: str
+
+
+class Key(TypedDict):
+    """What key.json holds."""
+
+    study: str
+    models: list[str]
+    shuffle_seed: int
+    pairs: list[Pair]
+
+
+class Answers(TypedDict):
+    """What the page saves: by the pair's number and the question an answer."""
+
+    study: str
+    session: str
+    rater: NotRequired[str]
+    answers: dict[str, dict[Literal[tuple(QUESTIONS)], Literal[tuple(ANSWERS)]]]
+
 
 Verdict = int | str | None
 """Of a pair: the model that is preferred (0 or 1), "similar", "not_loaded", None without answer."""
@@ -44,24 +76,30 @@ def tally(answers: tuple[Path, ...], key: Path | None) -> dict:
     return counts | {"answers": of_all, "majority": of_majority, "models": models}
 
 
-def read_key(answers: tuple[Path, ...], path: Path | None) -> dict:
-    """The key of the page, from `path` or else from beside the answers or one folder up."""
+def read_key(answers: tuple[Path, ...], path: Path | None) -> Key:
+    """The key of the page, from `path` or else from beside the answers or one folder up.
+
+    Raises StoredError.
+    """
     if path is None:
         folder = answers[0].parent
         places = [folder / KEY_NAME, folder.parent / KEY_NAME]
-        path = next((place for place in places if place.exists()), None)
+        path = next((place for place in places if os.path.lexists(place)), None)
     if path is None:
         fail(
             f"--key is missing, and there is no {KEY_NAME} beside the answers; "
             "name the one that build has written"
         )
-    key = read_json(path, "--key")
-    if not {"study", "models", "pairs"} <= key.keys():
-        fail(f"--key {path} is no key; name the {KEY_NAME} that build has written")
+    remedy = f"name with --key the {KEY_NAME} that build has written, as it was"
+    key = read_stored(path, Key, remedy)
+    models, pairs = key["models"], key["pairs"]
+    two = len(models) == 2 and len(set(models)) == 2 and all(map(NAME.fullmatch, models))
+    if not two or any({pair["left"], pair["right"]} != set(models) for pair in pairs):
+        raise StoredError(f"{path} has no pairs of two models; {remedy}")
     return key
 
 
-def read_raters(paths: tuple[Path, ...], key: dict) -> list[dict]:
+def read_raters(paths: tuple[Path, ...], key: Key) -> list[dict]:
     """What each rater has answered, {pair: {question: answer}}; a rater counts once."""
     given, files = [], {}
     for path in paths:
@@ -74,42 +112,32 @@ def read_raters(paths: tuple[Path, ...], key: dict) -> list[dict]:
     return given
 
 
-def read_answers(path: Path, key: dict) -> dict:
-    """A rater's file, checked against the key."""
-    content = read_json(path, "answers")
-    complete = {"study", "session", "answers"} <= content.keys()
-    if not complete or not isinstance(content["answers"], dict):
-        fail(f"answers {path} is no file of answers; name only files that the page has saved")
+def read_answers(path: Path, key: Key) -> Answers:
+    """A rater's file, checked against the key. Raises StoredError."""
+    remedy = "name only files of answers, as the page has saved them"
+    content = read_stored(path, Answers, remedy)
     if content["study"] != key["study"]:
         fail(
             f"answers {path} are of another page than the key's; "
             f"give the {KEY_NAME} that was written with that page"
         )
-    for pair, given in content["answers"].items():
-        known = pair.isdigit() and int(pair) < len(key["pairs"]) and isinstance(given, dict)
-        known = known and given.keys() <= QUESTIONS.keys()
-        if not known or not {*map(str, given.values())} <= ANSWERS.keys():
-            fail(
-                f"answers {path}: pair {pair} is not as the page saves it; "
-                "give the file as it was saved"
-            )
+    known = {str(n) for n in range(len(key["pairs"]))}
+    for pair in content["answers"].keys() - known:
+        raise StoredError(f"answers {path}: there is no pair {ascii(pair)[:50]}; {remedy}")
     return content
 
 
-def read_json(path: Path, flag: str) -> dict:
-    """The object in a file; what is none ends the command."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        fail(f"{flag} {path}: {error.strerror}; give a file that there is")
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        fail(f"{flag} {path} is not a JSON object; give the file as it was saved")
-    return content
+def check_output(path: Path | None, read: tuple[Path | None, ...]) -> None:
+    """Refuse a file for the figures that cannot be written, or that is one of those `read`."""
+    if path is None:
+        return
+    check_place("--output", path, is_folder=False)
+    for other in read:
+        if other is not None and os.path.realpath(other) == os.path.realpath(path):
+            fail(f"--output {path} would overwrite {other}, which is read; choose another file")
 
 
-def verdicts(key: dict, given: dict, question: str) -> list[Verdict]:
+def verdicts(key: Key, given: dict, question: str) -> list[Verdict]:
     """A rater's answers to one question, pair after pair."""
     out = []
     for n, pair in enumerate(key["pairs"]):

@@ -101,9 +101,10 @@ def evaluation(work, tiny_sd):
 
 
 def samples(folder, name: str) -> dict[str, np.ndarray]:
-    """All shards of a model, (P, N, ...)."""
+    """All shards of a model, (P, N, ...); scores by their spec, without the digest of its file."""
     shards = [dict(np.load(file)) for file in sorted((folder / "samples" / name).glob("*.npz"))]
     whole = {key: np.concatenate([shard[key] for shard in shards]) for key in shards[0]}
+    whole = {key.partition(" sha256:")[0]: value for key, value in whole.items()}
     return {key: value.reshape(3, 4, *value.shape[1:]) for key, value in whole.items()}
 
 
