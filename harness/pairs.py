@@ -227,6 +227,10 @@ class TarShards(Sequence):
                         caption = {key: (*here, suffix == ".json")}
                     if key in picture and key in caption:
                         found.extend((*picture.pop(key), *caption.pop(key)))
+                # tarfile takes a damaged header for the end, which is zeros.
+                data.seek(file.offset)
+                if data.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                    raise ValueError(f"the header at byte {file.offset} is damaged")
         except Exception as error:  # tarfile meets damage with many kinds
             fault = f"{shortened(str(shard))} is no plain tar file ({what_was_raised(error)})"
             raise SourceError(f"{fault}; unpack it, or copy it again") from None

@@ -6,6 +6,7 @@ server and a single item are called by themselves.
 
 import contextlib
 import functools
+import gc
 import gzip
 import io
 import json
@@ -49,6 +50,13 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def refused(monkeypatch):
+    """No script gets as far as a run."""
+    for script in (dpok, large_scale_ppo):
+        monkeypatch.setattr(script, "Run", lambda *args, **more: pytest.fail("it is not refused"))
 
 
 @pytest.fixture
@@ -101,7 +109,7 @@ SPECS = {
     "blanks of 9 000": ("1*a" + " " * 9_000 + "b", "no reward"),
     "a sum without weights": ("aesthetic+clip_score", "0.7*aesthetic+-0.3*clip_score"),
     "a weight without a reward": ("0.5*aesthetic+0.5*", "no finite weight"),
-    "a reward that is blank": ("1*  ", "no reward"),
+    "a reward that is blank": ("1*  ", "no finite weight"),
     "two stars": ("1**aesthetic", "no reward '*aesthetic'"),
     "two pluses": ("1*aesthetic++", "no reward 'aesthetic++'"),
     "infinite weight": ("1e999*aesthetic", "no finite weight"),
@@ -183,7 +191,7 @@ REWARD_CASES = [
 
 
 @pytest.mark.parametrize("case", REWARD_CASES, ids=str)
-def test_specs_of_rewards(case, case_folder, monkeypatch, capsys):
+def test_specs_of_rewards(refused, case, case_folder, monkeypatch, capsys):
     ends_in_one_line(case, dpok.main, "dpok.py", case_folder, monkeypatch, capsys)
 
 
@@ -217,7 +225,7 @@ TASKS = {
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_tasks(name, case_folder, monkeypatch, capsys):
+def test_tasks(refused, name, case_folder, monkeypatch, capsys):
     command = ("zoo", "--tasks", TASKS[name], "--output-dir", "{tmp}/out")
     case = Case(name, command, "--tasks")
     main = large_scale_ppo.main
@@ -318,7 +326,7 @@ def made(folder, name: str, content) -> None:
 
 
 @pytest.mark.parametrize("name", PROMPT_FILES)
-def test_files_of_prompts(name, case_folder, monkeypatch, capsys):
+def test_files_of_prompts(refused, name, case_folder, monkeypatch, capsys):
     file, content, words = PROMPT_FILES[name]
     case = Case(
         name,
@@ -337,7 +345,7 @@ OF_PROMPTS_FILE += ["a null byte", "half a character", "10 MB in a line", "a nam
 
 
 @pytest.mark.parametrize("name", OF_PROMPTS_FILE)
-def test_prompts_file(name, case_folder, monkeypatch, capsys):
+def test_prompts_file(refused, name, case_folder, monkeypatch, capsys):
     file, content, words = PROMPT_FILES[name]
     flags = ("--reward", "jpeg_compressibility", "--prompts-file", f"{{tmp}}/{file}")
     case = Case(
@@ -350,7 +358,7 @@ def test_prompts_file(name, case_folder, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("prompt", ["", " \t", "a \udcff cat", "\ud83d", "a\0b"])
-def test_prompt(prompt, case_folder, monkeypatch, capsys):
+def test_prompt(refused, prompt, case_folder, monkeypatch, capsys):
     flags = ("--reward", "jpeg_compressibility", "--prompt", prompt, "--output-dir", "{tmp}/out")
     case = Case("prompt", ("zoo", *flags), "--prompt")
     ends_in_one_line(case, dpok.main, "dpok.py", case_folder, monkeypatch, capsys)
@@ -438,7 +446,6 @@ SHARDS = {
     "a long name of 2**62": (with_size("x", HUGE, b"L") + PAIR + END, "a header of"),
     "a long name of -2048": (with_size("x", NEGATIVE, b"L") + PAIR + END, "a header of"),
     "a pax header of 8 GB": (header("x", 8**11 - 1, b"x") + PAIR + END, "a header of"),
-    "a pax header of garbage": (member("x", b"\xff" * 600, b"x") + PAIR + END, "no plain tar"),
     "a pax size below 0": (member("x", b"12 size=-99\n", b"x") + PAIR + END, "no plain tar"),
     "a pax size of 2**70": (
         member("x", b"31 size=1180591620717411303424\n", b"x") + PAIR + END,
@@ -572,7 +579,7 @@ PAIRS |= {f"shard: {name}": (shard(content), words) for name, (content, words) i
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_pairs(name, case_folder, monkeypatch, capsys):
+def test_pairs(refused, name, case_folder, monkeypatch, capsys):
     before, words = PAIRS[name]
     case = Case(
         name,
@@ -591,7 +598,8 @@ def test_a_broken_picture_in_the_middle_has_the_next_in_its_place(tmp_path, caps
     (folder / "1.png").write_bytes(png_of_size(60000, 60000))
     (folder / "2.png").write_bytes(png_of_size(11000, 11000))
     (folder / "3.png").unlink()
-    os.mkfifo(folder / "4.png") if (folder / "4.png").unlink() is None else None
+    (folder / "4.png").unlink()
+    os.mkfifo(folder / "4.png")
     Image.new("RGB", (2000, 2)).save(folder / "5.png")
     with bounded():
         pictures, captions = take_pairs(open_pairs(source, 0), 0, 0, 8, 8)
@@ -647,8 +655,8 @@ RAISED = {
     "an assertion": "assert False, 'never'",
     "UnicodeError": "b'\\xff'.decode()",
     "an import": "import nothing_of_this_name",
-    "a RewardError": "from common.rewards import RewardError\n    raise RewardError('a\\nb' * 5000)",
-    "a SourceError": "from harness.prompts import SourceError\n    raise SourceError('a\\nb' * 5000)",
+    "a RewardError": "import common.rewards\n    raise common.rewards.RewardError('a\\nb' * 999)",
+    "a SourceError": "import harness.prompts\n    raise harness.prompts.SourceError('a\\n' * 999)",
 }
 IMAGES, PROMPTS = torch.rand(2, 3, 8, 8), ["a cat", "a dog"]
 SIZES = "[torch.zeros(2), torch.zeros(3)]"
@@ -710,8 +718,7 @@ def test_files_of_a_reward(name, tmp_path):
         with pytest.raises(RewardError) as error:
             load_reward(f"{path}:f")(IMAGES, PROMPTS)
         is_one_line(error.value, "mine.py")
-        import gc
-
+        del error
         gc.collect()
 
 
@@ -918,11 +925,10 @@ for name in ("shape", "memory", "exit", "interrupt"):
         reward(torch.rand(2, 3, 8, 8), ["a cat", "a dog"])
     except RewardError as error:
         faults.append(str(error))
-prompts, pairs = (open_prompts if name == "prompts" else open_pairs for name in ("prompts", "pairs"))
 for call in (
-    lambda: take(prompts(f"{folder}/mine.py:prompts", 0), 0, 0, 3),
-    lambda: take_pairs(pairs(f"{folder}/mine.py:pairs", 0), 0, 3 * rank, 3 * (1 - rank), 8),
-    lambda: take_pairs(pairs(f"{folder}/mine.py:pairs", 0), 0, 0, 3 * rank, 8),
+    lambda: take(open_prompts(f"{folder}/mine.py:prompts", 0), 0, 0, 3),
+    lambda: take_pairs(open_pairs(f"{folder}/mine.py:pairs", 0), 0, 3 * rank, 3 * (1 - rank), 8),
+    lambda: take_pairs(open_pairs(f"{folder}/mine.py:pairs", 0), 0, 0, 3 * rank, 8),
 ):
     try:
         call()
@@ -1134,11 +1140,10 @@ def server():
 
 @pytest.mark.parametrize("number", range(len(SERVED)), ids=[name for name, _, _ in SERVED])
 def test_answers_of_a_server(number, server):
-    url, threads = f"{server}/{number}", threading.active_count()
+    url = f"{server}/{number}"
     with bounded(), pytest.raises(RewardError) as error:
         describe_on_server(url, ONCE)([Image.new("RGB", (8, 8))])
     is_one_line(error.value, url)
-    del threads
 
 
 def test_no_thread_goes_on_reading(monkeypatch):
@@ -1251,38 +1256,10 @@ fuzzed = hypothesis.settings(
 )
 WORDS_OF_SPECS = some.sampled_from(
     [
-        "0.5",
-        "1e3",
-        "-1",
-        "*",
-        "+",
-        "?",
-        "&",
-        "=",
-        ":",
-        ",",
-        "%",
-        "%00",
-        ".py",
-        "f",
-        "aesthetic",
-        "clip_score",
-        "jpeg_compressibility",
-        "labels",
-        "llava_bertscore",
-        "http://",
-        "https://",
-        "localhost",
-        ":80",
-        "/v1",
-        "timeout",
-        "retries",
-        "[",
-        "]",
-        "@",
-        "#",
-        "�",
-        "\x00",
+        *["0.5", "1e3", "-1", "*", "+", "?", "&", "=", ":", ",", "%", "%00", "[", "]", "@", "#"],
+        *["aesthetic", "clip_score", "jpeg_compressibility", "llava_bertscore", ".py", "f"],
+        *["labels", "timeout", "retries", "http://", "https://", "localhost", ":80", "/v1"],
+        *["\ud800", "\0"],
     ]
 )
 SPEC_TEXT = some.lists(WORDS_OF_SPECS | some.text(max_size=3), max_size=12).map("".join)

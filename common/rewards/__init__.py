@@ -262,8 +262,11 @@ def _users_function(spec: str) -> Callable:
     def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         # The run must save its state and the other ranks must hear of a fault, whatever it is. With
         # copies of its own the function can change or keep what it is given.
-        with users_code(RewardError, f"reward {quoted(spec)}"):
+        what = f"reward {quoted(spec)}"
+        with users_code(RewardError, what):
             scores = function(images.clone(), copy.deepcopy(list(prompts)))
+        # A block of its own: the function may have left another default device.
+        with users_code(RewardError, what):
             return _as_tensor(spec, scores).as_subclass(torch.Tensor).clone()
 
     return reward
