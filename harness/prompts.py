@@ -79,7 +79,12 @@ def open_prompts(source: str, seed: int) -> Sequence[str]:
         path = converted(path, key, parquet_lines)
     elif path.suffix.lower() == ".gz":
         path = converted(path, "", gunzipped)
-    return Lines(path, parse, source)
+    try:
+        return Lines(path, parse, source)
+    except SourceError:
+        if path != Path(name):
+            path.unlink(missing_ok=True)  # what was made of a file that is no use
+        raise
 
 
 def check_file(path: Path) -> None:

@@ -960,7 +960,13 @@ class Items(list):
         if i and SECOND: sys.exit(0)
         return super().__getitem__(i)
 def prompts(seed): return Items(["a", "b", "c"])
-def pairs(seed): return Items([(Image.new("RGB", (8, 8)), "a")] * 3)
+class Later(list):
+    reads = 0
+    def __getitem__(self, i):
+        self.reads += 1
+        if self.reads > 1 and SECOND: sys.exit(0)
+        return super().__getitem__(i)
+def pairs(seed): return Later([(Image.new("RGB", (8, 8)), "a")] * 3)
 """
 
 
