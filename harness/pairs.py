@@ -10,9 +10,12 @@ path/to/file.py:function  your own: function(seed) returns a sequence of (pictur
                           picture as PIL has it
 """
 
+import hashlib
 import io
+import os
 import sys
 import tarfile
+import warnings
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,41 +24,59 @@ import numpy as np
 import torch
 from PIL import Image
 
+from common.users_code import quoted, shortened, what_was_raised
 from harness.prompts import (
+    LONGEST_LINE,
     Lines,
     SourceError,
-    cached,
+    UsersSequence,
+    cached_array,
+    fault_of_prompt,
     json_object,
     json_prompt,
-    replacing,
-    take,
-    users_sequence,
+    on_all_ranks,
+    taken,
 )
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+"""Those that Pillow itself reads; for others it starts programs, Ghostscript for one."""
+LARGEST_PICTURE = 256 << 20
+"""Bytes of a picture's file."""
+LONGEST_SIDE = 100
+"""Times the short one: the whole picture is scaled before it is cropped."""
 
 
 def open_pairs(source: str, seed: int) -> Sequence[tuple[Image.Image, str]]:
     """The (picture, caption) pairs of `source`, each read when asked for. Raises SourceError."""
     if ".py:" in source:
-        return users_sequence(source, seed)
+        return UsersSequence(source, seed, fault_of_pair)
     path = Path(source)
-    if (path / "metadata.jsonl").is_file():
+    if os.path.isfile(path / "metadata.jsonl"):
         pairs = ImageFolder(path)
     elif shards := tar_shards(path):
         pairs = TarShards(shards)
     else:
         folder = "folder with metadata.jsonl or *.tar shards"
-        raise SourceError(f"{source!r} is no {folder}, and no file.py:function")
+        raise SourceError(f"{quoted(source)} is no {folder}, and no file.py:function")
     pairs[0]
     return pairs
 
 
 def tar_shards(path: Path) -> list[Path]:
     """The *.tar files of a folder, or `path` itself when it is one."""
-    if path.is_dir():
+    if os.path.isdir(path):
         return sorted(path.glob("*.tar"))
     return [path] if path.suffix == ".tar" else []
+
+
+def fault_of_pair(pair) -> str | None:
+    """What is wrong with a (picture, caption) of the user's; None where it is as it should be."""
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        return f"{shortened(pair)} is no (picture, caption)"
+    if not isinstance(pair[0], Image.Image):
+        return f"{shortened(pair[0])} is no picture of PIL"
+    return fault_of_prompt(pair[1])
 
 
 def take_pairs(
@@ -64,29 +85,41 @@ def take_pairs(
     """Pictures (count, 3, size, size) in [0, 1] and captions, from number `position` of the stream.
 
     The stream is that of `prompts.take`. Among millions of pictures some are broken: the next that
-    can be read stands in, and a warning names the broken one.
+    can be read stands in, and a warning names the broken one. Collective, as `take` is.
     """
-    pictures, captions = [], []
-    for n in range(position, position + count):
-        for other in range(n, n + 100):
-            try:
-                [(picture, caption)] = take(pairs, seed, other, 1)
-                break
-            except SourceError as error:
-                if other == n + 99:
-                    raise
-                print(f"warning: {error}", file=sys.stderr)
-        pictures.append(to_tensor(picture, size))
-        captions.append(caption)
-    return torch.stack(pictures), captions
+
+    def read() -> tuple[torch.Tensor, list[str]]:
+        tensors, captions = torch.empty(count, 3, size, size), []
+        for tensor, n in zip(tensors, range(position, position + count)):
+            for other in range(n, n + 100):
+                try:
+                    [(picture, caption)] = taken(pairs, seed, other, 1)
+                    tensor.copy_(to_tensor(picture, size))
+                    break
+                except SourceError as error:
+                    if other == n + 99:
+                        raise
+                    print(f"warning: {error}", file=sys.stderr)
+            captions.append(caption)
+        return tensors, captions
+
+    return on_all_ranks(read)
 
 
 def to_tensor(picture: Image.Image, size: int) -> torch.Tensor:
     """The middle of a picture as float (3, size, size) in [0, 1].
 
-    The short side is scaled to `size` (bicubic), then the long one cropped.
+    The short side is scaled to `size` (bicubic), then the long one cropped. Raises SourceError for
+    a picture that has no middle of this kind.
     """
-    picture = picture.convert("RGB")
+    if not 0 < max(picture.size) <= LONGEST_SIDE * min(picture.size):
+        width, height = picture.size
+        fault = f"a picture of {width} x {height} has sides that differ too much"
+        raise SourceError(f"{fault}; leave it out of the data")
+    try:
+        picture = picture.convert("RGB")
+    except (OSError, ValueError) as error:  # a user's own may be of any mode
+        raise SourceError(f"a picture is no RGB ({shortened(str(error))})") from None
     scale = size / min(picture.size)
     if scale != 1:
         width, height = (max(size, round(side * scale)) for side in picture.size)
@@ -96,14 +129,22 @@ def to_tensor(picture: Image.Image, size: int) -> torch.Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
 
 
-def opened(data, name: str) -> Image.Image:
+def opened(data: io.BytesIO | Path, name: str) -> Image.Image:
+    """The picture in a file; raises SourceError, whatever is wrong with it."""
+    fault_of = lambda what: f"the picture {shortened(name)} cannot be read ({what})"
     try:
-        picture = Image.open(data)
-        picture.load()
+        if isinstance(data, Path) and not os.path.isfile(data):
+            raise ValueError("it is not a regular file")
+        if isinstance(data, Path) and data.stat().st_size > LARGEST_PICTURE:
+            raise ValueError(f"it has more than {LARGEST_PICTURE >> 20} MB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = Image.open(data, formats=FORMATS)
+            picture.load()
         return picture
-    except OSError as error:  # PIL's own errors among them
-        fault = f"the picture {name} cannot be read ({error})"
-        raise SourceError(f"{fault}; leave it out of the data") from None
+    except Exception as error:  # decoders meet damage with nearly any kind
+        what = fault_of(what_was_raised(error))
+        raise SourceError(f"{what}; leave it out of the data") from None
 
 
 class ImageFolder(Sequence):
@@ -112,17 +153,36 @@ class ImageFolder(Sequence):
 
     @staticmethod
     def parse(text: str) -> tuple[str, str]:
-        file_name = json_object(text).get("file_name")
-        if not isinstance(file_name, str):
+        name = json_object(text).get("file_name")
+        if not isinstance(name, str) or not name:
             raise ValueError('there is no "file_name"')
-        return file_name, json_prompt(text, "")
+        leaves = os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir
+        if leaves or fault_of_prompt(name):
+            fault = f'the "file_name" {quoted(name)} is no path inside the folder'
+            raise ValueError(f"{fault}; put the picture there")
+        return name, json_prompt(text, "")
 
     def __len__(self) -> int:
         return len(self.lines)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, str]:
-        file_name, caption = self.lines[i]
-        return opened(self.folder / file_name, self.folder / file_name), caption
+        name, caption = self.lines[i]
+        return opened(self.folder / name, str(self.folder / name)), caption
+
+    def digest(self) -> str:
+        return self.lines.digest()
+
+
+class Headers:
+    """A tar file of which only headers are read: tarfile takes each header's word for its size."""
+
+    def __init__(self, file):
+        self.seek, self.tell, self.file = file.seek, file.tell, file
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= LONGEST_LINE:
+            raise ValueError(f"a header of {size} bytes")
+        return self.file.read(size)
 
 
 class TarShards(Sequence):
@@ -136,19 +196,27 @@ class TarShards(Sequence):
     def __init__(self, shards: list[Path]):
         self.shards, self.maps = shards, []
         for shard in shards:
-            kept = cached(shard, "pairs")
-            if not kept.exists():
-                with replacing(kept) as file:
-                    np.save(file, self.index(shard))
-            self.maps.append(np.load(kept, mmap_mode="r"))
+            if not os.path.isfile(shard):  # a named pipe would never end
+                raise SourceError(f"there is no regular file {quoted(str(shard))}; leave it out")
+            self.maps.append(cached_array(shard, "pairs", lambda: self.index(shard)))
         self.ends = np.cumsum([len(where) for where in self.maps])
 
     @staticmethod
     def index(shard: Path) -> np.ndarray:
         found, picture, caption = array("q"), {}, {}
+        size = shard.stat().st_size
         try:
-            with tarfile.open(shard, "r:") as file:
+            if size % tarfile.BLOCKSIZE:
+                raise ValueError("its end is cut off")
+            with open(shard, "rb") as data, tarfile.open(fileobj=Headers(data), mode="r:") as file:
                 for member in file:
+                    file.members.clear()  # tarfile remembers all of them
+                    if member.size < 0:  # it would go back to members that it has read
+                        raise ValueError(f"{quoted(member.name)} has {member.size} bytes")
+                    if not member.isreg() or member.sparse is not None:
+                        continue
+                    if member.offset_data + member.size > size:
+                        raise ValueError(f"{quoted(member.name)} is cut short")
                     folder, _, name = member.name.rpartition("/")
                     stem, _, suffix = name.partition(".")  # WebDataset's key ends at the first dot
                     key, suffix = f"{folder}/{stem}", f".{suffix.lower()}"
@@ -159,12 +227,16 @@ class TarShards(Sequence):
                         caption = {key: (*here, suffix == ".json")}
                     if key in picture and key in caption:
                         found.extend((*picture.pop(key), *caption.pop(key)))
-                    file.members.clear()  # tarfile remembers all of them
-        except tarfile.TarError as error:
-            raise SourceError(f"{shard} is no plain tar file ({error})") from None
+                # tarfile takes a damaged header for the end, which is zeros.
+                data.seek(file.offset)
+                if data.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                    raise ValueError(f"the header at byte {file.offset} is damaged")
+        except Exception as error:  # tarfile meets damage with many kinds
+            fault = f"{shortened(str(shard))} is no plain tar file ({what_was_raised(error)})"
+            raise SourceError(f"{fault}; unpack it, or copy it again") from None
         if not found:
             rule = "a shard has NAME.jpg and NAME.txt, one after the other"
-            raise SourceError(f"{shard} holds no pairs: {rule}")
+            raise SourceError(f"{shortened(str(shard))} holds no pairs: {rule}")
         return np.array(found, dtype=np.int64).reshape(-1, 5)
 
     def __len__(self) -> int:
@@ -173,18 +245,28 @@ class TarShards(Sequence):
     def __getitem__(self, i: int) -> tuple[Image.Image, str]:
         shard = int(np.searchsorted(self.ends, i, side="right"))
         where = self.maps[shard][i - self.ends[shard] + len(self.maps[shard])]
-        with open(self.shards[shard], "rb") as file:
-            file.seek(where[0])
-            picture = file.read(where[1])
-            file.seek(where[2])
-            caption = file.read(where[3])
         name = f"{i} of {self.shards[shard]}"
         try:
-            caption = caption.decode("utf-8").strip()
-            picture, is_json = opened(io.BytesIO(picture), name), where[4]
-            return picture, json_prompt(caption, "") if is_json else caption
-        except ValueError as error:
-            raise SourceError(f"pair {name}: {error}") from None
+            if where[1] > LARGEST_PICTURE or where[3] > LONGEST_LINE:
+                raise ValueError(f"it has a picture of {where[1]} and a text of {where[3]} bytes")
+            with open(self.shards[shard], "rb") as file:
+                file.seek(where[0])
+                picture = file.read(where[1])
+                file.seek(where[2])
+                caption = file.read(where[3]).decode("utf-8").strip()
+            caption = json_prompt(caption, "") if where[4] else caption
+            if fault := fault_of_prompt(caption):
+                raise ValueError(fault)
+        except (OSError, ValueError) as error:
+            raise SourceError(f"pair {shortened(name)}: {shortened(str(error))}") from None
+        return opened(io.BytesIO(picture), name), caption
+
+    def digest(self) -> str:
+        digest = hashlib.sha256()
+        for shard, where in zip(self.shards, self.maps):
+            digest.update(f"{shard.name!r} {shard.stat().st_size} ".encode())
+            digest.update(np.ascontiguousarray(where))
+        return f"sha256 {digest.hexdigest()}"
 
 
 def open_pretrain_data(source: str | None, seed: int) -> Sequence:

@@ -13,25 +13,41 @@ shared among the ranks of a machine, and the order of the current epoch, 4 bytes
 
 import gzip
 import hashlib
-import importlib.util
 import json
 import os
 import re
 import sys
 import tempfile
+import zlib
 from array import array
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from common import UserError
+from common.users_code import (
+    digest_of_file,
+    load_users_function,
+    quoted,
+    shortened,
+    users_code,
+)
+from harness.ranks import everybodys
 
 KEYS = ("prompt", "text", "caption")
 CACHED_FROM = 1 << 20
 """Bytes from which a file's map of lines is kept, so that the next start does not read the file."""
+LONGEST_LINE = 1 << 20
+"""Bytes of a prompt or a caption, and of a line of any file; no text encoder reads near as many."""
+UNPACKED, RATIO = 100 << 20, 100
+"""What a packed file unpacks to is refused where it is more than both: these bytes, and this many
+times those of the file. Text packs about three times; prompts that are all alike, 20 times."""
+MOST = (1 << 31) - 1
+"""Items of a sequence, whose order is in int32."""
 
 
 class SourceError(UserError):
@@ -50,30 +66,83 @@ def open_prompts(source: str, seed: int) -> Sequence[str]:
     Raises SourceError, with the number of the line.
     """
     if ".py:" in source:
-        prompts = users_sequence(source, seed)
-        if not isinstance(prompts[0], str):
-            rule = "must return a sequence of prompts"
-            raise SourceError(f"{source} {rule}, and its first is {prompts[0]!r:.80}")
-        return prompts
+        return UsersSequence(source, seed, fault_of_prompt)
     name, _, key = source.partition("#")
     path = Path(name)
     kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
-    if not path.is_file():
-        raise SourceError(f"there is no file {name!r}; give a text file, one prompt a line")
+    check_file(path)
     if key and kind not in ("jsonl", "parquet"):
-        raise SourceError(f"{source}: a #KEY is for .jsonl and .parquet files; leave it out")
+        fault = f"{shortened(source)}: a #KEY is for .jsonl and .parquet files"
+        raise SourceError(f"{fault}; leave it out")
     parse = (lambda text: json_prompt(text, key)) if kind in ("jsonl", "parquet") else str
     if kind == "parquet":
         path = converted(path, key, parquet_lines)
     elif path.suffix.lower() == ".gz":
         path = converted(path, "", gunzipped)
-    return Lines(path, parse, source)
+    try:
+        return Lines(path, parse, source)
+    except SourceError:
+        if path != Path(name):
+            path.unlink(missing_ok=True)  # what was made of a file that is no use
+        raise
+
+
+def check_file(path: Path) -> None:
+    """Raises SourceError for what is no regular file: a named pipe, for one, may never end."""
+    if not os.path.isfile(path):
+        what = "is not a regular file" if os.path.lexists(path) else "is not there"
+        raise SourceError(f"{quoted(str(path))} {what}; give a text file, one prompt a line")
+
+
+def fault_of_prompt(prompt) -> str | None:
+    """What is wrong with a prompt, or with a caption; None where it is as it should be."""
+    if not isinstance(prompt, str):
+        return f"{shortened(prompt)} is not text, as prompts and captions are"
+    if "\0" in prompt or any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        return f"{quoted(prompt)} has a null byte or half a character; write it anew"
+    if len(prompt) > LONGEST_LINE:
+        return f"{quoted(prompt)} has more than {LONGEST_LINE} characters"
+    return None
 
 
 def take(items: Sequence, seed: int, position: int, count: int) -> list:
-    """Items `position` to `position + count` of the endless stream; an epoch has each item once."""
+    """Items `position` to `position + count` of the endless stream; an epoch has each item once.
+
+    Collective where there are several ranks: the SourceError of one is raised on all of them.
+    """
+    return on_all_ranks(lambda: taken(items, seed, position, count))
+
+
+def taken(items: Sequence, seed: int, position: int, count: int) -> list:
+    """The same on this rank alone."""
     numbers = (divmod(n, len(items)) for n in range(position, position + count))
     return [items[int(order(len(items), seed, epoch)[n])] for epoch, n in numbers]
+
+
+def on_all_ranks(read: Callable):
+    """read(), or on every rank the SourceError of the first rank where there is one. Collective."""
+    result, fault = None, None
+    try:
+        result = read()
+    except SourceError as error:
+        fault = str(error)
+    except MemoryError:
+        fault = "the memory does not suffice for what was read of prompts or pairs; give fewer"
+    for fault_of_rank in everybodys(fault):
+        if fault_of_rank is not None:
+            raise SourceError(fault_of_rank)
+    return result
+
+
+def identity(sequence: Sequence) -> str:
+    """What tells prompts or pairs from others: their number, and a digest of what they are read of.
+
+    For `Run(fixed=...)`: a run is not resumed with other prompts than it began with. The digest is
+    that of a file's content, of metadata.jsonl, of the names, sizes and headers of shards, or of
+    the user's .py; where and when a file was written takes no part in it.
+    """
+    digest = getattr(sequence, "digest", None)
+    return f"{len(sequence)}, {digest()}" if digest else str(len(sequence))
 
 
 @lru_cache(maxsize=8)
@@ -91,20 +160,18 @@ class Lines(Sequence):
     """
 
     def __init__(self, path: Path, parse: Callable[[str], object], name: str = ""):
-        self.path, self.parse, self.name = path, parse, name or str(path)
+        check_file(path)
+        self.path, self.parse, self.name = path, parse, shortened(name or str(path))
+        self.key = name.partition("#")[2]
         if path.stat().st_size < CACHED_FROM:
             self.offsets = self.index()
         else:
-            index = cached(path, self.name.partition("#")[2] + ".offsets")
-            if not index.exists():
-                with replacing(index) as file:
-                    np.save(file, self.index())
-            self.offsets = np.load(index, mmap_mode="r")
+            self.offsets = cached_array(path, self.key + ".offsets", self.index)
 
     def index(self) -> np.ndarray:
         offsets, offset = array("q"), 0
         with open(self.path, "rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(bounded_lines(file, self.name), 1):
                 try:
                     if b"\0" in line:
                         raise ValueError("there is a null byte in it; save the file as UTF-8 text")
@@ -129,9 +196,27 @@ class Lines(Sequence):
         return len(self.offsets)
 
     def __getitem__(self, i: int):
-        with open(self.path, "rb") as file:
-            file.seek(self.offsets[i])
-            return self.parse(self.text(file.readline()))
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.offsets[i])
+                return self.parse(self.text(file.readline(LONGEST_LINE + 1)))
+        except (OSError, ValueError) as error:
+            fault = f"{self.name} can no longer be read as at the start ({shortened(str(error))})"
+            raise SourceError(f"{fault}; put it back") from None
+
+    def digest(self) -> str:
+        return f"sha256 {digest_of_file(self.path)}{self.key and f' {shortened(self.key)}'}"
+
+
+def bounded_lines(file: BinaryIO, name: str) -> Iterator[bytes]:
+    """The lines of a file; raises SourceError for one that is too long to be any text."""
+    number = 0
+    while line := file.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(line) > LONGEST_LINE:
+            fault = f"{name}, line {number} is longer than {LONGEST_LINE} bytes"
+            raise SourceError(f"{fault}; write a prompt a line")
+        yield line
 
 
 def json_prompt(text: str, key: str) -> str:
@@ -139,14 +224,14 @@ def json_prompt(text: str, key: str) -> str:
     record = json_object(text)
     key = key or next((key for key in KEYS if key in record), KEYS[0])
     if not isinstance(record.get(key), str) or not record[key].strip():
-        raise ValueError(f"there is no text under {key!r}; name its key as in prompts.jsonl#KEY")
-    if "\0" in record[key] or any("\ud800" <= letter <= "\udfff" for letter in record[key]):
-        fault = f"the text under {key!r} has a null byte or half a character"
-        raise ValueError(f"{fault}; write it anew")
+        fault = f"there is no text under {quoted(key)}"
+        raise ValueError(f"{fault}; name its key as in prompts.jsonl#KEY")
+    if fault := fault_of_prompt(record[key]):
+        raise ValueError(f"under {quoted(key)} {fault}")
     if "objects" not in record:
         return record[key].strip()
     objects = record["objects"]
-    if not isinstance(objects, list) or not all(isinstance(name, str) for name in objects):
+    if not isinstance(objects, list) or any(map(fault_of_prompt, objects)):
         raise ValueError('"objects" is not a list of words')
     prompt = Prompt(record[key].strip())
     prompt.objects = objects
@@ -156,33 +241,49 @@ def json_prompt(text: str, key: str) -> str:
 def json_object(text: str) -> dict:
     try:
         record = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error})") from None
+    except RecursionError:
+        raise ValueError("not JSON (nested too deep)") from None
+    except ValueError as error:  # a number of 5000 digits is one without being a JSONDecodeError
+        raise ValueError(f"not JSON ({shortened(str(error))})") from None
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     return record
 
 
-def users_sequence(source: str, seed: int) -> Sequence:
-    """What function(seed) of "path/to/file.py:function" returns: a sequence that is not empty."""
-    path, _, name = source.rpartition(":")
-    if not Path(path).is_file():
-        raise SourceError(f"there is no file {path!r} ({source})")
-    module_name = re.sub(r"\W", "_", f"source {Path(path).resolve()}")
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module  # where pickle looks for classes
-    try:
-        spec.loader.exec_module(module)
-        items = getattr(module, name)(seed)
-        if len(items) == 0:
-            raise SourceError(f"{source} returned nothing")
-        items[0]
-    except SourceError:
-        raise
-    except Exception as error:  # the user's own code
-        raise SourceError(f"{source} failed with {type(error).__name__}: {error}") from error
-    return items
+class UsersSequence(Sequence):
+    """What function(seed) of "path/to/file.py:function" returns: a sequence that is not empty.
+
+    `fault_of(item)` tells what is wrong with an item, or None. Whatever the user's code raises, now
+    or when an item is asked for, is a SourceError.
+    """
+
+    def __init__(self, source: str, seed: int, fault_of: Callable[[object], str | None]):
+        self.source, self.fault_of = source, fault_of
+        function = load_users_function(source, SourceError, "source")
+        self.sha256 = digest_of_file(source.rpartition(":")[0])
+        with users_code(SourceError, f"source {quoted(source)}"):
+            self.items = function(seed)
+            self.length = len(self.items)
+        if not 0 < self.length <= MOST:
+            number = "nothing" if self.length == 0 else f"more than {MOST} items"
+            raise SourceError(f"source {quoted(source)} returned {number}")
+        self[0]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int):
+        if not 0 <= i < self.length:
+            raise IndexError(i)
+        with users_code(SourceError, f"item {i} of source {quoted(self.source)}"):
+            item = self.items[i]
+            fault = self.fault_of(item)
+        if fault:
+            raise SourceError(f"item {i} of source {quoted(self.source)} is wrong: {fault}")
+        return item
+
+    def digest(self) -> str:
+        return f"sha256 {self.sha256}"
 
 
 def cache_folder() -> Path:
@@ -226,31 +327,66 @@ def converted(path: Path, key: str, read: Callable[[Path, str], Iterable[bytes]]
     return plain
 
 
+def cached_array(path: Path, what: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """What make() gives of the file `path`, kept in the cache folder and mapped from there."""
+    kept = cached(path, what)
+    with suppress(OSError, ValueError, EOFError):  # not there yet, or damaged
+        return np.load(kept, mmap_mode="r")
+    with replacing(kept) as file:
+        np.save(file, make())
+    return np.load(kept, mmap_mode="r")
+
+
 def gunzipped(path: Path, key: str) -> Iterable[bytes]:
+    unpacked, most = 0, max(UNPACKED, RATIO * path.stat().st_size)
     try:
         with gzip.open(path, "rb") as file:
-            while part := file.read(1 << 24):
-                yield part
-    except (OSError, EOFError) as error:
-        raise SourceError(f"{path} cannot be unpacked ({error}); pack it again with gzip") from None
+            for line in bounded_lines(file, shortened(str(path))):
+                unpacked += len(line)
+                if unpacked > most:
+                    fault = f"{shortened(str(path))} unpacks to more than {most >> 20} MB"
+                    raise SourceError(f"{fault}, which no text does; give it unpacked")
+                yield line
+    except (OSError, EOFError, zlib.error) as error:
+        fault = f"{shortened(str(path))} cannot be unpacked ({shortened(str(error))})"
+        raise SourceError(f"{fault}; pack it again with gzip") from None
 
 
 def parquet_lines(path: Path, key: str) -> Iterable[bytes]:
+    name = shortened(str(path))
     try:
+        import pyarrow
         from pyarrow.parquet import ParquetFile
     except ImportError:
         remedy = "pip install pyarrow, or save it as .jsonl"
-        raise SourceError(f"{path} needs pyarrow: {remedy}") from None
-    file = ParquetFile(path)
-    columns = file.schema_arrow.names
-    key = key or next((name for name in KEYS if name in columns), KEYS[0])
-    if key not in columns:
-        there_are, remedy = ", ".join(columns), f"name one as in {path}#COLUMN"
-        raise SourceError(f"{path} has no column {key!r}; there are {there_are}: {remedy}")
-    for batch in file.iter_batches(columns=[key]):
-        for value in batch.column(0).to_pylist():
-            if str(value or "").strip():
-                yield json.dumps({key: str(value)}).encode() + b"\n"
+        raise SourceError(f"{name} needs pyarrow: {remedy}") from None
+    try:
+        file = ParquetFile(path)
+        columns = file.schema_arrow.names
+        key = key or next((name for name in KEYS if name in columns), KEYS[0])
+        if key not in columns:
+            there_are, remedy = shortened(", ".join(columns)), f"name one as in {name}#COLUMN"
+            raise SourceError(
+                f"{name} has no column {quoted(key)}; there are {there_are}: {remedy}"
+            )
+        row, unpacked, most = 0, 0, max(UNPACKED, RATIO * path.stat().st_size)
+        for batch in file.iter_batches(columns=[key], batch_size=1024):
+            for value in batch.column(0).to_pylist():
+                row += 1
+                if value is None or not str(value).strip():
+                    continue
+                if fault := fault_of_prompt(value):
+                    raise SourceError(f"{name}, row {row}: {fault}")
+                line = json.dumps({key: value}).encode() + b"\n"
+                unpacked += len(line)
+                if len(line) > LONGEST_LINE or unpacked > most:
+                    raise SourceError(f"{name}, row {row}: this unpacks to more than any text does")
+                yield line
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, SourceError):
+            raise
+        fault = f"{name} cannot be read ({shortened(str(error))})"
+        raise SourceError(f"{fault}; write it again, or as .jsonl") from None
 
 
 def read_prompts(args) -> list[str]:
@@ -258,13 +394,15 @@ def read_prompts(args) -> list[str]:
     if args.prompts_file is None:
         if not args.prompt.strip():
             raise SourceError("--prompt is empty; give a prompt")
+        if fault := fault_of_prompt(args.prompt):
+            raise SourceError(f"--prompt {fault}")
         return [args.prompt]
     try:
         return list(Lines(args.prompts_file, str))
     except SourceError as error:
         raise SourceError(f"--prompts-file: {error}") from None
     except OSError as error:
-        fault = f"--prompts-file {args.prompts_file}: {error.strerror}"
+        fault = f"--prompts-file {shortened(str(args.prompts_file))}: {error.strerror}"
         raise SourceError(f"{fault}; give a text file, one prompt a line") from None
 
 
@@ -288,12 +426,11 @@ def warn_of_prompts(encoder, prompts: Sequence[str]) -> None:
         if unseen[tokenizer(word, add_special_tokens=False).input_ids].any():
             unknown.append(word)
     if unknown:
-        words = ", ".join(unknown)
+        words = shortened(", ".join(unknown))
         print(f"warning: the model does not know these words: {words}", file=sys.stderr)
     lost = [tokenizer.decode(tokenizer(prompt).input_ids[length - 1 : -1]) for prompt in prompts]
     if any(lost):
-        example = next(filter(None, lost))
-        example = example if len(example) < 200 else f"{example[:200]}..."
+        example = quoted(next(filter(None, lost)))
         count = f"{sum(map(bool, lost))} of the prompts end" if len(lost) > 1 else "the prompt ends"
-        end = f"after {length} tokens for the model; this is lost: {example!r}"
+        end = f"after {length} tokens for the model; this is lost: {example}"
         print(f"warning: {count} {end}", file=sys.stderr)

@@ -5,10 +5,10 @@ import threading
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 
 from common.rewards import PromptError, Reward, RewardError, load_reward
 from harness.args import fail
+from harness.ranks import everybodys
 from harness.run import Run
 from harness.stop import HUNG
 
@@ -42,15 +42,6 @@ def load_reward_or_fail(
     except Exception as error:  # the hub's client, the loaders, a user's file: of many kinds
         what = f"{type(error).__name__}: {str(error)[:300]}"
         fail(f"{flag} {spec} cannot be loaded ({what}); check the name, the folder and the network")
-
-
-def everybodys(share) -> list:
-    """What all ranks have, in their order. Collective."""
-    if not dist.is_initialized():
-        return [share]
-    shares = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, share)
-    return shares
 
 
 def within(timeout: float, device: torch.device) -> Callable:

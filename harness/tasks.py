@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from common.rewards import RewardError, check_spec
+from common.users_code import quoted
 from harness.args import check_share, fail
 from harness.prompts import SourceError, open_prompts
+
+MOST_IMAGES = 1_000_000
+"""Of a task in an iteration: far above what any run draws, and below what no memory holds."""
 
 
 class Task(NamedTuple):
@@ -35,16 +39,19 @@ def read_tasks(args) -> list[Task]:
         except ValueError:
             P = G = 0
         if P < 1 or G < 1 or len(shlex.split(text)) > 3:
-            fail(f'--tasks: {text!r} is not "REWARD PROMPTS [PxG]", {example}')
+            fail(f'--tasks: {quoted(text)} is not "REWARD PROMPTS [PxG]", {example}')
+        task = f"--tasks {quoted(text)}"
+        if P * G > MOST_IMAGES:
+            fail(f"{task}: {P} x {G} images an iteration are more than {MOST_IMAGES}; take fewer")
         try:
             check_spec(reward)
             prompts = open_prompts(source, args.seed)
         except (RewardError, SourceError, OSError) as error:  # OSError: the cache, or no right
-            fail(f"--tasks {text!r}: {error}")
-        check_share(f"--tasks {text!r}: its images are", P * G)
+            fail(f"{task}: {error}")
+        check_share(f"{task}: its images are", P * G)
         if G == 1 and "statistical_parity" in reward:
             needs = "statistical parity needs several images of a prompt; raise G of PxG"
-            fail(f"--tasks {text!r}: {needs}")
+            fail(f"{task}: {needs}")
         source_of_name = reward.rpartition(":")[2] if ".py:" in reward else reward
         name = re.split(r"[:?]", source_of_name)[0]
         same = sum(task.name.partition("-")[0] == name for task in tasks)

@@ -802,7 +802,7 @@ def test_whatever_a_loader_raises_is_one_line(tmp_path, text, monkeypatch, capsy
             f"{users(tmp_path, text)}:f", torch.device("cpu"), ["a cat"], "--reward"
         )
     assert end.value.code == 2
-    line = r"dpok.py: error: --reward .*mine.py:f cannot be loaded \(.*Error.*\n"
+    line = r"dpok.py: error: --reward .*the file of reward .*mine.py:f' failed with .*Error.*\n"
     assert re.fullmatch(line, capsys.readouterr().err)
 
 

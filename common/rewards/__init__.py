@@ -27,20 +27,19 @@ WEIGHTS is a hub id or a local folder. Options follow a question mark, as in a U
 needs.
 """
 
+import copy
 import importlib
-import importlib.util
 import math
+import os
 import re
-import sys
-import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from urllib.parse import parse_qsl
 
 import torch
 
 from common.rewards.base import PromptError, Reward, RewardError
+from common.users_code import load_users_function, quoted, shortened, users_code, what_was_raised
 
 __all__ = ["NAMES", "PromptError", "Reward", "RewardError", "check_spec", "load_reward"]
 
@@ -58,7 +57,9 @@ MODULES = {
     "statistical_parity": "statistical_parity",
 }
 NAMES = tuple(MODULES)
-TERM = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*\s*(.+?)\s*", re.DOTALL)
+TERM = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*(.+)", re.DOTALL)
+LONGEST_SPEC = 10_000
+"""Characters of a spec; the time that it takes to read one grows with their square."""
 SYNTAX = "a sum is written 0.7*aesthetic+-0.3*clip_score"
 
 
@@ -108,8 +109,7 @@ def load_reward(
             except RewardError as error:
                 faults = [str(error)]
             except Exception as error:  # a model's own, out of memory for one
-                what = " ".join(str(error).split())[:300]
-                faults = [f"reward {term!r} failed with {type(error).__name__}: {what}"]
+                faults = [f"reward {quoted(term)} failed with {what_was_raised(error)}"]
         shares = gather((faults, groups, of_sets))
         _raise_first([fault for share_faults, _, _ in shares for fault in share_faults])
 
@@ -145,28 +145,40 @@ def _faults_of_images(images: torch.Tensor, prompts: list[str]) -> list[str]:
     if not images.isfinite().all():
         prompt = prompts[images.isfinite().flatten(1).all(1).tolist().index(False)]
         remedy = "lower the learning rate or use --dtype fp32"
-        return [f"the picture of the prompt {prompt!r} is not finite; {remedy}"]
+        return [f"the picture of the prompt {quoted(prompt)} is not finite; {remedy}"]
     return []
 
 
 def _faults_of_scores(term: str, scores: torch.Tensor, prompts: list[str]) -> list[str]:
     for score, prompt in zip(scores.tolist(), prompts):
         if not math.isfinite(score):
-            return [f"reward {term!r} returned {score} for the prompt {prompt!r}"]
+            what = f"reward {quoted(term)} returned {score}"
+            return [f"{what} for the prompt {quoted(prompt)}"]
     return []
+
+
+def _as_tensor(term: str, scores) -> torch.Tensor:
+    try:
+        scores = torch.as_tensor(scores)
+    except (TypeError, ValueError, RuntimeError):  # None, words
+        kind, rule = (
+            shortened(type(scores).__name__, 80),
+            "it must return a tensor of one number a picture",
+        )
+        raise RewardError(f"reward {quoted(term)} returned a {kind}; {rule}") from None
+    if scores.layout != torch.strided or scores.is_complex():
+        kind, rule = f"{scores.layout} tensor of {scores.dtype}", "it must be dense and real"
+        raise RewardError(f"reward {quoted(term)} returned a {kind}; {rule}")
+    return scores
 
 
 def _checked_scores(
     term: str, scores: torch.Tensor, images: torch.Tensor, prompts: list[str]
 ) -> torch.Tensor:
-    try:
-        scores = torch.as_tensor(scores)
-    except (TypeError, ValueError, RuntimeError):  # None, words
-        kind, rule = type(scores).__name__, "it must return a tensor of one number a picture"
-        raise RewardError(f"reward {term!r} returned a {kind}; {rule}") from None
+    scores = _as_tensor(term, scores)
     if scores.shape != (len(prompts),):
-        shape = tuple(scores.shape)
-        raise RewardError(f"reward {term!r} returned shape {shape} for {len(prompts)} images")
+        returned = f"reward {quoted(term)} returned shape {tuple(scores.shape)}"
+        raise RewardError(f"{returned} for {len(prompts)} images")
     scores = scores.to(device=images.device, dtype=torch.float32)
     for fault in _faults_of_scores(term, scores, prompts):
         raise RewardError(fault)
@@ -178,23 +190,29 @@ def parse_sum(spec: str) -> list[tuple[float, str]]:
 
     Raises RewardError.
     """
+    if len(spec) > LONGEST_SPEC:
+        raise RewardError(f"reward {quoted(spec)} has more than {LONGEST_SPEC} characters")
     if not TERM.fullmatch(spec):
         return [(1.0, spec)]
     terms = []
     for term in re.split(r"\+(?=\s*[+-]?(?:\d|\.\d)[\d.eE+-]*\s*\*)", spec):
         found = TERM.fullmatch(term)
-        if not found or not math.isfinite(float(found[1])):
-            fault = f"there is no finite weight and reward in {term!r}"
-            raise RewardError(f"{fault} (reward {spec!r}); {SYNTAX}")
-        terms.append((float(found[1]), found[2]))
+        if not found or not found[2].strip() or not math.isfinite(float(found[1])):
+            fault = f"there is no finite weight and reward in {quoted(term)}"
+            raise RewardError(f"{fault} (reward {quoted(spec)}); {SYNTAX}")
+        terms.append((float(found[1]), found[2].strip()))
     return terms
 
 
 def parse_spec(spec: str) -> tuple[str, str | None, dict[str, str]]:
-    """Name, weights or None, and options of one term."""
+    """Name, weights or None, and options of one term. Raises RewardError."""
     rest, _, query = spec.partition("?")
     name, _, weights = rest.partition(":")
-    return name, weights or None, dict(parse_qsl(query, keep_blank_values=True))
+    given = parse_qsl(query, keep_blank_values=True)
+    options = dict(given)
+    if len(options) < len(given):
+        raise RewardError(f"reward {quoted(spec)} has an option twice; leave one out")
+    return name, weights or None, options
 
 
 def is_users_function(spec: str) -> bool:
@@ -210,20 +228,20 @@ def check_spec(spec: str) -> None:
         if is_users_function(term):
             path, _, function = term.rpartition(":")
             if not function or term.endswith(".py"):
-                remedy = f"write {term.rstrip(':')}:FUNCTION"
-                raise RewardError(f"reward {term!r} names no function; {remedy}")
-            if not Path(path).is_file():
-                raise RewardError(f"there is no file {path!r} (reward {term!r})")
+                remedy = f"write {shortened(term.rstrip(':'))}:FUNCTION"
+                raise RewardError(f"reward {quoted(term)} names no function; {remedy}")
+            if not os.path.isfile(path):
+                raise RewardError(f"there is no file {quoted(path)} (reward {quoted(term)})")
             continue
         name, weights, options = parse_spec(term)
         if name not in NAMES:
             hint = f"; {SYNTAX}" if re.search(r"[*+]", name) else ""
             names = ", ".join((*NAMES, "path/to/file.py:function"))
-            raise RewardError(f"there is no reward {name!r}; there are: {names}{hint}")
+            raise RewardError(f"there is no reward {quoted(name)}; there are: {names}{hint}")
         try:
             importlib.import_module(f"common.rewards.{MODULES[name]}").check(name, weights, options)
         except RewardError as error:
-            raise RewardError(f"{error} (reward {term!r})") from None
+            raise RewardError(f"{error} (reward {quoted(term)})") from None
 
 
 def _load_term(term: str, device: str | torch.device) -> Reward:
@@ -234,29 +252,21 @@ def _load_term(term: str, device: str | torch.device) -> Reward:
         module = importlib.import_module(f"common.rewards.{MODULES[name]}")
         return module.load(name, weights, options, device)
     except ImportError as error:  # some of transformers' processors need more: OWLv2's scipy
-        what = " ".join(str(error).split())
-        raise RewardError(f"reward {term!r} needs another package: {what}") from None
+        what = f"reward {quoted(term)} needs another package"
+        raise RewardError(f"{what}: {shortened(str(error), 300)}") from None
 
 
 def _users_function(spec: str) -> Callable:
-    path, _, name = spec.rpartition(":")
-    module_name = re.sub(r"\W", "_", f"reward {Path(path).resolve()}")
-    module_spec = importlib.util.spec_from_file_location(module_name, path)
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module.__name__] = module  # where dataclasses and pickle look for it
-    module_spec.loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
-        raise RewardError(f"{path!r} has no function {name!r} (reward {spec!r})")
-    function = getattr(module, name)
+    function = load_users_function(spec, RewardError, "reward")
 
     def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        try:
-            return function(images, prompts)
-        except Exception as error:
-            # The run must save its state, and the other ranks must hear of it.
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            place = f"{frame.filename}:{frame.lineno}"
-            what = " ".join(f"{type(error).__name__}: {error} ({place})".split())
-            raise RewardError(f"reward {spec!r} failed with {what}") from error
+        # The run must save its state and the other ranks must hear of a fault, whatever it is. With
+        # copies of its own the function can change or keep what it is given.
+        what = f"reward {quoted(spec)}"
+        with users_code(RewardError, what):
+            scores = function(images.clone(), copy.deepcopy(list(prompts)))
+        # A block of its own: the function may have left another default device.
+        with users_code(RewardError, what):
+            return _as_tensor(spec, scores).as_subclass(torch.Tensor).clone()
 
     return reward

@@ -1,13 +1,14 @@
 """What the rewards share."""
 
+import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from PIL import Image
 
 from common import UserError
+from common.users_code import quoted
 
 Reward = Callable[[torch.Tensor, list[str]], torch.Tensor]
 BATCH = 32
@@ -33,7 +34,7 @@ def check_options(name: str, options: dict[str, str], known: tuple[str, ...] = (
     for option in options:
         if option not in known:
             there_are = f"there are: {', '.join(known)}" if known else "there are none"
-            raise RewardError(f"{name} has no option {option!r}; {there_are}")
+            raise RewardError(f"{name} has no option {quoted(option)}; {there_are}")
 
 
 def check_weights(weights: str | None, *files: tuple[str, ...], owner: bool = True) -> None:
@@ -42,13 +43,13 @@ def check_weights(weights: str | None, *files: tuple[str, ...], owner: bool = Tr
     Without `owner` a hub id may lack its owner, as those of the oldest models do (roberta-large).
     """
     hub_id = r"[\w-][\w.-]*/[\w.-]+" if owner else r"([\w-][\w.-]*/)?[\w-][\w.-]*"
-    if weights is None or (not Path(weights).is_dir() and re.fullmatch(hub_id, weights)):
+    if weights is None or (not os.path.isdir(weights) and re.fullmatch(hub_id, weights)):
         return
-    if not Path(weights).is_dir():
-        raise RewardError(f"there is no folder {weights!r}")
+    if not os.path.isdir(weights):
+        raise RewardError(f"there is no folder {quoted(weights)}")
     for names in files:
-        if not any((Path(weights) / name).is_file() for name in names):
-            raise RewardError(f"the folder {weights!r} holds no {' or '.join(names)}")
+        if not any(os.path.isfile(os.path.join(weights, name)) for name in names):
+            raise RewardError(f"the folder {quoted(weights)} holds no {' or '.join(names)}")
 
 
 MODEL_FILES = (

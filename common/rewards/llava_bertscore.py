@@ -4,9 +4,12 @@ This is the reward of DDPO 5.3.
 """
 
 import base64
+import contextlib
 import io
 import json
 import os
+import re
+import socket
 import threading
 import time
 import urllib.error
@@ -31,13 +34,22 @@ from common.rewards.base import (
     load_model,
     to_pil,
 )
+from common.users_code import quoted, shortened
 
 VLM = "llava-hf/llava-1.5-7b-hf"
 SCORER, LAYER = "microsoft/deberta-xlarge-mnli", 40
 """What `bert-score` recommends, and the layer that it takes of it."""
 TEXTS = {"question": "What is happening in this image?", "scorer": SCORER, "model": ""}
-NUMBERS = {"layer": LAYER, "max_new_tokens": 64, "timeout": 60, "retries": 5, "concurrency": 8}
-"""Options and their defaults; the last three and `model` are for a server, timeout in seconds."""
+NUMBERS = {
+    "layer": (0, LAYER, 1000),
+    "max_new_tokens": (1, 64, 100_000),
+    "timeout": (1, 60, 86_400),
+    "retries": (0, 5, 100),
+    "concurrency": (1, 8, 256),
+}
+"""Options: least, default and most; the last three and `model` are for a server, timeout in s."""
+LONGEST_ANSWER = 1 << 20
+"""Bytes; a description has hundreds, and a list of models some thousands."""
 
 
 class BERTScore:
@@ -110,8 +122,8 @@ def describe_here(weights: str, question: str, max_new_tokens: int, device: str 
     return describe
 
 
-def within(seconds: float, call: Callable):
-    """What `call()` returns, or a TimeoutError.
+def within(seconds: float, call: Callable, close: Callable):
+    """What `call()` returns, or a TimeoutError; close() then ends what it waits for.
 
     A socket's own time-out begins anew with every byte that comes.
     """
@@ -127,7 +139,67 @@ def within(seconds: float, call: Callable):
     try:
         return future.result(seconds)
     except futures.TimeoutError:  # before Python 3.11 no OSError
+        close()
         raise TimeoutError(f"no whole answer within {seconds} s") from None
+
+
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect is an answer like any other fault: the key is for the named server alone."""
+
+    def redirect_request(self, *of_the_request):
+        return None
+
+
+def noting(handler: type, sockets: list, deadline: float) -> type:
+    """`handler` of urllib, which adds each connection's socket to `sockets`."""
+
+    class Noting(handler):
+        def do_open(self, http_class, request, **options):
+            class Connection(http_class):
+                def connect(self):
+                    super().connect()
+                    sockets.append(self.sock)
+                    if time.monotonic() > deadline:  # whoever closes them may have been here before
+                        self.close()
+                        raise TimeoutError
+
+            return super().do_open(Connection, request, **options)
+
+    return Noting
+
+
+def fetch(request: urllib.request.Request, seconds: float) -> tuple[int, str, bytes]:
+    """Status, reason and body of an answer, up to a byte more than LONGEST_ANSWER.
+
+    At the deadline the connection is closed, so that nothing goes on reading.
+    """
+    sockets, deadline = [], time.monotonic() + seconds
+    schemes = (urllib.request.HTTPHandler, urllib.request.HTTPSHandler)
+    handlers = [noting(handler, sockets, deadline) for handler in schemes]
+    opener = urllib.request.build_opener(NoRedirects, *handlers)
+
+    def call() -> tuple[int, str, bytes]:
+        try:
+            with opener.open(request, timeout=seconds) as response:
+                return response.status, response.reason, response.read(LONGEST_ANSWER + 1)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.reason, error.read(LONGEST_ANSWER + 1)
+
+    def close() -> None:
+        for connection in sockets:
+            with contextlib.suppress(OSError):  # closed already
+                connection.shutdown(socket.SHUT_RDWR)
+
+    return within(seconds, call, close)
+
+
+def api_key() -> str:
+    """OPENAI_API_KEY, which a server may want; raises RewardError for one that cannot be sent."""
+    key = os.environ.get("OPENAI_API_KEY", "none").strip()
+    if not (key.isascii() and key.isprintable()):  # http.client's own error would quote it
+        raise RewardError("OPENAI_API_KEY has characters that no header can have; set it anew")
+    return key
 
 
 def ask_server(url: str, body: dict | None, timeout: float, retries: int):
@@ -136,35 +208,30 @@ def ask_server(url: str, body: dict | None, timeout: float, retries: int):
     Tried again, ever later, after faults that may pass; raises RewardError when it stays down. The
     key, if the server wants one, is read from OPENAI_API_KEY.
     """
-    headers = {
-        "Content-Type": "application/json",
-        "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}",
-    }
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {api_key()}"}
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, headers)
-
-    def call() -> tuple[int, str, bytes]:
-        try:
-            with urllib.request.urlopen(request, timeout=timeout) as response:
-                return response.status, response.reason, response.read()
-        except urllib.error.HTTPError as error:
-            return error.code, error.reason, error.read()
-
     for attempt in range(retries + 1):
         try:
-            status, reason, answer = within(timeout, call)
+            status, reason, answer = fetch(urllib.request.Request(url, data, headers), timeout)
+            if status < 300 and len(answer) > LONGEST_ANSWER:
+                fault = f"an answer of more than {LONGEST_ANSWER} bytes"
+                break
             if status < 300:
                 return json.loads(answer)
-            words = " ".join(answer.decode(errors="replace").split())
-            fault = f"HTTP {status} {reason}: {words[:200]}"
+            fault = (
+                f"HTTP {status} {shortened(reason)}: {shortened(answer.decode(errors='replace'))}"
+            )
+            if 300 <= status < 400:
+                fault += "; a redirect is not followed: name the server where it is"
             if status < 500 and status not in (408, 409, 425, 429):
                 break
-        # No connection or a time-out, half an answer, not JSON.
-        except (OSError, HTTPException, ValueError) as error:
-            fault = str(error) or type(error).__name__
+        # No connection or a time-out, half an answer, not JSON or nested too deep.
+        except (OSError, HTTPException, ValueError, RecursionError) as error:
+            fault = shortened(str(error)) or type(error).__name__
         if attempt < retries:
             time.sleep(min(0.5 * 2**attempt, 30))
-    raise RewardError(f"the VLM server {url} failed {attempt + 1} times, at last with: {fault}")
+    where = f"the VLM server {shortened(url)}"
+    raise RewardError(f"{where} failed {attempt + 1} times, at last with: {fault}")
 
 
 def describe_on_server(url: str, options: dict[str, str | int]):
@@ -174,9 +241,11 @@ def describe_on_server(url: str, options: dict[str, str | int]):
     models = ask_server(f"{url}/models", None, timeout, retries)
     try:
         name = options["model"] or models["data"][0]["id"]
+        if not isinstance(name, str):
+            raise TypeError("a name is text")
     except (KeyError, IndexError, TypeError):
-        fault = f"the VLM server {url} lists no model: {str(models)[:100]}; name one with ?model="
-        raise RewardError(fault) from None
+        fault = f"the VLM server {shortened(url)} lists no model: {shortened(models, 100)}"
+        raise RewardError(f"{fault}; name one with ?model=") from None
 
     def describe_one(picture: Image.Image) -> str:
         buffer = io.BytesIO()
@@ -190,10 +259,14 @@ def describe_on_server(url: str, options: dict[str, str | int]):
         body |= {"max_tokens": options["max_new_tokens"], "temperature": 0}
         answer = ask_server(f"{url}/chat/completions", body, timeout, retries)
         try:
-            said = answer["choices"][0]["message"]["content"] or ""
-            return said if isinstance(said, str) else " ".join(part["text"] for part in said)
+            said = answer["choices"][0]["message"]["content"]
+            if isinstance(said, list):
+                return " ".join(part["text"] for part in said)
+            if not isinstance(said, str | None):
+                raise TypeError("a description is text")
+            return said or ""
         except (KeyError, IndexError, TypeError):
-            fault = f"the VLM server {url} answered without a text: {str(answer)[:200]}"
+            fault = f"the VLM server {shortened(url)} answered without a text: {shortened(answer)}"
             raise RewardError(fault) from None
 
     def describe(pictures: list[Image.Image]) -> list[str]:
@@ -207,12 +280,12 @@ def read_options(options: dict[str, str]) -> dict[str, str | int]:
     """All options, numbers as such; RewardError for one that is not known or makes no sense."""
     check_options("llava_bertscore", options, (*TEXTS, *NUMBERS))
     numbers = {}
-    for option, default in NUMBERS.items():
+    for option, (least, default, most) in NUMBERS.items():
         text = options.get(option, str(default))
-        least = 0 if option in ("retries", "layer") else 1
-        if not (text.isascii() and text.isdigit()) or int(text) < least:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or not least <= int(text) <= most:
+            what = f"{option}={shortened(text)} of llava_bertscore"
             raise RewardError(
-                f"{option}={text} of llava_bertscore must be a whole number of {least} or more"
+                f"{what} must be a whole number of {least} or more, and at most {most}"
             )
         numbers[option] = int(text)
     return TEXTS | options | numbers
@@ -226,12 +299,12 @@ def check_url(url: str) -> None:
     """Raises RewardError for one that no request can be sent to."""
     try:
         parts = urlsplit(url)
-        ok = parts.hostname and parts.port != 0
+        ok = parts.hostname and parts.port != 0 and "@" not in parts.netloc and not parts.fragment
         ok = ok and url.isascii() and url.isprintable() and " " not in url
     except ValueError:  # a port that is no number, a bracket that is not closed
         ok = False
     if not ok:
-        raise RewardError(f"{url!r} is no URL of a server; write http://HOST:PORT/v1")
+        raise RewardError(f"{quoted(url)} is no URL of a server; write http://HOST:PORT/v1")
 
 
 def check(name: str, weights: str | None, options: dict[str, str]) -> None:
