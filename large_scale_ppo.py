@@ -52,7 +52,7 @@ from harness import (
     warn_of_prompts,
 )
 from harness.pairs import open_pretrain_data, take_pairs
-from harness.prompts import take
+from harness.prompts import identity, take
 from harness.tasks import read_tasks
 
 
@@ -260,9 +260,9 @@ def main():
     m = max(task.num_prompts * task.num_images for task in tasks)
     check_memory("--tasks", args.model, m * (args.num_inference_steps + 1), pictures=m)
     pairs = open_pretrain_data(args.pretrain_data, args.seed) if args.pretrain_beta else []
-    sizes = [*(len(task.prompts) for task in tasks), len(pairs)]
+    sources = [identity(source) for source in (*(task.prompts for task in tasks), pairs)]
     names = " ".join(task.name for task in tasks)
-    run = Run(args, __file__, names, fixed={"numbers of prompts and pairs": sizes})
+    run = Run(args, __file__, names, fixed={"prompts and pairs": sources})
     sd = load_stable_diffusion(args, run.device, keep_pretrained=args.monitor_kl)
     first_prompts = [
         take(task.prompts, args.seed, 0, min(len(task.prompts), 1000)) for task in tasks

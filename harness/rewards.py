@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from common.rewards import PromptError, Reward, RewardError, load_reward
-from harness.args import fail
+from common.users_code import quoted
 from harness.ranks import everybodys
 from harness.run import Run
-from harness.stop import HUNG
+from harness.stop import HUNG, fail
 
 
 def load_run_reward(run: Run, args, spec: str, prompts: Sequence[str], flag: str = "--reward"):
@@ -36,12 +36,14 @@ def load_reward_or_fail(
         remedy = "change --prompt or --prompts-file"
         if flag == "--tasks":
             remedy = "change the prompts of the task"
-        fail(f"{flag} {spec} cannot score these prompts: {error}; {remedy}")
+        fail(f"{flag} {quoted(spec)} cannot score these prompts: {error}; {remedy}")
     except RewardError as error:
-        fail(f"{flag} {spec}: {error}")
+        fail(f"{flag} {quoted(spec)}: {error}")
     except Exception as error:  # the hub's client, the loaders, a user's file: of many kinds
         what = f"{type(error).__name__}: {str(error)[:300]}"
-        fail(f"{flag} {spec} cannot be loaded ({what}); check the name, the folder and the network")
+        fail(
+            f"{flag} {quoted(spec)} cannot be loaded ({what}); check the name, the folder and the network"
+        )
 
 
 def within(timeout: float, device: torch.device) -> Callable:

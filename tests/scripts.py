@@ -8,7 +8,7 @@ class Script:
     short: str
     """A short run on the zoo, for tests/faults: samples by four, two updates an iteration."""
     smallest: str
-    """The smallest iteration; the test of memory makes 200."""
+    """The smallest iteration; the test of memory makes 100."""
     needs: str = ""
     """What an iteration of ten samples needs beside the defaults."""
     takes_part: str = ""
