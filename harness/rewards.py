@@ -41,9 +41,8 @@ def load_reward_or_fail(
         fail(f"{flag} {quoted(spec)}: {error}")
     except Exception as error:  # the hub's client, the loaders, a user's file: of many kinds
         what = f"{type(error).__name__}: {str(error)[:300]}"
-        fail(
-            f"{flag} {quoted(spec)} cannot be loaded ({what}); check the name, the folder and the network"
-        )
+        remedy = "check the name, the folder and the network"
+        fail(f"{flag} {quoted(spec)} cannot be loaded ({what}); {remedy}")
 
 
 def within(timeout: float, device: torch.device) -> Callable:

@@ -1,5 +1,6 @@
 """The table of what is refused, or ends a run: numbers, damaged runs, places, code, rewards."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -15,15 +16,18 @@ import pytest
 import torch
 from conftest import read_metrics
 from hostile import Case, ends_in_one_line
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from scripts import SCRIPTS
 from short_runs import COMMON, SHORT, finish, iteration_of, start
 
 from common.rewards import parse_sum
-from harness import Run, guard, resume
+from harness import Run, guard, parse_args, resume
 from harness.checkpoint import lock, new_checkpoint, sha256
 from harness.folder import made_anew
 from harness.resume import code_files
+from harness.stop import Ended
 
 LORA = "pytorch_lora_weights.safetensors"
 OTHER_FLAG = {"shard_size", "samples_per_iteration", "dataset_size", "gradient_steps", "min_count"}
@@ -730,3 +734,73 @@ def test_checkpoint_that_is_a_link(tmp_path):
 def test_two_runs_of_one_second_have_folders_of_their_own(tmp_path):
     names = {made_anew(tmp_path / "runs/a__b__0__20260101-000000").name for _ in range(3)}
     assert len(names) == 3
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+FIELDS = [field.name for field in fields(importlib.import_module("dpok").Args)]
+
+
+@pytest.fixture(scope="session")
+def fuzzed_run(short_run, tmp_path_factory) -> Path:
+    return Path(shutil.copytree(short_run, tmp_path_factory.mktemp("fuzzed") / "run"))
+
+
+def resumes_or_is_refused(run: Path, name: str, content: bytes) -> None:
+    """Reads the arguments of a run, one file of which has this content."""
+    path = run / name
+    before = path.read_bytes()
+    try:
+        path.write_bytes(content)
+        if name == "checkpoint/args.json":
+            seal(run)
+        with contextlib.suppress(Ended):
+            parse_args(importlib.import_module("dpok").PRESETS, "", words=["--resume", str(run)])
+    finally:
+        path.write_bytes(before)
+        seal(run)
+
+
+QUICK = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+
+
+@QUICK
+@given(
+    name=st.sampled_from(["args.json", "checkpoint/args.json"]),
+    key=st.sampled_from(FIELDS) | st.text(max_size=9),
+    value=JSON,
+)
+def test_any_value_of_an_argument(fuzzed_run, name, key, value):
+    stored = json.loads((fuzzed_run / name).read_text())
+    stored.get("arguments", stored)[key] = value
+    resumes_or_is_refused(fuzzed_run, name, json.dumps(stored).encode())
+
+
+@QUICK
+@given(
+    name=st.sampled_from(["args.json", "checkpoint/args.json", "checkpoint/files.json"]),
+    tree=JSON,
+    start=st.integers(0, 400),
+    noise=st.binary(max_size=9),
+)
+def test_any_content_of_a_stored_file(fuzzed_run, name, tree, start, noise):
+    resumes_or_is_refused(fuzzed_run, name, json.dumps(tree).encode())
+    content = (fuzzed_run / name).read_bytes()
+    resumes_or_is_refused(fuzzed_run, name, content[:start] + noise + content[start + 3 :])
+
+
+@QUICK
+@given(
+    words=st.lists(st.sampled_from([*FIELDS, "zoo", "5", "x", "1e400", "--"]), max_size=6),
+    text=st.text(),
+)
+def test_any_words(words, text):
+    """Of a command line: arguments, or one line."""
+    words = [f"--{word.replace('_', '-')}" if word in FIELDS else word for word in words]
+    with contextlib.suppress(Ended):
+        parse_args(importlib.import_module("dpok").PRESETS, "", words=[*words, text])
