@@ -91,6 +91,12 @@ class RunFolder:
             self.wandb = wandb
             wandb.init(project="clean-diffusion-rl", name=path.name, config=asdict(args))
 
+    def close(self) -> None:
+        """Let go of the lock and of the events' file; whoever still has the run keeps neither."""
+        if self.rank == 0:
+            self.lock.close()
+            self.writer.close()
+
     def log(self, metrics: dict[str, float]) -> None:
         """Append one iteration's numbers everywhere."""
         self.history.append(metrics)

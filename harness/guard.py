@@ -38,6 +38,9 @@ def command(main: Callable) -> Callable:
                 traceback.print_exc()
             end(error)
         finally:
+            for run in runs:
+                if run._begun:
+                    run._folder.close()
             runs.clear()
 
     return guarded

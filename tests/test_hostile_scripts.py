@@ -19,7 +19,7 @@ from hostile import Case, ends_in_one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from scripts import SCRIPTS
+from scripts import SCRIPTS, TABLE
 from short_runs import COMMON, SHORT, finish, iteration_of, start
 
 from common.rewards import parse_sum
@@ -443,6 +443,56 @@ PLACES = [
         before=partial(folder_with, "model_index.json", '{"_class_name": "os.system"}'),
     ),
 ]
+
+
+DATASETS = [
+    Case(
+        f"dataset.json: {what}",
+        "zoo --dataset {tmp}/run",
+        "dataset.json" if what not in ("an empty object",) else "--dataset",
+        before=lambda tmp, content=content: [
+            (tmp / "run").mkdir(),
+            text("dataset.json", content, tmp),
+        ],
+    )
+    for what, content in whole_files("dataset.json").items()
+]
+
+
+@pytest.mark.parametrize("case", DATASETS, ids=str)
+def test_data_set_that_is_damaged(case, refused):
+    refused("sft_kl.py", case)
+
+
+@pytest.mark.parametrize("damage", ["cut", "of other samples", "empty", "of scalars"])
+def test_shard_that_is_damaged(damage, tmp_path, monkeypatch, capsys):
+    """The line names it, and that it may be deleted: then it is drawn again."""
+    sft_kl, flags = importlib.import_module("sft_kl"), ["zoo", "--num-inference-steps", 2]
+    flags += [*TABLE["sft_kl.py"].smallest.split(), "--num-iterations", 1, "--dataset-size", 2]
+    flags += ["--dataset", tmp_path / "data"]
+    monkeypatch.setattr(sys, "argv", ["sft_kl.py", *map(str, flags), "--output-dir", "run"])
+    monkeypatch.chdir(tmp_path)
+    sft_kl.main()
+    shard = tmp_path / "data/000000.safetensors"
+    tensors = load_file(shard)
+    if damage == "cut":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    elif damage == "empty":
+        shard.write_bytes(b"")
+    elif damage == "of scalars":
+        save_file({key: value.float().mean() for key, value in tensors.items()}, shard)
+    else:
+        save_file({key: value[:1].clone() for key, value in tensors.items()}, shard)
+    monkeypatch.setattr(sys, "argv", ["sft_kl.py", *map(str, flags), "--output-dir", "again"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        sft_kl.main()
+    stderr = capsys.readouterr().err
+    assert end.value.code == 1 and "000000.safetensors" in stderr and "delete it" in stderr
+    shard.unlink()
+    monkeypatch.setattr(sys, "argv", ["sft_kl.py", "--resume", "again"])
+    sft_kl.main()
+    assert load_file(shard)["x0"].equal(tensors["x0"])
 
 
 @pytest.mark.parametrize("case", PLACES, ids=str)
