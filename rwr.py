@@ -310,6 +310,7 @@ def main():
             kept = torch.nonzero(w > 0)[:, 0]
             if args.fresh_optimizer:
                 optimizer.state.clear()
+            # One generator: what an update draws follows what the one before has drawn.
             generator = seeded(args.seed, UPDATES, iteration)
             batches = batches_of(kept, n, generator)
             for _ in progress(range(args.gradient_steps), "updates"):

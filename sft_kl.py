@@ -294,13 +294,18 @@ def step_weights(scheduler, t, weighting: str):
     return simple[scheduler.config.prediction_type].float()
 
 
+def shift(args) -> float:
+    """gamma, which KL-D and KL-O add to the reward."""
+    return 0.0 if args.regularization == "none" else args.gamma
+
+
 def sft_loss(args, reward, x0, f, f_pre):
     """Eq. 13 (KL-D), its counterpart of Eq. 12 (KL-O), or Eq. 10 ("none"), (B,).
 
     Without the weight of the step. reward (B,); x0, f and f_pre (B, C, H, W). Like the log-prob it
     is the mean over the latent's dimensions.
     """
-    gamma = 0.0 if args.regularization == "none" else args.gamma
+    gamma = shift(args)
     kept = reward + gamma > 0  # as Lemma 4.3 needs (App. B)
     reward = reward.clamp(min=-gamma)
     error = ((x0 - f) ** 2).flatten(1).mean(1)
@@ -357,8 +362,7 @@ def main():
         path = folder / f"{first:06d}.safetensors"
         shards.append(run.shard(path, args.shard_size, partial(draw_shard, first), about))
     data = {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
-    gamma = 0.0 if args.regularization == "none" else args.gamma
-    below_floor = (data["reward"] + gamma <= 0).float().mean().item()
+    below_floor = (data["reward"] + shift(args) <= 0).float().mean().item()
     best = f"the best r is {data['reward'].max():.3f}"
     remedy = "start anew with kl-d or kl-o, a larger --gamma and --dataset RUN/dataset"
     require(below_floor < 1, f"no sample has r + gamma above 0 ({best}); {remedy}")
