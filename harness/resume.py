@@ -118,8 +118,9 @@ def stored_args(folder: Path, default, may_change: set[str], flags: set[str]):
         saved = typed(kept["arguments"], default, folder / "checkpoint" / "args.json")
     except (UserError, OSError) as error:
         fail(f"--resume {str(folder)[:200]}: {error}")
+    given = vars(args)
     for name, value in vars(saved).items():
-        if getattr(args, name) != value and name not in may_change:
+        if given[name] != value and name not in may_change:
             fault = f"{name} of its args.json was edited; it was {value}"
             fail(f"--resume {folder}: {fault}: put it back, or start a run of its own")
         flag, value = flag_of(name), path_of_project(value)

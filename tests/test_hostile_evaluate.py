@@ -481,7 +481,7 @@ CASES = [
     ),
     evaluates(
         "--shard-size of all",
-        "--output-dir out/new --images-per-prompt 1000 --shard-size 1000000000000 "
+        "--output-dir out/new --images-per-prompt 1000 --shard-size 1000000000 "
         "--prompts-file many.txt",
         ("--shard-size", "lower"),
         lambda tmp: put(tmp, "many.txt", "\n".join(map(str, range(100_000)))),

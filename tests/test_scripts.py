@@ -136,7 +136,7 @@ def test_all_weights(tiny_sd, tmp_path, script, monkeypatch):
     assert not list((tmp_path / "whole").glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("script, rank", [("dpok.py", 4), ("ddpo.py", 4), ("ddpo.py", 0)])
+@pytest.mark.parametrize("script, rank", [("dpok.py", 4), ("ddpo.py", 0)])
 def test_fp16_where_ranks_have_no_transitions(tiny_sd, tmp_path, smooth, script, rank):
     """Three processes and one transition, or sample, an update: two of them have none.
 
@@ -217,17 +217,22 @@ def smooth(tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_ranks_do_not_change_the_result(tiny_sd, tmp_path, smooth, script):
-    """10 samples on 1, 2 and 3 processes, uneven for 3: the same metrics and LoRA."""
+def test_ranks_do_not_change_the_result(tiny_sd, tmp_path, smooth, script, monkeypatch):
+    """10 samples on 1 and 3 processes, whose shares are uneven, dpok.py on 2 too.
+
+    The same metrics and LoRA.
+    """
     # With much smaller steps the KL is a difference of nearly equal numbers; with larger ones, and
     # with the default guidance of 7.5, rounding is amplified.
-    flags = [*tiny_and_own(script, tmp_path, smooth), "--num-iterations", 3]
+    flags = [*tiny_and_own(script, tmp_path, smooth), "--num-iterations", 2]
     flags += ["--learning-rate", 2e-3, "--guidance-scale", 2, "--lora-rank", 4, "--model", tiny_sd]
-    for ranks in (1, 2, 3):
+    run_here(monkeypatch, script, *flags, "--output-dir", tmp_path / "1")
+    several = (2, 3) if script == "dpok.py" else (3,)
+    for ranks in several:
         result = run_script(script, *flags, "--output-dir", tmp_path / str(ranks), ranks=ranks)
         assert result.returncode == 0, result.stderr
     one = load_file(tmp_path / "1/pytorch_lora_weights.safetensors")
-    for ranks in ("2", "3"):
+    for ranks in map(str, several):
         for a, b in zip(read_metrics(tmp_path / "1"), read_metrics(tmp_path / ranks), strict=True):
             for key in a:
                 if not key.startswith(("time/", "ratio/first")):
@@ -300,14 +305,16 @@ def test_no_prompt_reaches_a_path(prompt):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_reward_that_is_not_finite_stops_the_run(tiny_sd, tmp_path, script):
+def test_reward_that_is_not_finite_stops_the_run(tiny_sd, tmp_path, script, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text(
         "import torch\ndef f(images, prompts): return torch.full((len(prompts),), float('nan'))\n"
     )
     flags = [*tiny(script, tmp_path, f"{tmp_path}/mine.py:f"), "--model", tiny_sd]
-    result = run_script(script, *flags, "--output-dir", tmp_path / "run")
-    assert result.returncode == 1 and "nan" in result.stderr and PROMPT in result.stderr
-    assert "Traceback" not in result.stderr
+    with pytest.raises(SystemExit) as end:
+        run_here(monkeypatch, script, *flags, "--output-dir", tmp_path / "run")
+    stderr = capsys.readouterr().err
+    assert end.value.code == 1 and "nan" in stderr and PROMPT in stderr
+    assert "Traceback" not in stderr
 
 
 WRONG = {
@@ -429,13 +436,12 @@ def test_wrong_input_is_one_line_and_exit_code_2(script, name, tmp_path, monkeyp
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_wrong_input_as_a_user_sees_it(script):
     """In a process of its own, in 10 s of its core: no library prints anything beside the line."""
-    wrong = wrong_of(script)
-    for words, mentioned in (wrong["default model, no hub"], wrong["reward folder empty"]):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-        result = run_script(script, *words, timeout=60)
-        assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 10
-        assert result.returncode == 2
-        assert is_one_line(result.stderr, mentioned.replace("SCRIPT", script)), result.stderr
+    words, mentioned = wrong_of(script)["default model, no hub"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    result = run_script(script, *words, timeout=60)
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 10
+    assert result.returncode == 2
+    assert is_one_line(result.stderr, mentioned.replace("SCRIPT", script)), result.stderr
 
 
 @pytest.mark.parametrize(

@@ -36,31 +36,32 @@ def has_begun(run, since: float) -> bool:
     return (run / ".lock").exists() and (run / ".lock").stat().st_mtime > since - 0.1
 
 
-def test_killed_ten_times(undisturbed, tmp_path):
-    """SIGKILL at 10 moments drawn at random, most of them after all is loaded.
+def test_killed_many_times(undisturbed, tmp_path):
+    """SIGKILL at 10 moments (dpok.py) or 5, drawn at random, most of them after all is loaded.
 
     Each time a new process goes on.
     """
     script, flags, whole, seconds = undisturbed
     rng, killed_in, number = np.random.default_rng(0), [], 0
+    kills = 10 if script == "dpok.py" else 5
     while True:
         run = tmp_path / str(number)
         saved = any((run / name).exists() for name in ("checkpoint", "checkpoint.old"))
         began = time.time()
         process = start(script, *(("--resume", run) if saved else (*flags, "--output-dir", run)))
-        if len(killed_in) < 10:
+        if len(killed_in) < kills:
             wait = rng.random() < 0.9
             while wait and process.poll() is None and not has_begun(run, began):
                 time.sleep(0.02)
-            time.sleep(rng.uniform(0, 0.6 * seconds))
-        if len(killed_in) < 10 and process.poll() is None:
+            time.sleep(rng.uniform(0.1, 0.7) * seconds)
+        if len(killed_in) < kills and process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
             killed_in.append(iteration_of(run))
             continue
         finish(process)
         assert_same_run(whole, run)
-        if len(killed_in) == 10:
+        if len(killed_in) == kills:
             break
         number += 1
     assert {1, 2} & set(killed_in), "some in the middle"
