@@ -6,10 +6,11 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from common import UserError
 from common.stable_diffusion import ModelError
-from harness.stop import Ended, fail, one_line
+from harness.stop import Ended, end_alone, fail, one_line
 
 FLAG, VARIABLE = "--traceback", "CLEAN_DIFFUSION_TRACEBACK"
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -46,12 +47,23 @@ def command(main: Callable) -> Callable:
     return guarded
 
 
-def end(error: BaseException):
+def end(error: BaseException) -> NoReturn:
     """End the command with the line of `error`; a run that has begun saves what there is."""
-    line = described(error)
+    line, alone = described(error), False
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        alone = not isinstance(error, UserError)  # which are raised on all ranks together
+    if isinstance(error, KeyboardInterrupt) and not runs:  # a run has handlers of its own
+        print("interrupted", file=sys.stderr)
+        raise Ended(130)
     if runs and runs[0]._begun:
-        # What the user can mend is raised on all ranks together, anything else perhaps on one.
-        runs[0]._end(line, on_all_ranks=isinstance(error, UserError))
+        try:
+            runs[0]._end(line, alone)
+        except Ended:
+            raise
+        except BaseException as another:
+            end_alone(f"{line}; and it could not be saved: {described(another)}")
+    if alone:
+        end_alone(line)
     fail(line)
 
 

@@ -287,12 +287,12 @@ class Run:
         if asked or no_gradient:
             end_early(self._folder.path, self._signals if asked else None)
 
-    def _end(self, fault: str, on_all_ranks: bool = True) -> None:
-        """Save what is done and end in one line; weights that are not finite are not saved."""
+    def _end(self, fault: str, alone: bool = False) -> None:
+        """Save what is done, where the other ranks are here too, and end in one line."""
         self._open()
         path, place = self._folder.path, f"iteration {self._iteration}: {fault}"
         last = f"its last checkpoint is whole: --resume {path}"
-        if self._world_size > 1 and not on_all_ranks:
+        if alone:
             end_alone(f"{place}; {last}")
         if not all_finite(self._trained):
             end_run(f"{place}; lower --learning-rate or use --dtype fp32; {last}")

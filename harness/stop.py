@@ -76,10 +76,12 @@ def end_run(message: str) -> NoReturn:
 
 def end_alone(message: str) -> NoReturn:
     """The same on this rank, while the others wait for it in a collective: torchrun ends them."""
-    rank = os.environ.get("RANK", "0")
-    tqdm.write(f"error: rank {rank}: {one_line(message)}", file=sys.stderr)
-    sys.stderr.flush()
-    os._exit(1)  # leaving the process group would wait for the others
+    of_rank = f"rank {os.environ.get('RANK', 0)}: " if dist.is_initialized() else ""
+    tqdm.write(f"error: {of_rank}{one_line(message)}", file=sys.stderr)
+    if dist.is_initialized():
+        sys.stderr.flush()
+        os._exit(1)  # leaving the process group would wait for the others
+    raise Ended(1)
 
 
 def catch_signals() -> list[int]:

@@ -743,6 +743,27 @@ def test_fault_after_the_first_iteration_saves_what_there_is(tmp_path, monkeypat
     assert iteration_of(tmp_path / "run") == 2
 
 
+def test_fault_of_the_save_itself(tmp_path, monkeypatch, capsys):
+    """Of two faults both are told, and the checkpoint stays."""
+
+    def breaks(self, metrics, warn_above=None):
+        monkeypatch.setattr(Run, "_save", breaks)
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(Run, "log", breaks)
+    monkeypatch.setattr(Run, "_save", Run._save)
+    code, stderr = here(monkeypatch, capsys, *SMALL, "--output-dir", tmp_path / "run")
+    assert code == 1 and "RuntimeError: a fault" in stderr and "not be saved" in stderr
+    assert "Traceback" not in stderr and iteration_of(tmp_path / "run") == 0
+
+
+def test_ctrl_c_before_a_run_has_begun(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dpok.py"])
+    with pytest.raises(SystemExit) as end:
+        failing(KeyboardInterrupt())()
+    assert end.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
 def test_message_of_a_rank_without_others(monkeypatch, capsys):
     """LOCAL_RANK=1 alone, as a shell may have it, takes no message away."""
     monkeypatch.setenv("LOCAL_RANK", "1")
