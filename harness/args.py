@@ -157,12 +157,12 @@ def check_run(args: RunArgs) -> None:
 
 def only_begun(folder: Path) -> bool:
     """Whether a folder has nothing but what a run leaves that ends before its first checkpoint."""
-    empty = ("metrics.jsonl", ".lock")
     for path in folder.rglob("*") if folder.exists() else ():
-        if path.name in empty and path.stat().st_size > 0:
+        name = path.name.removesuffix(".partial")
+        if name in ("metrics.jsonl", ".lock") and path.stat().st_size > 0:
             return False
-        known = path.name in (*empty, "samples", "args.json", "args.json.partial")
-        known = known or path.name.startswith("events.out.tfevents")
+        known = name in ("metrics.jsonl", ".lock", "samples", "args.json")
+        known = known or name.startswith("events.out.tfevents")
         if not known and "checkpoint.partial" not in path.relative_to(folder).parts:
             return False
     return True

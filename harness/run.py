@@ -223,8 +223,7 @@ class Run:
     def _restore(self) -> None:
         """Where the run is, and the metrics of an iteration some of whose units are done."""
         with restoring(self._args.resume, "state.pt"):
-            path = self._args.resume / "checkpoint" / "state.pt"
-            self._state = read_part(path, self.device)
+            self._state = read_part(self._args.resume / "checkpoint" / "state.pt", self.device)
             self._iteration, self._unit = int(self._state["iteration"]), int(self._state["unit"])
             self._scaler.load_state_dict(self._state["scaler"])
             self._metrics.load_state_dict(self._state["metrics"])
@@ -256,8 +255,9 @@ class Run:
             kept = {}
             for name, thing in self._kept.items():
                 if hasattr(thing, "save"):
-                    thing.save(self._folder.path)
                     thing.save(folder)
+                    if (self._iteration, self._unit) != (0, 0):  # trained, and so a result
+                        thing.save(self._folder.path)
                 else:
                     kept[name] = thing if isinstance(thing, torch.Tensor) else thing.state_dict()
             state = {"iteration": self._iteration, "unit": self._unit, "metrics": metrics}

@@ -474,7 +474,7 @@ def test_shard_that_is_damaged(damage, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     sft_kl.main()
     shard = tmp_path / "data/000000.safetensors"
-    tensors = load_file(shard)
+    tensors = {key: value.clone() for key, value in load_file(shard).items()}  # it maps the file
     if damage == "cut":
         shard.write_bytes(shard.read_bytes()[:-100])
     elif damage == "empty":
@@ -498,6 +498,25 @@ def test_shard_that_is_damaged(damage, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("case", PLACES, ids=str)
 def test_place_that_cannot_be(case, refused):
     refused("dpok.py", case)
+
+
+def test_run_that_was_killed_before_its_first_checkpoint(tmp_path, monkeypatch, capsys):
+    """The same command begins it again in its folder."""
+    run = tmp_path / "run"
+
+    def killed(self):
+        (run / "checkpoint.partial").mkdir()
+        (run / "checkpoint.partial" / LORA).write_text("half")
+        (run / "metrics.jsonl.partial").write_text("")
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "_save", killed)
+        code, stderr = here(patched, capsys, *SMALL, "--output-dir", run)
+        assert code != 0 and "killed" in stderr
+    assert (run / "args.json").exists() and not (run / LORA).exists()
+    code, stderr = here(monkeypatch, capsys, *SMALL, "--output-dir", run)
+    assert code == 0 and len(read_metrics(run)) == 1, stderr
 
 
 def test_resume_and_another_folder(short_run, tmp_path, refused):
