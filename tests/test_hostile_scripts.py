@@ -152,7 +152,7 @@ def state(change, tmp: Path) -> None:
 
 def lora(change, tmp: Path) -> None:
     path = tmp / "run/checkpoint" / LORA
-    content = load_file(path)
+    content = {key: value.clone() for key, value in load_file(path).items()}  # it maps the file
     after = change(content)
     save_file(content if after is None else after, path)
     seal(tmp / "run")
