@@ -8,7 +8,7 @@ import re
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -95,7 +95,8 @@ class RunFolder:
         """Let go of the lock and of the events' file; whoever still has the run keeps neither."""
         if self.rank == 0:
             self.lock.close()
-            self.writer.close()
+            with suppress(OSError):  # of a full disk, which has been told
+                self.writer.close()
 
     def log(self, metrics: dict[str, float]) -> None:
         """Append one iteration's numbers everywhere."""

@@ -79,15 +79,15 @@ def with_reward(script: str, folder: Path, kind: str, call: int) -> list:
     code = REWARD.replace("{call}", str(call))
     for name in ("fault", "waiting"):
         code = code.replace(f"{{{name}}}", f"pathlib.Path({str(folder / name)!r})")
-    (folder / "mine.py").write_text(code)
+    (folder / "mine.py").write_text(f"{code}f = {kind}\n")  # one name, which metrics may have
     (folder / "fault").touch()
-    spec = f"{folder}/mine.py:{kind}"
+    spec = f"{folder}/mine.py:f"
     return [*COMMON, *TABLE[script].short.split(), *reward_flags(script, spec, "2x2")]
 
 
-def resume(script: str, folder: Path, kind: str):
+def resume(script: str, folder: Path):
     """The run of `with_reward` in folder/run, with its code named again."""
-    named_again = reward_flags(script, f"{folder}/mine.py:{kind}", "2x2")
+    named_again = reward_flags(script, f"{folder}/mine.py:f", "2x2")
     return start(script, "--resume", folder / "run", *named_again)
 
 
@@ -112,7 +112,7 @@ def test_reward_that_fails_or_hangs(script, tmp_path):
         ends_in_one_line(process, 1, KINDS[kind], str(folder / "run"))
         assert iteration_of(folder / "run") == 2
         (folder / "fault").unlink()
-        finish(resume(script, folder, kind))
+        finish(resume(script, folder))
     finish(start(script, *flags, "--output-dir", tmp_path / "whole"))
     for run in tmp_path.glob("*/run"):
         assert_same_run(tmp_path / "whole", run)
@@ -150,7 +150,7 @@ def test_disk_that_is_full(script, ranks, tmp_path):
     (tmp_path / "fault").unlink()
     ends_in_one_line(process, 1, "cannot be written", "--resume")
     assert iteration_of(tmp_path / "run") == 1
-    finish(resume(script, tmp_path, "waits"))
+    finish(resume(script, tmp_path))
     assert len(read_metrics(tmp_path / "run")) == 3
 
 
@@ -159,7 +159,7 @@ def test_two_processes_never_write_one_run(tmp_path):
     flags = with_reward("dpok.py", tmp_path, "waits", 1)
     process = start("dpok.py", *flags, "--output-dir", tmp_path / "run")
     wait_for((tmp_path / "waiting").exists, process)
-    second = resume("dpok.py", tmp_path, "waits")
+    second = resume("dpok.py", tmp_path)
     ends_in_one_line(second, 1, "another process is still writing it")
     (tmp_path / "fault").unlink()
     finish(process)
