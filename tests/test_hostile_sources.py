@@ -11,7 +11,6 @@ import gzip
 import io
 import json
 import os
-import resource
 import socket
 import socketserver
 import stat
@@ -27,7 +26,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_script
-from hostile import GROWTH, SECONDS, Case, ends_in_one_line
+from hostile import GROWTH, SECONDS, Case, ends_in_one_line, most_memory
 from hypothesis import strategies as some
 from PIL import Image
 from test_pairs import png, write_folder, write_shards
@@ -68,9 +67,9 @@ def case_folder(tmp_path):
 @contextlib.contextmanager
 def bounded():
     """A block that takes no longer, and no more memory, than a case may."""
-    memory, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    memory, began = most_memory(anew=True), time.monotonic()
     yield
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) * 1024
+    grown = most_memory() - memory
     assert time.monotonic() - began < SECONDS and grown < GROWTH
 
 
