@@ -3,7 +3,9 @@
 import os
 from pathlib import Path
 from statistics import NormalDist
-from typing import Literal, NotRequired, TypedDict
+from typing import Literal
+
+from typing_extensions import NotRequired, TypedDict  # typing has it from Python 3.11 on
 
 from evaluation.models import NAME
 from evaluation.page import ANSWERS, KEY_NAME, QUESTIONS
