@@ -1,6 +1,5 @@
 """What comes from a user: code that an argument names, and text that an error quotes."""
 
-import hashlib
 import importlib.util
 import os
 import re
@@ -98,12 +97,3 @@ def load_users_function(spec: str, kind: type[UserError], what: str) -> Callable
     except kind:
         sys.modules.pop(module_name, None)
         raise
-
-
-def digest_of_file(path: str | Path) -> str:
-    """sha256 of its content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()

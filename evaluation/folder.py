@@ -7,17 +7,18 @@ import zipfile
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
-from typing import NotRequired, TypedDict, get_type_hints
+from typing import get_type_hints
 
 import numpy as np
+from typing_extensions import NotRequired, TypedDict  # typing has it from Python 3.11 on
 
 from evaluation.models import BASE, NAME, Model
-from evaluation.places import check_place, is_text, write_whole
+from evaluation.places import check_place, write_whole
 from evaluation.settings import Settings
 from harness.args import fail
 from harness.folder import run_name
 from harness.prompts import tag_of
-from harness.stored import StoredError, read_stored
+from harness.stored import StoredError, is_text, read_stored
 
 StoredSettings = TypedDict("StoredSettings", get_type_hints(Settings))
 

@@ -12,16 +12,12 @@ import numpy as np
 
 from harness.args import fail
 from harness.checkpoint import sync
-from harness.rewards import everybodys
+from harness.ranks import everybodys
 from harness.stop import end_run
+from harness.stored import is_text
 
 LONGEST_NAME, LONGEST_PATH = 255, 4096
 """Bytes of a file's name and of a whole path, on the usual file systems."""
-
-
-def is_text(value: str) -> bool:
-    """Whether it can be written as UTF-8, and be a file's name: no half characters, no null."""
-    return "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def check_text(args) -> None:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TypedDict
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common import UserError
+from harness.ranks import everybodys
 from harness.stop import end_run
 from harness.stored import checked, read_stored
 
@@ -83,10 +83,7 @@ def saving(run_dir: Path):
         if not full_disk:
             raise
         faults = [str(error)]
-    if dist.is_initialized():
-        everybodys = [None] * dist.get_world_size()
-        dist.all_gather_object(everybodys, faults)
-        faults = [fault for faults in everybodys for fault in faults]
+    faults = [fault for of_rank in everybodys(faults) for fault in of_rank]
     if faults:
         reason = " ".join(faults[0].split())[:200]
         remedy = "make room, or choose another --output-dir"

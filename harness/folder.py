@@ -18,7 +18,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from harness.checkpoint import lock, saving, write_text
+from harness.checkpoint import PUT_BACK, lock, saving, write_text
 from harness.resume import stored_form
 from harness.stored import StoredError, checked, parse_json, read_text
 
@@ -52,18 +52,17 @@ def made_anew(path: Path) -> Path:
 
 def read_metrics(path: Path, count: int) -> list[dict]:
     """The first `count` lines of metrics.jsonl; what follows may be cut off. Raises StoredError."""
-    remedy = "put a copy back, or start the run anew"
-    lines = read_text(path, remedy).splitlines()[:count] if count else []
+    lines = read_text(path, PUT_BACK).splitlines()[:count] if count else []
     if len(lines) < count:
-        raise StoredError(f"{path} has {len(lines)} lines, and the checkpoint {count}; {remedy}")
+        raise StoredError(f"{path} has {len(lines)} lines, and the checkpoint {count}; {PUT_BACK}")
     history = []
     for number, line in enumerate(lines, start=1):
         what = f"line {number} of {path}"
         try:
             numbers = parse_json(line, finite=False)
-            history.append(checked(numbers, dict[str, float], what, remedy))
+            history.append(checked(numbers, dict[str, float], what, PUT_BACK))
         except ValueError as error:
-            raise StoredError(f"{what}: {error}; {remedy}") from None
+            raise StoredError(f"{what}: {error}; {PUT_BACK}") from None
     return history
 
 

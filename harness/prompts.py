@@ -30,13 +30,14 @@ import numpy as np
 
 from common import UserError
 from common.users_code import (
-    digest_of_file,
     load_users_function,
     quoted,
     shortened,
     users_code,
 )
+from harness.checkpoint import sha256
 from harness.ranks import everybodys
+from harness.stored import is_text
 
 KEYS = ("prompt", "text", "caption")
 CACHED_FROM = 1 << 20
@@ -98,7 +99,7 @@ def fault_of_prompt(prompt) -> str | None:
     """What is wrong with a prompt, or with a caption; None where it is as it should be."""
     if not isinstance(prompt, str):
         return f"{shortened(prompt)} is not text, as prompts and captions are"
-    if "\0" in prompt or any("\ud800" <= letter <= "\udfff" for letter in prompt):
+    if not is_text(prompt):
         return f"{quoted(prompt)} has a null byte or half a character; write it anew"
     if len(prompt) > LONGEST_LINE:
         return f"{quoted(prompt)} has more than {LONGEST_LINE} characters"
@@ -205,7 +206,7 @@ class Lines(Sequence):
             raise SourceError(f"{fault}; put it back") from None
 
     def digest(self) -> str:
-        return f"sha256 {digest_of_file(self.path)}{self.key and f' {shortened(self.key)}'}"
+        return f"sha256 {sha256(self.path)}{self.key and f' {shortened(self.key)}'}"
 
 
 def bounded_lines(file: BinaryIO, name: str) -> Iterator[bytes]:
@@ -260,7 +261,7 @@ class UsersSequence(Sequence):
     def __init__(self, source: str, seed: int, fault_of: Callable[[object], str | None]):
         self.source, self.fault_of = source, fault_of
         function = load_users_function(source, SourceError, "source")
-        self.sha256 = digest_of_file(source.rpartition(":")[0])
+        self.sha256 = sha256(Path(source.rpartition(":")[0]))
         with users_code(SourceError, f"source {quoted(source)}"):
             self.items = function(seed)
             self.length = len(self.items)

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -132,10 +131,9 @@ def stored_args(folder: Path, default, may_change: set[str], flags: set[str]):
 
 
 def typed(stored: dict, default, path: Path):
-    """`default` with stored values, whose types are those of its fields; raises StoredError."""
+    """`default` with stored values, whose types are those of its fields; raises UserError."""
     if stored.keys() - vars(default).keys():
-        fault = "is a run of another script"
-        raise UserError(f"it {fault}; resume it with that one")
+        raise UserError("it is a run of another script; resume it with that one")
     hints, values = get_type_hints(type(default)), {}
     for field in fields(default):
         if field.name not in stored:
@@ -171,7 +169,7 @@ def check_code(folder: Path, flag: str, path: Path, contents: dict[str, str]) ->
         fail(f"--resume {folder}: {fault}; if you trust it, give {flag} again with its value")
 
 
-def check_same(args, default, may_change: Sequence[str]) -> None:
+def check_same(args, default, may_change: set[str]) -> None:
     """Refuse arguments that must agree with those of the run, and do not."""
     differ = []
     for name, stored in vars(default).items():

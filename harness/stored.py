@@ -16,6 +16,11 @@ class StoredError(UserError):
     """A stored file that is not as it was written; the message names file, fault and remedy."""
 
 
+def is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8, and be a file's name: no half characters, no null."""
+    return "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
 def parse_json(text: str, finite: bool = True):
     """What a JSON text says; raises ValueError for whatever is wrong with it.
 
