@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import tyro
 
-from common.rewards import RewardError, check_spec
+from common.rewards import GradientError, RewardError, check_spec
 from harness.resume import check_same, of_project, resume_after_restart, stored_args
 from harness.stop import Ended, fail, require
 
@@ -26,13 +26,17 @@ LARGEST = 10**9
 class RunArgs:
     seed: int = 0
     """Seed of everything."""
-    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """What the UNet's forward pass runs in; all else is float32."""
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """What the UNet's forward pass runs in; all else is float32. "auto": fp16 on a GPU, fp32 on a
+    CPU."""
+    allow_tf32: bool = True
+    """Let a GPU round the factors of float32 matrix products to TF32's 10 bits: several times
+    faster."""
     compile: bool = False
     """torch.compile the UNet."""
-    micro_batch_size: int = 8
+    micro_batch_size: int | Literal["auto"] = "auto"
     """Samples or transitions in one forward pass of a rank. For memory and speed only: never
-    changes the result."""
+    changes the result. "auto": as many as fit into the GPU's memory; 8 on a CPU."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time, the same result."""
     reward_timeout: float = 0.0
@@ -91,6 +95,8 @@ def parse_args(
                 remedy = "leave --output-dir out, or copy the folder and resume the copy"
                 fail(f"--resume {args.resume} goes on in its own folder; {remedy}")
             args = replace(args, output_dir=args.resume)
+        if args.dtype == "auto":
+            args = replace(args, dtype="fp16" if torch.cuda.is_available() else "fp32")
         check_run(args)
     if check is not None:
         check(args)
@@ -254,10 +260,15 @@ def check_sampler(args) -> None:
         fail(f"{asked}; {args.model} was trained with {trained}: take fewer")
 
 
-def check_reward(spec: str, flag: str = "--reward") -> None:
-    """Refuse what can be told of a reward before it is loaded."""
+def check_reward(spec: str, flag: str = "--reward", without_gradient: str | None = None) -> None:
+    """Refuse what can be told of a reward before it is loaded.
+
+    A script that needs the reward's gradient says what to do `without_gradient`.
+    """
     try:
-        check_spec(spec)
+        check_spec(spec, differentiable=without_gradient is not None)
+    except GradientError as error:
+        fail(f"{flag}: {error}; {without_gradient}")
     except RewardError as error:
         fail(f"{flag}: {error}")
 

@@ -13,17 +13,31 @@ from harness.run import Run
 from harness.stop import HUNG, fail
 
 
-def load_run_reward(run: Run, args, spec: str, prompts: Sequence[str], flag: str = "--reward"):
+def load_run_reward(
+    run: Run,
+    args,
+    spec: str,
+    prompts: Sequence[str],
+    flag: str = "--reward",
+    differentiable: bool = False,
+) -> Reward:
     """score(images, prompts[, groups]) of the reward `spec`, float32 (B,) on the images' device.
 
     A reward that is not to be had, or cannot score one of `prompts`, is refused in one line; one
-    that fails later, on any rank, raises RewardError on all of them (harness/guard.py).
+    that fails later, on any rank, raises RewardError on all of them (harness/guard.py). With
+    `differentiable`, score.with_gradient(images, prompts) keeps the graph to the images.
     """
-    return load_reward_or_fail(spec, run.device, prompts, flag, args.reward_timeout)
+    timeout = args.reward_timeout
+    return load_reward_or_fail(spec, run.device, prompts, flag, timeout, differentiable)
 
 
 def load_reward_or_fail(
-    spec: str, device: torch.device, prompts: Sequence[str], flag: str, timeout: float = 0
+    spec: str,
+    device: torch.device,
+    prompts: Sequence[str],
+    flag: str,
+    timeout: float = 0,
+    differentiable: bool = False,
 ) -> Reward:
     """`common.rewards.load_reward` for all ranks; what cannot be loaded is refused in one line.
 
@@ -31,7 +45,9 @@ def load_reward_or_fail(
     """
     limit = {"limit": within(timeout, device)} if timeout else {}
     try:
-        return load_reward(spec, device, prompts, everybodys, **limit)
+        return load_reward(
+            spec, device, prompts, everybodys, differentiable=differentiable, **limit
+        )
     except PromptError as error:
         remedy = "change --prompt or --prompts-file"
         if flag == "--tasks":
@@ -54,7 +70,8 @@ def within(timeout: float, device: torch.device) -> Callable:
     def limit(call: Callable, term: str) -> torch.Tensor:
         answer = queue.Queue()
 
-        @torch.no_grad()  # that of the caller does not hold in another thread, nor does its device
+        # The caller's mode does not hold in another thread, nor does its device.
+        @torch.set_grad_enabled(torch.is_grad_enabled())
         def ask():
             try:
                 if device.type == "cuda":

@@ -25,6 +25,9 @@ by default a group for each prompt. Specs:
 WEIGHTS is a hub id or a local folder. Options follow a question mark, as in a URL
 (llava_bertscore:FOLDER?question=...); docs/rewards.md says which there are, and what each reward
 needs.
+
+With load_reward(spec, device, differentiable=True), reward.with_gradient(images, prompts) is a
+second path on tensors, through which autograd reaches the images.
 """
 
 import copy
@@ -32,19 +35,31 @@ import importlib
 import math
 import os
 import re
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from functools import partial
 from urllib.parse import parse_qsl
 
 import torch
 
-from common.rewards.base import PromptError, Reward, RewardError
+from common.rewards.base import GradientError, PromptError, Reward, RewardError
 from common.users_code import load_users_function, quoted, shortened, users_code, what_was_raised
 
-__all__ = ["NAMES", "PromptError", "Reward", "RewardError", "check_spec", "load_reward"]
+__all__ = [
+    "DIFFERENTIABLE",
+    "NAMES",
+    "GradientError",
+    "PromptError",
+    "Reward",
+    "RewardError",
+    "check_spec",
+    "load_reward",
+]
 
 # The module of each reward; it has check(name, weights, options) and
-# load(name, weights, options, device).
+# load(name, weights, options, device), and where the reward is among DIFFERENTIABLE
+# load(name, weights, options, device, differentiable).
 MODULES = {
     "image_reward": "image_reward",
     "aesthetic": "aesthetic",
@@ -57,6 +72,7 @@ MODULES = {
     "statistical_parity": "statistical_parity",
 }
 NAMES = tuple(MODULES)
+DIFFERENTIABLE = ("image_reward", "aesthetic", "clip_score", "blip_score", "object_detection")
 TERM = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*(.+)", re.DOTALL)
 LONGEST_SPEC = 10_000
 """Characters of a spec; the time that it takes to read one grows with their square."""
@@ -77,6 +93,7 @@ def load_reward(
     prompts: Sequence[str] = (),
     gather: Callable = _alone,
     limit: Callable = _at_once,
+    differentiable: bool = False,
 ) -> Reward:
     """The reward that `spec` names (see above), checked on every call: pictures, scores, their sum.
 
@@ -84,14 +101,33 @@ def load_reward(
     missing, or it can never score one of `prompts`; its calls raise it too. On several ranks, each
     with pictures of its own, `gather(share)` gives the shares of all of them, and a fault of one is
     raised on all. `limit(call, term)` is call(), or raises RewardError when it takes too long.
+
+    reward.start(images, prompts) lets what needs no GPU, a JPEG or a server's answer, be computed
+    while the caller goes on; the next call, with all images that were started, takes it up.
+
+    With `differentiable` it has a second path, with_gradient(images, prompts), checked in the same
+    way: its float32 scores (B,) have the graph to the images, with frozen models in float32. A
+    reward without a gradient is then refused with GradientError.
     """
-    check_spec(spec)
-    terms = [(weight, term, _load_term(term, device)) for weight, term in parse_sum(spec)]
-    for _, _, reward in terms:
+    check_spec(spec, differentiable)
+    loaded = [(w, term, _load_term(term, device, differentiable)) for w, term in parse_sum(spec)]
+    for _, _, reward in loaded:
         if check_prompts := getattr(reward, "check_prompts", None):
             check_prompts(prompts)
+    first = [(w, term, Ahead(r) if hasattr(r, "in_thread") else r) for w, term, r in loaded]
+    total = torch.no_grad()(_checked(spec, first, gather, limit))
+    total.start = partial(_start, [r for _, _, r in first if isinstance(r, Ahead)])
+    if differentiable:
+        second = [(w, term, reward.with_gradient) for w, term, reward in loaded]
+        total.with_gradient = torch.enable_grad()(_checked(spec, second, gather, limit))
+    return total
 
-    @torch.no_grad()
+
+def _checked(
+    spec: str, terms: list[tuple[float, str, Reward]], gather: Callable, limit: Callable
+) -> Reward:
+    """The sum of terms (weight, spec, reward); pictures, scores and sum are checked."""
+
     def checked(
         images: torch.Tensor, prompts: list[str], groups: Sequence[int] | None = None
     ) -> torch.Tensor:
@@ -127,6 +163,42 @@ def load_reward(
         return total
 
     return checked
+
+
+class Ahead:
+    """A reward whose pictures can be scored in a thread, a batch at a time, before it is called."""
+
+    def __init__(self, reward: Reward):
+        self.reward, self.started = reward, []
+
+    def start(self, images: torch.Tensor, prompts: list[str]) -> None:
+        """Score (B, 3, H, W) after what was started before."""
+        before = self.started[-1] if self.started else None
+        scores = Future()
+
+        @torch.no_grad()  # a thread has the modes of none other
+        def score():
+            if before is not None:
+                wait([before])
+            try:
+                scores.set_result(self.reward(images, prompts))
+            except BaseException as error:  # raised where the scores are asked for
+                scores.set_exception(error)
+
+        self.started.append(scores)
+        threading.Thread(target=score, daemon=True).start()
+
+    def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """(B,) of the pictures that were started, or of these when none were."""
+        started, self.started = self.started, []
+        if not started:
+            return self.reward(images, prompts)
+        return torch.cat([scores.result() for scores in started])
+
+
+def _start(rewards: list[Ahead], images: torch.Tensor, prompts: list[str]) -> None:
+    for reward in rewards:
+        reward.start(images, prompts)
 
 
 def _raise_first(faults: list[str]) -> None:
@@ -219,10 +291,11 @@ def is_users_function(spec: str) -> bool:
     return spec.rpartition(":")[0].endswith(".py") or spec.endswith(".py")
 
 
-def check_spec(spec: str) -> None:
+def check_spec(spec: str, differentiable: bool = False) -> None:
     """What can be checked of a spec without loading anything.
 
-    Raises RewardError with a message for the user.
+    Raises RewardError with a message for the user; with `differentiable` a GradientError for a
+    reward that has no gradient. Of a user's function only a call can tell.
     """
     for _, term in parse_sum(spec):
         if is_users_function(term):
@@ -238,19 +311,25 @@ def check_spec(spec: str) -> None:
             hint = f"; {SYNTAX}" if re.search(r"[*+]", name) else ""
             names = ", ".join((*NAMES, "path/to/file.py:function"))
             raise RewardError(f"there is no reward {quoted(name)}; there are: {names}{hint}")
+        if differentiable and name not in DIFFERENTIABLE:
+            names = ", ".join((*DIFFERENTIABLE, "path/to/file.py:function"))
+            raise GradientError(f"reward {quoted(term)} has no gradient; these have: {names}")
         try:
             importlib.import_module(f"common.rewards.{MODULES[name]}").check(name, weights, options)
         except RewardError as error:
             raise RewardError(f"{error} (reward {quoted(term)})") from None
 
 
-def _load_term(term: str, device: str | torch.device) -> Reward:
+def _load_term(term: str, device: str | torch.device, differentiable: bool) -> Reward:
     if is_users_function(term):
         return _users_function(term)
     name, weights, options = parse_spec(term)
     try:
         module = importlib.import_module(f"common.rewards.{MODULES[name]}")
-        return module.load(name, weights, options, device)
+        asked = {"differentiable": True} if differentiable else {}
+        return module.load(name, weights, options, device, **asked)
+    except GradientError as error:
+        raise GradientError(f"reward {quoted(term)} has no gradient: {error}") from None
     except ImportError as error:  # some of transformers' processors need more: OWLv2's scipy
         what = f"reward {quoted(term)} needs another package"
         raise RewardError(f"{what}: {shortened(str(error), 300)}") from None
@@ -269,4 +348,28 @@ def _users_function(spec: str) -> Callable:
         with users_code(RewardError, what):
             return _as_tensor(spec, scores).as_subclass(torch.Tensor).clone()
 
+    def with_gradient(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        shown = images.clone()
+        scores = reward(shown, prompts)
+        if images.requires_grad and not _in_graph(shown.grad_fn, scores.grad_fn):
+            remedy = "compute it from the images in torch, without .detach() and torch.no_grad()"
+            raise RewardError(f"reward {quoted(spec)} returns no gradient; {remedy}")
+        return scores
+
+    reward.with_gradient = with_gradient
     return reward
+
+
+def _in_graph(node, of) -> bool:
+    """Whether backward from the node `of` of an autograd graph comes to `node`.
+
+    Scores of a user's model whose weights are not frozen have a graph that may end in them.
+    """
+    seen, nodes = set(), [of]
+    while nodes:
+        if (found := nodes.pop()) is node:
+            return True
+        if found is not None and found not in seen:
+            seen.add(found)
+            nodes += [after for after, _ in found.next_functions]
+    return False

@@ -8,12 +8,13 @@ from common.rewards.base import (
     MODEL_FILES,
     PROCESSOR_FILES,
     Reward,
-    batched,
     check_options,
     check_weights,
     load_model,
+    reward_of_pixels,
     to_pil,
 )
+from common.rewards.pixels import tensor_pixels
 
 CLIP = "openai/clip-vit-large-patch14"
 PREDICTOR = ("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
@@ -45,7 +46,11 @@ def check(name: str, weights: str | None, options: dict[str, str]) -> None:
 
 
 def load(
-    name: str, weights: str | None, options: dict[str, str], device: str | torch.device
+    name: str,
+    weights: str | None,
+    options: dict[str, str],
+    device: str | torch.device,
+    differentiable: bool = False,
 ) -> Reward:
     """In float32; about 1 to 10.
 
@@ -64,8 +69,11 @@ def load(
     mlp = predictor(torch.load(path, map_location="cpu", weights_only=True))
     mlp.float().eval().requires_grad_(False).to(device)
 
-    def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        pixels = processor(images=to_pil(images), return_tensors="pt").pixel_values.to(device)
-        return mlp(torch.nn.functional.normalize(clip(pixels).image_embeds, dim=-1))[:, 0]
+    def exact(images: torch.Tensor) -> torch.Tensor:
+        return processor(images=to_pil(images), return_tensors="pt").pixel_values
 
-    return batched(reward)
+    def score(pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        embeds = clip(pixels.to(device)).image_embeds
+        return mlp(torch.nn.functional.normalize(embeds, dim=-1))[:, 0]
+
+    return reward_of_pixels(score, exact, tensor_pixels(processor) if differentiable else None)

@@ -23,6 +23,10 @@ class PromptError(RewardError):
     """A prompt that the reward can never score."""
 
 
+class GradientError(RewardError):
+    """A reward without the gradient that is asked for; another script may do without."""
+
+
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
     """Float (B, 3, H, W) in [0, 1], rounded to 8 bits, as RGB pictures."""
     images = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
@@ -90,3 +94,15 @@ def batched(reward: Reward) -> Reward:
         return torch.cat([reward(images[i : i + BATCH], prompts[i : i + BATCH]) for i in starts])
 
     return in_batches
+
+
+def reward_of_pixels(score: Callable, exact: Callable, on_tensors: Callable | None) -> Reward:
+    """score(pixels, prompts) of the pixels that `exact` makes of images, through PIL.
+
+    With `on_tensors`, which makes them with gradients, it has a second path `with_gradient`.
+    """
+    reward = batched(lambda images, prompts: score(exact(images), prompts))
+    if on_tensors:
+        of_tensors = batched(lambda images, prompts: score(on_tensors(images), prompts))
+        reward.with_gradient = of_tensors
+    return reward

@@ -4,6 +4,7 @@ It has the same weights and the same scores as the package.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,12 @@ from common.rewards.base import (
     TOKENIZER_FILES,
     Reward,
     RewardError,
-    batched,
     check_options,
     check_weights,
+    reward_of_pixels,
     to_pil,
 )
+from common.rewards.pixels import normalised, pil_resize, resized
 
 # The published model is BLIP's image encoder, BLIP's text encoder with cross-attention to the
 # image, and an MLP on the first text token. These are its sizes; a folder with its own config.json
@@ -107,23 +109,34 @@ class ImageReward(torch.nn.Module):
         return self.score(self.features(pixel_values, input_ids, attention_mask))
 
 
-def image_reward_pixels(images: torch.Tensor, size: int) -> torch.Tensor:
-    """The package's preprocessing, through PIL.
+def resize_and_crop(height: int, width: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The package's geometry: short side to `size`, then the centre.
 
-    Short side to `size` (bicubic), centre crop, CLIP's mean and std.
+    (height, width) of the resized picture, and (top, left) of the square of `size` in it.
     """
+    short = min(height, width)
+    shape = int(size * height / short), int(size * width / short)
+    return shape, tuple(round((n - size) / 2.0) for n in shape)
+
+
+def image_reward_pixels(images: torch.Tensor, size: int) -> torch.Tensor:
+    """The package's preprocessing, through PIL: bicubic, CLIP's mean and std."""
+    (height, width), (top, left) = resize_and_crop(*images.shape[-2:], size)
     pixels = []
     for image in to_pil(images):
-        width, height = image.size
-        short = min(width, height)
-        if short != size:
-            shape = int(size * width / short), int(size * height / short)
-            image = image.resize(shape, Image.Resampling.BICUBIC)
-        left, top = round((image.width - size) / 2.0), round((image.height - size) / 2.0)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
         image = image.crop((left, top, left + size, top + size))
         pixels.append(np.asarray(image, dtype=np.float32))
     pixels = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255
-    return (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
+    return normalised(pixels, CLIP_MEAN, CLIP_STD)
+
+
+def image_reward_tensor_pixels(images: torch.Tensor, size: int) -> torch.Tensor:
+    """The same on tensors, with gradients."""
+    (height, width), (top, left) = resize_and_crop(*images.shape[-2:], size)
+    bicubic = partial(pil_resize, int(Image.Resampling.BICUBIC))
+    pixels = resized(images.float().clamp(0, 1), height, width, bicubic)
+    return normalised(pixels[..., top : top + size, left : left + size], CLIP_MEAN, CLIP_STD)
 
 
 def convert_image_reward_keys(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -162,7 +175,11 @@ def check(name: str, weights: str | None, options: dict[str, str]) -> None:
 
 
 def load(
-    name: str, weights: str | None, options: dict[str, str], device: str | torch.device
+    name: str,
+    weights: str | None,
+    options: dict[str, str],
+    device: str | torch.device,
+    differentiable: bool = False,
 ) -> Reward:
     """In float32.
 
@@ -193,8 +210,9 @@ def load(
     model.load_state_dict(state, strict=True)
     model.eval().requires_grad_(False).to(device)
 
-    def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        pixels = image_reward_pixels(images, config["vision"]["image_size"]).to(device)
+    size = config["vision"]["image_size"]
+
+    def score(pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         tokens = tokenizer(
             list(prompts),
             padding="max_length",
@@ -202,6 +220,10 @@ def load(
             max_length=config["max_length"],
             return_tensors="pt",
         ).to(device)
-        return model(pixels, tokens.input_ids, tokens.attention_mask)
+        return model(pixels.to(device), tokens.input_ids, tokens.attention_mask)
 
-    return batched(reward)
+    return reward_of_pixels(
+        score,
+        partial(image_reward_pixels, size=size),
+        partial(image_reward_tensor_pixels, size=size) if differentiable else None,
+    )

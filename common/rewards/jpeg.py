@@ -34,4 +34,9 @@ def load(
     name: str, weights: str | None, options: dict[str, str], device: str | torch.device
 ) -> Reward:
     sign = -1.0 if name == "jpeg_compressibility" else 1.0
-    return lambda images, prompts: sign * jpeg_kilobytes(images)
+
+    def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return sign * jpeg_kilobytes(images)
+
+    reward.in_thread = True
+    return reward

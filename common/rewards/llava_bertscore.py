@@ -330,4 +330,7 @@ def load(
     def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         return scorer.recall(describe(to_pil(images)), list(prompts))
 
-    return batched(reward)
+    scored = batched(reward)
+    if is_url(weights):
+        scored.in_thread = True
+    return scored

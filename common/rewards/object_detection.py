@@ -1,9 +1,10 @@
 """Mean confidence with which a detector finds the prompt's objects (Zhang et al. 2024, Eq. 13)."""
 
 import re
+from collections.abc import Callable
+from functools import partial
 
 import torch
-from PIL import Image
 
 from common.rewards.base import (
     BATCH,
@@ -17,6 +18,7 @@ from common.rewards.base import (
     load_model,
     to_pil,
 )
+from common.rewards.pixels import tensor_pixels
 
 DETECTOR = "google/owlv2-base-patch16-ensemble"
 RELATION = re.compile(r"\s+(?:and|next to|near|on side of|beside)\s+", re.IGNORECASE)
@@ -40,7 +42,11 @@ def check(name: str, weights: str | None, options: dict[str, str]) -> None:
 
 
 def load(
-    name: str, weights: str | None, options: dict[str, str], device: str | torch.device
+    name: str,
+    weights: str | None,
+    options: dict[str, str],
+    device: str | torch.device,
+    differentiable: bool = False,
 ) -> Reward:
     """In float32, in [0, 1].
 
@@ -97,33 +103,47 @@ def load(
                 f"{weights!r} does not know {', '.join(map(repr, unknown))}; it knows {known}"
             )
 
-    def confidences(pictures, objects: list[str]) -> torch.Tensor:
+    of_pictures = processor.image_processor if any_words else processor
+
+    def exact(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return of_pictures(images=to_pil(images), return_tensors="pt")
+
+    def confidences(pictures: dict[str, torch.Tensor], objects: list[str]) -> torch.Tensor:
         """Of one object in each picture, (B,)."""
+        pictures = {key: value.to(device) for key, value in pictures.items()}
         if any_words:
             # OWL's texts are lists of queries, Grounding DINO's a text whose phrases end in a dot.
             text = [phrase.format(o) if grounding else [phrase.format(o)] for o in objects]
-            inputs = processor(images=pictures, text=text, padding=True, return_tensors="pt")
-            return model(**inputs.to(device)).logits.sigmoid().amax((1, 2))
-        logits = model(**processor(images=pictures, return_tensors="pt").to(device)).logits
+            text = processor(text=text, padding=True, return_tensors="pt").to(device)
+            return model(**pictures, **text).logits.sigmoid().amax((1, 2))
+        logits = model(**pictures).logits
         # DETR and YOLOS have one class more, for "nothing here", and a softmax over them.
         one_more = logits.shape[-1] == config.num_labels + 1
         chances = logits.softmax(-1) if one_more else logits.sigmoid()
         chances = chances if chances.dim() == 2 else chances.amax(1)
         return chances[torch.arange(len(objects)), torch.tensor([classes[o] for o in objects])]
 
-    def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        pictures, named = to_pil(images), [objects_of(prompt) for prompt in prompts]
+    def mean_confidences(
+        images: torch.Tensor, prompts: list[str], inputs: Callable
+    ) -> torch.Tensor:
+        """Of the objects of each prompt, (B,); `inputs` are those of the model for images."""
         check_prompts(prompts)
-        rows = [(pictures[i], o) for i, names in enumerate(named) for o in names]
+        named = [objects_of(prompt) for prompt in prompts]
+        rows = [(i, o) for i, names in enumerate(named) for o in names]
         found = []
         for k in range(0, len(rows), BATCH):
             shown, objects = zip(*rows[k : k + BATCH])
-            found.append(confidences(list(shown), list(objects)))
+            found.append(confidences(inputs(images[list(shown)]), list(objects)))
         parts = torch.cat(found).split([len(names) for names in named])
         return torch.stack([part.mean() for part in parts])
 
+    reward = partial(mean_confidences, inputs=exact)
     # What a processor needs beside transformers (OWLv2: scipy) is asked for at its first use.
     if any_words:
-        confidences([Image.new("RGB", (8, 8))], ["cat"])
+        confidences(exact(torch.zeros(1, 3, 8, 8)), ["cat"])
+    if differentiable:
+        pixels = tensor_pixels(of_pictures)
+        on_tensors = lambda images: {"pixel_values": pixels(images)}
+        reward.with_gradient = partial(mean_confidences, inputs=on_tensors)
     reward.check_prompts = check_prompts
     return reward

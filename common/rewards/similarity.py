@@ -10,12 +10,13 @@ from common.rewards.base import (
     PROCESSOR_FILES,
     TOKENIZER_FILES,
     Reward,
-    batched,
     check_options,
     check_weights,
     load_model,
+    reward_of_pixels,
     to_pil,
 )
+from common.rewards.pixels import tensor_pixels
 
 DEFAULTS = {
     "clip_score": "openai/clip-vit-large-patch14",
@@ -29,7 +30,11 @@ def check(name: str, weights: str | None, options: dict[str, str]) -> None:
 
 
 def load(
-    name: str, weights: str | None, options: dict[str, str], device: str | torch.device
+    name: str,
+    weights: str | None,
+    options: dict[str, str],
+    device: str | torch.device,
+    differentiable: bool = False,
 ) -> Reward:
     """In float32, in [-1, 1].
 
@@ -42,17 +47,17 @@ def load(
     model_class = CLIPModel if name == "clip_score" else BlipForImageTextRetrieval
     model = load_model(model_class, weights, device)
 
-    def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        inputs = processor(
-            images=to_pil(images),
-            text=list(prompts),
-            padding=True,
-            truncation=True,
-            return_tensors="pt",
-        ).to(device)
+    of_pictures = processor.image_processor
+
+    def exact(images: torch.Tensor) -> torch.Tensor:
+        return of_pictures(images=to_pil(images), return_tensors="pt").pixel_values
+
+    def score(pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        inputs = processor(text=list(prompts), padding=True, truncation=True, return_tensors="pt")
+        inputs = {**inputs.to(device), "pixel_values": pixels.to(device)}
         if name == "clip_score":
             out = model(**inputs)
             return (out.image_embeds * out.text_embeds).sum(-1)
         return model(**inputs, use_itm_head=False).itm_score.diagonal()
 
-    return batched(reward)
+    return reward_of_pixels(score, exact, tensor_pixels(of_pictures) if differentiable else None)
