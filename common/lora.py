@@ -1,9 +1,9 @@
 """LoRA on a UNet's attention layers, as an attention processor.
 
-No peft, nothing wrapped, scale 0 is the base model.
+No peft, nothing wrapped.
 """
 
-from contextlib import contextmanager
+import copy
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ FILE_NAME = "pytorch_lora_weights.safetensors"
 
 
 class LoRALinear(torch.nn.Module):
-    """The low-rank update x -> B A x (Hu et al. 2021), float32 whatever x is; zero at the start."""
+    """The low-rank update x -> B A x (Hu et al. 2021), its weights float32; zero at the start."""
 
     def __init__(self, in_features: int, out_features: int, rank: int):
         super().__init__()
@@ -25,9 +25,21 @@ class LoRALinear(torch.nn.Module):
         torch.nn.init.normal_(self.lora_A.weight, std=1 / rank)
         torch.nn.init.zeros_(self.lora_B.weight)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return self.lora_B(self.lora_A(x.float())).to(x.dtype)
+
+def project(x: torch.Tensor, *pairs: tuple[torch.nn.Linear, LoRALinear]) -> list[torch.Tensor]:
+    """W x + B A x (B, N, out) for each pair of a frozen layer and its LoRA; x is (B, N, in).
+
+    The pairs share one matrix product with all their A. The products are in x's precision, with
+    sums in float32: for the backward pass x is kept as it is, without a float32 copy.
+    """
+    down = torch.cat([lora.lora_A.weight for _, lora in pairs]).to(x.dtype)
+    low_rank = F.linear(x, down).flatten(0, 1).chunk(len(pairs), dim=1)
+    outputs = []
+    for (layer, lora), h in zip(pairs, low_rank):
+        output = layer(x)
+        up = lora.lora_B.weight.to(x.dtype).t()
+        outputs.append(torch.addmm(output.flatten(0, 1), h, up).view_as(output))
+    return outputs
 
 
 class LoRAAttnProcessor(torch.nn.Module):
@@ -35,24 +47,23 @@ class LoRAAttnProcessor(torch.nn.Module):
 
     def __init__(self, attn, rank: int):
         super().__init__()
-        self.scale = 1.0
         self.to_q, self.to_k, self.to_v, self.to_out = (
             LoRALinear(layer.in_features, layer.out_features, rank)
             for layer in (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0])
         )
 
-    def _project(self, layer, lora, x):
-        return layer(x) + self.scale * lora(x) if self.scale else layer(x)
-
     def __call__(
         self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs
     ):
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        if attn.norm_cross and encoder_hidden_states is not None:
-            context = attn.norm_encoder_hidden_states(context)
-        query = self._project(attn.to_q, self.to_q, hidden_states)
-        key = self._project(attn.to_k, self.to_k, context)
-        value = self._project(attn.to_v, self.to_v, context)
+        of_query = (attn.to_q, self.to_q)
+        of_context = (attn.to_k, self.to_k), (attn.to_v, self.to_v)
+        if encoder_hidden_states is None:
+            query, key, value = project(hidden_states, of_query, *of_context)
+        else:
+            if attn.norm_cross:
+                encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
+            (query,) = project(hidden_states, of_query)
+            key, value = project(encoder_hidden_states, *of_context)
         query, key, value = (
             x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value)
         )
@@ -63,7 +74,7 @@ class LoRAAttnProcessor(torch.nn.Module):
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=attention_mask, scale=attn.scale
         )
-        out = self._project(attn.to_out[0], self.to_out, out.transpose(1, 2).flatten(2))
+        (out,) = project(out.transpose(1, 2).flatten(2), (attn.to_out[0], self.to_out))
         return attn.to_out[1](out)
 
 
@@ -79,20 +90,13 @@ def add_lora(unet: torch.nn.Module, rank: int) -> list[torch.nn.Parameter]:
     return [parameter for processor in processors.values() for parameter in processor.parameters()]
 
 
-@contextmanager
-def pretrained(unet: torch.nn.Module):
-    """Within it a UNet with a LoRA is exactly the pretrained one: the LoRA's scale is 0.
+def sharing_weights(unet: torch.nn.Module) -> torch.nn.Module:
+    """A module of its own with the very weights of `unet`, which take no memory a second time.
 
-    A UNet without a LoRA stays as it is.
+    Made before `add_lora`, it stays the pretrained model.
     """
-    processors = [p for p in unet.attn_processors.values() if isinstance(p, LoRAAttnProcessor)]
-    for processor in processors:
-        processor.scale = 0.0
-    try:
-        yield
-    finally:
-        for processor in processors:
-            processor.scale = 1.0
+    shared = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
+    return copy.deepcopy(unet, shared)
 
 
 def lora_state_dict(unet: torch.nn.Module) -> dict[str, torch.Tensor]:

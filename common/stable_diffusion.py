@@ -11,9 +11,11 @@ import transformers
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from common import UserError
-from common.lora import add_lora, load_weights, pretrained, save_weights
+from common.lora import add_lora, load_weights, save_weights, sharing_weights
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PIXELS_AT_ONCE = 2 * 512 * 512
+"""Of pictures in one pass of the VAE, of which one of 512 px takes a GB."""
 
 
 class ModelError(UserError):
@@ -25,8 +27,11 @@ class StableDiffusion:
 
     unet: trained in `weights`, a list of parameters; scheduler: DDIM with its steps set; timesteps
     (T,), the noisiest first; latent_shape (C, H, W) with latent_size numbers; text_size, that of a
-    pooled prompt; no_text (1, L, D), the embedding of the empty prompt.
+    pooled prompt; no_text (1, L, D), the embedding of the empty prompt; batch_size: rows to which
+    `pad` fills a batch up, None for none.
     """
+
+    batch_size: int | None = None
 
     def __init__(self, pipeline: StableDiffusionPipeline, args, device, keep_pretrained: bool):
         self.unet, self.device = pipeline.unet, device
@@ -34,12 +39,13 @@ class StableDiffusion:
         self.vae.requires_grad_(False)
         self.encoder = PromptEncoder(pipeline, device)
         self.no_text = self.encode([""])
-        self.scheduler = ddim_scheduler(pipeline.scheduler.config, args.num_inference_steps)
+        self.scheduler = ddim_scheduler(pipeline.scheduler.config, args.num_inference_steps, device)
         self.timesteps = self.scheduler.timesteps.to(device)
         side = self.unet.config.sample_size
         self.latent_shape = (self.unet.config.in_channels, side, side)
         self.latent_size = self.unet.config.in_channels * side * side
         self.image_size = side * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.pictures_at_once = max(1, PIXELS_AT_ONCE // self.image_size**2)
         self.text_size = self.pooled([""]).shape[1]
         torch.manual_seed(args.seed)
         self.weights, self.pretrained_unet = make_trainable(
@@ -60,16 +66,37 @@ class StableDiffusion:
         """Pooled features (B, D) of the text encoder."""
         return self.encoder(prompts)[1]
 
+    def pad(self, rows: torch.Tensor) -> torch.Tensor:
+        """(B, ...) filled up to batch_size rows with copies of the last one.
+
+        A kernel is chosen by the shape of its batch: with one shape for all calls of the UNet, a
+        rollout and its training compute the same numbers, and nothing is compiled twice.
+        """
+        lacking = max(0, (self.batch_size or 0) - len(rows))
+        return torch.cat([rows, rows[-1:].expand(lacking, *rows.shape[1:])]) if lacking else rows
+
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pictures (B, 3, H, W) in [0, 1] of latents x_0."""
-        pictures = self.vae.decode(latents / self.vae.config.scaling_factor).sample
+        """Pictures (B, 3, H, W) in [0, 1] of latents x_0, a few at a time."""
+        few = (latents / self.vae.config.scaling_factor).split(self.pictures_at_once)
+        pictures = torch.cat([self.vae.decode(some).sample for some in few])
         return (pictures / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def latents(self, pictures: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """x_0 (B, C, H, W) of pictures in [0, 1], a few at a time.
+
+        noise (B, C, H, W), standard normal, draws from the VAE's posterior.
+        """
+        few = (pictures * 2 - 1).split(self.pictures_at_once)
+        posteriors = [self.vae.encode(some).latent_dist for some in few]
+        mean, std = (torch.cat([getattr(p, key) for p in posteriors]) for key in ("mean", "std"))
+        return (mean + std * noise) * self.vae.config.scaling_factor
 
     @contextmanager
     def pretrained(self):
         """A block without gradients, with the pretrained UNet: `with sd.pretrained() as unet:`."""
-        with torch.no_grad(), pretrained(self.pretrained_unet):
+        with torch.no_grad():
             yield self.pretrained_unet
 
     def save(self, folder: str | Path) -> None:
@@ -107,12 +134,14 @@ def load_pipeline(model: str) -> StableDiffusionPipeline:
         raise ModelError(f"{model!r} cannot be {where} ({str(error)[:100]} ...)") from error
 
 
-def ddim_scheduler(config, num_inference_steps: int) -> DDIMScheduler:
-    """DDIM with a model's noise schedule, its steps set."""
+def ddim_scheduler(config, num_inference_steps: int, device="cpu") -> DDIMScheduler:
+    """DDIM with a model's noise schedule, its steps set; `device` has the tables of a step."""
     # DDIMScheduler would clip latents to [-1, 1] where the configuration does not speak of it.
     clip_sample = config.get("clip_sample", False)
     scheduler = DDIMScheduler.from_config(config, clip_sample=clip_sample)
     scheduler.set_timesteps(num_inference_steps)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
+    scheduler.final_alpha_cumprod = scheduler.final_alpha_cumprod.to(device)
     return scheduler
 
 
@@ -154,24 +183,26 @@ def make_trainable(
 ) -> tuple[list[torch.nn.Parameter], torch.nn.Module | None]:
     """Put `unet` on `device`; the weights to train, and the pretrained UNet (or None).
 
-    With a LoRA the UNet is in `dtype` and frozen, the LoRA float32, and the pretrained UNet is the
-    same one, within `common.lora.pretrained`. With `lora_rank` 0 all weights are trained and stay
-    float32; then the forward pass alone is in `dtype`, under autocast, and the pretrained UNet is a
-    frozen copy, or None without `keep_pretrained`.
+    With a LoRA the UNet is in `dtype` and frozen, the LoRA float32, and the pretrained UNet shares
+    the frozen weights. With `lora_rank` 0 all weights are trained and stay float32; then the
+    forward pass alone is in `dtype`, under autocast, and the pretrained UNet is a frozen copy, or
+    None without `keep_pretrained`.
     """
     frozen_dtype = DTYPES[dtype] if lora_rank else torch.float32
     unet.to(device, frozen_dtype, memory_format=torch.channels_last).eval()
-    networks, reference = [unet], unet
+    reference = None
     if lora_rank:
+        reference = sharing_weights(unet)
         weights = add_lora(unet, lora_rank)
     else:
-        weights, reference = list(unet.parameters()), None
+        weights = list(unet.parameters())
         if keep_pretrained:
             reference = copy.deepcopy(unet).requires_grad_(False)
-            networks.append(reference)
     if gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    for network in networks:
+    for network in (unet, reference):
+        if network is None:
+            continue
         if not lora_rank and dtype != "fp32":
             network.forward = torch.autocast(device.type, DTYPES[dtype])(network.forward)
         if compile:

@@ -5,7 +5,16 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from common.lora import FILE_NAME, add_lora, load_lora, lora_state_dict, pretrained, save_lora
+from common.lora import (
+    FILE_NAME,
+    LoRALinear,
+    add_lora,
+    load_lora,
+    lora_state_dict,
+    project,
+    save_lora,
+    sharing_weights,
+)
 
 
 def randomise(parameters, seed=0):
@@ -30,15 +39,75 @@ def inputs():
 
 
 @torch.no_grad()
-def test_untrained_and_scale_0_are_the_pretrained_model_exactly(unet, inputs):
-    before = unet(*inputs).sample
+def test_untrained_it_is_the_pretrained_model_exactly(unet, inputs):
+    before, pretrained = unet(*inputs).sample, sharing_weights(unet)
     parameters = add_lora(unet, rank=4)
     assert torch.equal(unet(*inputs).sample, before)
     randomise(parameters)
     assert (unet(*inputs).sample - before).abs().max() > 1e-3
-    with pretrained(unet):
-        assert torch.equal(unet(*inputs).sample, before)
-    assert (unet(*inputs).sample - before).abs().max() > 1e-3
+    assert torch.equal(pretrained(*inputs).sample, before)
+
+
+def test_pretrained_model_takes_no_memory_of_its_own(unet):
+    pretrained = sharing_weights(unet)
+    add_lora(unet, rank=4)
+    own = {p.data_ptr() for p in unet.parameters()}
+    assert {p.data_ptr() for p in pretrained.parameters()} < own
+    assert len(list(pretrained.parameters())) == len(list(pretrained.state_dict()))
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)])
+def test_half_precision_differs_from_a_float32_lora_by_its_rounding(dtype, bound):
+    """A layer of SD v1.5's size: its outputs, and the gradients of A and B, against float64's.
+
+    The bound is four units in the last place, of the largest.
+    """
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(320, 320, bias=False).requires_grad_(False) for _ in range(3)]
+    loras = [LoRALinear(320, 320, 4) for _ in range(3)]
+    randomise([p for lora in loras for p in lora.parameters()])
+    x = torch.randn(2, 64, 320)
+
+    def outputs_and_gradients(kind):
+        for layer in layers:
+            layer.to(kind)
+        outputs = project(x.to(kind), *zip(layers, loras))
+        torch.stack(outputs).double().pow(2).mean().backward()
+        gradients = [p.grad.clone() for lora in loras for p in lora.parameters()]
+        for lora in loras:
+            lora.zero_grad()
+        return [*outputs, *gradients]
+
+    half = outputs_and_gradients(dtype)
+    exact = []
+    for k, (layer, lora) in enumerate(zip(layers, loras)):
+        W, A, B = (
+            w.to(dtype).double() for w in (layer.weight, lora.lora_A.weight, lora.lora_B.weight)
+        )
+        A, B = A.requires_grad_(), B.requires_grad_()
+        output = x.to(dtype).double() @ (W + B @ A).T
+        gradients = torch.autograd.grad(output.pow(2).mean() / 3, (A, B))
+        exact.append((output, *gradients))
+        assert half[3 + 2 * k].dtype == torch.float32
+    expected = [output for output, _, _ in exact]
+    expected += [gradient for _, *gradients in exact for gradient in gradients]
+    for value, wanted in zip(half, expected, strict=True):
+        assert (value.double() - wanted).abs().max() <= bound * wanted.abs().max()
+        assert value.double().sub(wanted).abs().max() > 0  # it was half precision
+
+
+def test_no_float32_copy_of_the_inputs_is_kept(unet, inputs):
+    """For the backward pass of a bfloat16 UNet nothing as large as its activations is float32."""
+    add_lora(unet.to(torch.bfloat16), 4)
+    kept = []
+    pack = lambda x: kept.append((x.dtype, x.numel())) or x
+    x, t, text = inputs
+    x = x.repeat(1, 1, 4, 4).bfloat16()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        unet(x, t, text.bfloat16()).sample.float().sum()
+    assert sum(n for dtype, n in kept if dtype == torch.bfloat16) > 100 * x.numel()
+    # Left are sums of the norms, a number for each group or token.
+    assert max(n for dtype, n in kept if dtype == torch.float32) < x.numel()
 
 
 @torch.no_grad()
