@@ -38,12 +38,15 @@ from harness import (
     check_sampler,
     check_share,
     command,
+    even_size,
+    fit_micro_batches,
     load_run_reward,
     mean_and_std,
     micro_batches,
     parse_args,
     read_prompts,
     require,
+    rollout_storage,
     seeded,
     tag_of,
     warn_of_prompts,
@@ -167,15 +170,17 @@ class Rollout(NamedTuple):
 def guided_noise(args, sd, unet, latents, timesteps, text):
     """w eps(x_t, t, z) + (1 - w) eps(x_t, t), (B, C, H, W) float32, in one forward pass.
 
-    latents (B, C, H, W), timesteps (B,), text (B, L, D). The policy is this combination.
+    latents (B, C, H, W), timesteps (B,), text (B, L, D). The policy is this combination. The UNet
+    gets sd.batch_size rows, whatever B is; what the others give is dropped, and has no gradient.
     """
-    w, dtype = args.guidance_scale, unet.conv_in.weight.dtype
+    w, dtype, B = args.guidance_scale, unet.conv_in.weight.dtype, len(latents)
+    latents, timesteps, text = (sd.pad(x) for x in (latents.to(dtype), timesteps, text.to(dtype)))
     if w <= 1:
-        return unet(latents.to(dtype), timesteps, text.to(dtype), return_dict=False)[0].float()
-    both_texts = torch.cat([sd.no_text.expand_as(text), text]).to(dtype)
-    both_latents = torch.cat([latents, latents]).to(dtype)
+        return unet(latents, timesteps, text, return_dict=False)[0][:B].float()
+    both_texts = torch.cat([sd.no_text.to(dtype).expand_as(text), text])
+    both_latents = torch.cat([latents, latents])
     noise = unet(both_latents, timesteps.repeat(2), both_texts, return_dict=False)[0]
-    noise_without_text, noise_with_text = noise.float().chunk(2)
+    noise_without_text, noise_with_text = (half[:B].float() for half in noise.chunk(2))
     return noise_without_text + w * (noise_with_text - noise_without_text)
 
 
@@ -199,11 +204,13 @@ def sample(args, sd, unet, text, noise) -> Rollout:
 
 def draw_grid(args, sd, prompts, numbers):
     """Pictures of fixed prompts and noise, so that the grids of a run compare."""
-    shape = (args.num_inference_steps + 1, *sd.latent_shape)
-    generators = [seeded(args.seed, GRID, i) for i in numbers]
-    noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(sd.device)
-    text = sd.encode([prompts[i % len(prompts)] for i in numbers])
-    return sd.decode(sample(args, sd, sd.unet, text, noise).trajectory[:, -1])
+    shape, pictures = (args.num_inference_steps + 1, *sd.latent_shape), []
+    for rows in micro_batches(len(numbers), sd.batch_size):
+        generators = [seeded(args.seed, GRID, i) for i in numbers[rows]]
+        noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(sd.device)
+        text = sd.encode([prompts[i % len(prompts)] for i in numbers[rows]])
+        pictures.append(sd.decode(sample(args, sd, sd.unet, text, noise).trajectory[:, -1]))
+    return torch.cat(pictures)
 
 
 # ---
@@ -282,7 +289,11 @@ def main():
     # Without CFG training the policy that learns is not the one that sampled (B.1, Fig. 8).
     train_args = args if args.cfg_training else replace(args, guidance_scale=1.0)
     gradient_steps = args.gradient_steps if args.estimator == "is" else 1
-    noisy_steps = steps_with_noise(sd.scheduler, args.eta)
+    noisy_steps = steps_with_noise(sd.scheduler, args.eta).cpu()
+    train_args, args = (fit_micro_batches(a, sd, guided_noise) for a in (train_args, args))
+    sd.batch_size = even_size(len(own), args.micro_batch_size)
+    shapes = (len(own), T + 1, *sd.latent_shape), (len(own), T)
+    trajectory, log_prob = rollout_storage(run.device, *shapes)
 
     for iteration in run.iterations(grid=partial(draw_grid, args, sd, prompts)):
         # Rollout: m samples of the current policy (A.1). Sample i has its own generator.
@@ -291,19 +302,19 @@ def main():
             chosen = torch.cat([torch.randint(len(prompts), (1,), generator=g) for g in generators])
             noise = [torch.randn(T + 1, *sd.latent_shape, generator=g) for g in generators]
             kl_steps = torch.cat([torch.randint(T, (1,), generator=g) for g in generators])
-            own_prompts = [prompts[i] for i in chosen]
-            trajectory, log_prob, images = [], [], []
-            for rows in micro_batches(len(own), args.micro_batch_size):
+            kl_steps = kl_steps.to(run.device)
+            own_prompts = [prompts[i] for i in chosen.tolist()]
+            images = []
+            for rows in micro_batches(len(own), sd.batch_size):
                 drawn = torch.stack(noise[rows]).to(run.device)
                 text = sd.encode(own_prompts[rows])
                 rollout = sample(args, sd, sd.unet, text, drawn)
-                trajectory.append(rollout.trajectory)
-                log_prob.append(rollout.log_prob)
+                trajectory[rows], log_prob[rows] = rollout.trajectory, rollout.log_prob
                 images.append(sd.decode(rollout.trajectory[:, -1]))
+                reward_function.start(images[-1], own_prompts[rows])
                 if args.monitor_kl:
-                    kl = kl_to_pretrained(args, sd, text, rollout, kl_steps[rows].to(run.device))
+                    kl = kl_to_pretrained(args, sd, text, rollout, kl_steps[rows])
                     run.add("kl/pretrained", kl.double().sum() / m * sd.latent_size * T)
-            trajectory, log_prob = torch.cat(trajectory), torch.cat(log_prob)
 
         # Reward r(x_0, c), and the advantages of all samples on all ranks (A.3).
         with run.timer("reward"):
@@ -314,7 +325,7 @@ def main():
             else:
                 advantages = per_batch_advantages(rewards)
             advantages = advantages.clamp(-args.advantage_clip, args.advantage_clip)
-            A = advantages.float().to(run.device)
+            A = advantages[own.start : own.stop].float().to(run.device)
 
         # Updates, each on an equal share of the samples and all of their steps (Eq. 3, 4).
         with run.timer("train"):
@@ -323,19 +334,23 @@ def main():
             minibatches = torch.randperm(m, generator=generator).tensor_split(gradient_steps)
             for update, minibatch in enumerate(minibatches):
                 count = len(minibatch) * steps.shape[1]
-                samples = minibatch[(minibatch >= own.start) & (minibatch < own.stop)]
+                samples = minibatch[(minibatch >= own.start) & (minibatch < own.stop)] - own.start
                 i_of_steps = samples.repeat_interleave(steps.shape[1])
-                transitions = torch.stack([i_of_steps, steps[samples].flatten()]).to(run.device)
-                for rows in micro_batches(transitions.shape[1], args.micro_batch_size):
+                of_transitions = [own_prompts[i] for i in i_of_steps.tolist()]
+                j_of_steps = steps[samples + own.start].flatten()
+                transitions = torch.stack([i_of_steps, j_of_steps]).to(trajectory.device)
+                for rows in micro_batches(len(of_transitions), sd.batch_size):
                     i, j = transitions[:, rows]
-                    t, own_i = sd.timesteps[j], i - own.start
-                    x_t, x_prev = trajectory[own_i, j], trajectory[own_i, j + 1]
-                    text = sd.encode([own_prompts[k - own.start] for k in i_of_steps[rows]])
+                    t, text = sd.timesteps[j], sd.encode(of_transitions[rows])
+                    stored = trajectory[i, j], trajectory[i, j + 1], log_prob[i, j]
+                    x_t, x_prev, old_log_prob = (
+                        x.to(run.device, non_blocking=True) for x in stored
+                    )
                     prediction = guided_noise(train_args, sd, sd.unet, x_t, t, text)
                     step = ddim_step_with_logprob(
                         sd.scheduler, prediction, t, x_t, args.eta, prev_sample=x_prev
                     )
-                    ratio = torch.exp(step.log_prob - log_prob[own_i, j])  # Eq. 4
+                    ratio = torch.exp(step.log_prob - old_log_prob)  # Eq. 4
                     clipped = ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
                     if args.estimator == "sf":
                         objective = A[i] * step.log_prob  # Eq. 3

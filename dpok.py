@@ -42,12 +42,15 @@ from harness import (
     check_sampler,
     check_share,
     command,
+    even_size,
+    fit_micro_batches,
     load_run_reward,
     mean_and_std,
     micro_batches,
     parse_args,
     read_prompts,
     require,
+    rollout_storage,
     seeded,
     tag_of,
     warn_of_prompts,
@@ -125,7 +128,7 @@ PRESETS = {
     "zoo": Args(
         model="zoo/sd",
         reward="image_reward:zoo/image_reward",
-        num_iterations=80,
+        num_iterations=40,
         samples_per_iteration=24,
         micro_batch_size=48,
         num_inference_steps=12,
@@ -173,15 +176,17 @@ class Rollout(NamedTuple):
 def guided_noise(args, sd, unet, latents, timesteps, text):
     """w eps(x_t, t, z) + (1 - w) eps(x_t, t), (B, C, H, W) float32, in one forward pass.
 
-    latents (B, C, H, W), timesteps (B,), text (B, L, D). The policy is this combination.
+    latents (B, C, H, W), timesteps (B,), text (B, L, D). The policy is this combination. The UNet
+    gets sd.batch_size rows, whatever B is; what the others give is dropped, and has no gradient.
     """
-    w, dtype = args.guidance_scale, unet.conv_in.weight.dtype
+    w, dtype, B = args.guidance_scale, unet.conv_in.weight.dtype, len(latents)
+    latents, timesteps, text = (sd.pad(x) for x in (latents.to(dtype), timesteps, text.to(dtype)))
     if w <= 1:
-        return unet(latents.to(dtype), timesteps, text.to(dtype), return_dict=False)[0].float()
-    both_texts = torch.cat([sd.no_text.expand_as(text), text]).to(dtype)
-    both_latents = torch.cat([latents, latents]).to(dtype)
+        return unet(latents, timesteps, text, return_dict=False)[0][:B].float()
+    both_texts = torch.cat([sd.no_text.to(dtype).expand_as(text), text])
+    both_latents = torch.cat([latents, latents])
     noise = unet(both_latents, timesteps.repeat(2), both_texts, return_dict=False)[0]
-    noise_without_text, noise_with_text = noise.float().chunk(2)
+    noise_without_text, noise_with_text = (half[:B].float() for half in noise.chunk(2))
     return noise_without_text + w * (noise_with_text - noise_without_text)
 
 
@@ -205,11 +210,13 @@ def sample(args, sd, unet, text, noise) -> Rollout:
 
 def draw_grid(args, sd, prompts, numbers):
     """Pictures of fixed prompts and noise, so that the grids of a run compare."""
-    shape = (args.num_inference_steps + 1, *sd.latent_shape)
-    generators = [seeded(args.seed, GRID, i) for i in numbers]
-    noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(sd.device)
-    text = sd.encode([prompts[i % len(prompts)] for i in numbers])
-    return sd.decode(sample(args, sd, sd.unet, text, noise).trajectory[:, -1])
+    shape, pictures = (args.num_inference_steps + 1, *sd.latent_shape), []
+    for rows in micro_batches(len(numbers), sd.batch_size):
+        generators = [seeded(args.seed, GRID, i) for i in numbers[rows]]
+        noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(sd.device)
+        text = sd.encode([prompts[i % len(prompts)] for i in numbers[rows]])
+        pictures.append(sd.decode(sample(args, sd, sd.unet, text, noise).trajectory[:, -1]))
+    return torch.cat(pictures)
 
 
 # ---
@@ -245,15 +252,16 @@ class Replay:
 
     def __init__(self, args, sd, own: range):
         self.own, self.m, self.T = own, args.samples_per_iteration, args.num_inference_steps
-        self.noisy_steps = steps_with_noise(sd.scheduler, args.eta)
+        self.noisy_steps = steps_with_noise(sd.scheduler, args.eta).cpu()
         slots, n, T = args.replay_rollouts, len(own), args.num_inference_steps
-        zeros = partial(torch.zeros, device=sd.device)
-        self.trajectory = zeros(slots, n, T + 1, *sd.latent_shape)
-        self.log_prob = zeros(slots, n, T)
-        self.reward = zeros(slots, n)
-        self.prompt = zeros(slots, n, dtype=torch.long)
-        self.pre_noise = zeros(slots, n, T, *sd.latent_shape)
-        self.has_pre_noise = zeros(slots, n, T, dtype=torch.bool)
+        self.trajectory, self.pre_noise = rollout_storage(
+            sd.device, (slots, n, T + 1, *sd.latent_shape), (slots, n, T, *sd.latent_shape)
+        )
+        self.log_prob = torch.zeros(slots, n, T, device=sd.device)
+        self.reward = torch.zeros(slots, n, device=sd.device)
+        # What is asked of these decides what is done next: there is no waiting for the GPU.
+        self.prompt = torch.zeros(slots, n, dtype=torch.long)
+        self.has_pre_noise = torch.zeros(slots, n, T, dtype=torch.bool)
 
     def draw(self, count: int, slots: int, generator):
         """`count` transitions of all ranks' replays: how many there were, and this rank's (3, n).
@@ -265,18 +273,34 @@ class Replay:
         slot, sample, step = torch.unravel_index(drawn, shape)
         mine = (sample >= self.own.start) & (sample < self.own.stop)
         transitions = torch.stack([slot, sample - self.own.start, self.noisy_steps[step]])
-        return len(drawn), transitions[:, mine].to(self.reward.device)
+        return len(drawn), transitions[:, mine]
 
-    def pretrained_noise(self, args, sd, s, i, j, text):
-        """The pretrained model's prediction; computed when it is first needed, then kept."""
-        new = ~self.has_pre_noise[s, i, j]
-        if new.any():
-            at = s[new], i[new], j[new]
+    def prompts_of(self, prompts, transitions) -> list[str]:
+        """The prompt of each of the transitions (3, n)."""
+        s, i, _ = transitions
+        return [prompts[k] for k in self.prompt[s, i].tolist()]
+
+    def at(self, s, i, j):
+        """x_t, x_{t-1} and the pretrained model's prediction of transitions, (n, C, H, W) each."""
+        s, i, j = (index.to(self.trajectory.device) for index in (s, i, j))
+        of_transitions = (
+            self.trajectory[s, i, j],
+            self.trajectory[s, i, j + 1],
+            self.pre_noise[s, i, j],
+        )
+        return [x.to(self.log_prob.device, non_blocking=True) for x in of_transitions]
+
+    def predict_pretrained(self, args, sd, prompts, transitions) -> None:
+        """Keep the pretrained model's predictions for the transitions (3, n) that lack them."""
+        lacking = transitions[:, ~self.has_pre_noise[tuple(transitions)]].unique(dim=1)
+        self.has_pre_noise[tuple(lacking)] = True
+        texts, lacking = self.prompts_of(prompts, lacking), lacking.to(self.pre_noise.device)
+        for rows in micro_batches(len(texts), sd.batch_size):
+            s, i, j = lacking[:, rows]
+            x_t, text = self.trajectory[s, i, j].to(sd.device), sd.encode(texts[rows])
             with sd.pretrained() as unet:
-                x_t, t = self.trajectory[at], sd.timesteps[j[new]]
-                self.pre_noise[at] = guided_noise(args, sd, unet, x_t, t, text[new])
-            self.has_pre_noise[at] = True
-        return self.pre_noise[s, i, j]
+                noise = guided_noise(args, sd, unet, x_t, sd.timesteps[j], text)
+            self.pre_noise[s, i, j] = noise.to(self.pre_noise.device)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {key: getattr(self, key) for key in self.KEPT}
@@ -322,6 +346,8 @@ def main():
     run.keep(model=sd, optimizer=optimizer)
     run.keep(value_function=value_function, value_optimizer=value_optimizer)
     run.keep_shares(m, replay=replay)
+    args = fit_micro_batches(args, sd, guided_noise)
+    sd.batch_size = even_size(len(own), args.micro_batch_size)
 
     for iteration in run.iterations(grid=partial(draw_grid, args, sd, prompts)):
         # Rollout: m samples of the current policy (Alg. 1). Sample i has its own generator.
@@ -332,12 +358,13 @@ def main():
             noise = [torch.randn(T + 1, *sd.latent_shape, generator=g) for g in generators]
             own_prompts = [prompts[i] for i in chosen]
             images = []
-            for rows in micro_batches(len(own), args.micro_batch_size):
+            for rows in micro_batches(len(own), sd.batch_size):
                 drawn = torch.stack(noise[rows]).to(run.device)
                 rollout = sample(args, sd, sd.unet, sd.encode(own_prompts[rows]), drawn)
                 replay.trajectory[slot, rows] = rollout.trajectory
                 replay.log_prob[slot, rows] = rollout.log_prob
                 images.append(sd.decode(rollout.trajectory[:, -1]))
+                reward_function.start(images[-1], own_prompts[rows])
             replay.prompt[slot] = torch.tensor(chosen)
             replay.has_pre_noise[slot] = False
 
@@ -353,11 +380,13 @@ def main():
         with run.timer("train"):
             for batch in range(5 if args.value_function else 0):
                 generator = seeded(args.seed, VALUE, iteration, batch)
-                count, (s, i, j) = replay.draw(args.value_batch_size, slots, generator)
-                if len(s) == 0:  # all of them are other ranks'
+                count, transitions = replay.draw(args.value_batch_size, slots, generator)
+                of_transitions = replay.prompts_of(prompts, transitions)
+                if not of_transitions:  # all of them are other ranks'
                     continue
-                pooled = sd.pooled([prompts[k] for k in replay.prompt[s, i].tolist()])
-                value = value_function(replay.trajectory[s, i, j], j, pooled)
+                s, i, j = transitions.to(run.device)
+                x_t, _, _ = replay.at(s, i, j)
+                value = value_function(x_t, j, sd.pooled(of_transitions))
                 value_loss = ((replay.reward[s, i] - value) ** 2).sum() / count / 5  # Eq. 24
                 run.backward(value_loss)
                 run.add("loss/value", value_loss)
@@ -368,18 +397,20 @@ def main():
             left = 1 - iteration / args.num_iterations
             cooled = min(1.0, left / max(args.cooldown_share, 1e-9))
             optimizer.param_groups[0]["lr"] = args.learning_rate * cooled
-            for update in range(args.gradient_steps):
-                generator = seeded(args.seed, UPDATES, iteration, update)
-                count, transitions = replay.draw(args.batch_size, slots, generator)
-                for rows in micro_batches(transitions.shape[1], args.micro_batch_size):
+            generators = [
+                seeded(args.seed, UPDATES, iteration, k) for k in range(args.gradient_steps)
+            ]
+            batches = [replay.draw(args.batch_size, slots, generator) for generator in generators]
+            all_drawn = torch.cat([transitions for _, transitions in batches], dim=1)
+            replay.predict_pretrained(args, sd, prompts, all_drawn)
+            for update, (count, transitions) in enumerate(batches):
+                of_transitions = replay.prompts_of(prompts, transitions)
+                transitions = transitions.to(run.device)
+                for rows in micro_batches(len(of_transitions), sd.batch_size):
                     s, i, j = transitions[:, rows]
-                    t = sd.timesteps[j]
-                    x_t, x_prev = replay.trajectory[s, i, j], replay.trajectory[s, i, j + 1]
-                    of_transitions = [prompts[k] for k in replay.prompt[s, i].tolist()]
-                    text = sd.encode(of_transitions)
-
+                    t, text = sd.timesteps[j], sd.encode(of_transitions[rows])
+                    x_t, x_prev, pre_prediction = replay.at(s, i, j)
                     prediction = guided_noise(args, sd, sd.unet, x_t, t, text)
-                    pre_prediction = replay.pretrained_noise(args, sd, s, i, j, text)
                     step, pre = (
                         ddim_step_with_logprob(
                             sd.scheduler, output, t, x_t, args.eta, prev_sample=x_prev
@@ -389,7 +420,7 @@ def main():
 
                     advantages = replay.reward[s, i]
                     if args.value_function:
-                        value = value_function(x_t, j, sd.pooled(of_transitions))
+                        value = value_function(x_t, j, sd.pooled(of_transitions[rows]))
                         advantages = advantages - value.detach()  # Eq. 22
                     ratio = torch.exp(step.log_prob - replay.log_prob[s, i, j])  # Eq. 25
                     clipped = ratio.clamp(1 - args.clip_range, 1 + args.clip_range)

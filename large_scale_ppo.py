@@ -43,11 +43,14 @@ from harness import (
     check_sampler,
     check_share,
     command,
+    even_size,
+    fit_micro_batches,
     load_run_reward,
     mean_and_std,
     micro_batches,
     parse_args,
     require,
+    rollout_storage,
     seeded,
     warn_of_prompts,
 )
@@ -161,15 +164,17 @@ class Rollout(NamedTuple):
 def guided_noise(args, sd, unet, latents, timesteps, text):
     """w eps(x_t, t, z) + (1 - w) eps(x_t, t), (B, C, H, W) float32, in one forward pass.
 
-    latents (B, C, H, W), timesteps (B,), text (B, L, D). The policy is this combination.
+    latents (B, C, H, W), timesteps (B,), text (B, L, D). The policy is this combination. The UNet
+    gets sd.batch_size rows, whatever B is; what the others give is dropped, and has no gradient.
     """
-    w, dtype = args.guidance_scale, unet.conv_in.weight.dtype
+    w, dtype, B = args.guidance_scale, unet.conv_in.weight.dtype, len(latents)
+    latents, timesteps, text = (sd.pad(x) for x in (latents.to(dtype), timesteps, text.to(dtype)))
     if w <= 1:
-        return unet(latents.to(dtype), timesteps, text.to(dtype), return_dict=False)[0].float()
-    both_texts = torch.cat([sd.no_text.expand_as(text), text]).to(dtype)
-    both_latents = torch.cat([latents, latents]).to(dtype)
+        return unet(latents, timesteps, text, return_dict=False)[0][:B].float()
+    both_texts = torch.cat([sd.no_text.to(dtype).expand_as(text), text])
+    both_latents = torch.cat([latents, latents])
     noise = unet(both_latents, timesteps.repeat(2), both_texts, return_dict=False)[0]
-    noise_without_text, noise_with_text = noise.float().chunk(2)
+    noise_without_text, noise_with_text = (half[:B].float() for half in noise.chunk(2))
     return noise_without_text + w * (noise_with_text - noise_without_text)
 
 
@@ -193,11 +198,13 @@ def sample(args, sd, unet, text, noise) -> Rollout:
 
 def draw_grid(args, sd, prompts, numbers):
     """Pictures of fixed prompts and noise, so that the grids of a run compare."""
-    shape = (args.num_inference_steps + 1, *sd.latent_shape)
-    generators = [seeded(args.seed, GRID, i) for i in numbers]
-    noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(sd.device)
-    text = sd.encode([prompts[i % len(prompts)] for i in numbers])
-    return sd.decode(sample(args, sd, sd.unet, text, noise).trajectory[:, -1])
+    shape, pictures = (args.num_inference_steps + 1, *sd.latent_shape), []
+    for rows in micro_batches(len(numbers), sd.batch_size):
+        generators = [seeded(args.seed, GRID, i) for i in numbers[rows]]
+        noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(sd.device)
+        text = sd.encode([prompts[i % len(prompts)] for i in numbers[rows]])
+        pictures.append(sd.decode(sample(args, sd, sd.unet, text, noise).trajectory[:, -1]))
+    return torch.cat(pictures)
 
 
 # ---
@@ -231,10 +238,7 @@ def pretraining_loss(args, sd, pictures, captions, t, noise):
 
     pictures (B, 3, H, W) in [0, 1], t (B,), noise (B, 2, C, H, W): of the VAE's posterior, and eps.
     """
-    with torch.no_grad():
-        posterior = sd.vae.encode(pictures * 2 - 1).latent_dist
-        z = (posterior.mean + posterior.std * noise[:, 0]) * sd.vae.config.scaling_factor
-    eps = noise[:, 1]
+    z, eps = sd.latents(pictures, noise[:, 0]), noise[:, 1]
     target = {"epsilon": eps, "v_prediction": sd.scheduler.get_velocity(z, eps, t), "sample": z}
     conditional = replace(args, guidance_scale=1.0)
     z_t = sd.scheduler.add_noise(z, eps, t)
@@ -280,7 +284,11 @@ def main():
         learning_rate = 3e-4 if args.lora_rank else 2e-6
     optimizer = torch.optim.AdamW(sd.weights, learning_rate, weight_decay=args.weight_decay)
     run.keep(model=sd, optimizer=optimizer)
-    noisy_steps = steps_with_noise(sd.scheduler, args.eta)
+    noisy_steps = steps_with_noise(sd.scheduler, args.eta).cpu()
+    args = fit_micro_batches(args, sd, guided_noise)
+    most = max(len(run.share(task.num_prompts * task.num_images)) for task in tasks)
+    sd.batch_size = even_size(most, args.micro_batch_size)
+    stored = rollout_storage(run.device, (most, T + 1, *sd.latent_shape), (most, T))
 
     # Each task is a unit of an iteration, and last comes the pre-training loss.
     units = [*enumerate(tasks), (len(tasks), None)]
@@ -293,6 +301,8 @@ def main():
             # shows prompt i // G of the batch, and has its own generator.
             P, G = task.num_prompts, task.num_images
             own = run.share(P * G)
+            sd.batch_size = even_size(len(own), args.micro_batch_size)
+            trajectory, log_prob = (values[: len(own)] for values in stored)
             with run.timer("sample"):
                 batch = take(task.prompts, args.seed, iteration * P, P)
                 groups = [i // G for i in own]
@@ -300,20 +310,20 @@ def main():
                 generators = [seeded(args.seed, ROLLOUT, iteration, k, i) for i in own]
                 noise = [torch.randn(T + 1, *sd.latent_shape, generator=g) for g in generators]
                 kl_steps = torch.cat([torch.randint(T, (1,), generator=g) for g in generators])
-                trajectory, log_prob, images = [], [], []
-                for rows in micro_batches(len(own), args.micro_batch_size):
+                kl_steps = kl_steps.to(run.device)
+                images = []
+                for rows in micro_batches(len(own), sd.batch_size):
                     drawn = torch.stack(noise[rows]).to(run.device)
                     text = sd.encode(own_prompts[rows])
                     rollout = sample(args, sd, sd.unet, text, drawn)
-                    trajectory.append(rollout.trajectory)
-                    log_prob.append(rollout.log_prob)
+                    trajectory[rows], log_prob[rows] = rollout.trajectory, rollout.log_prob
                     images.append(sd.decode(rollout.trajectory[:, -1]))
+                    rewards_of[k].start(images[-1], own_prompts[rows])
                     if args.monitor_kl:
-                        kl_at = kl_steps[rows].to(run.device)
+                        kl_at = kl_steps[rows]
                         kl = kl_to_pretrained(args, sd, text, rollout, kl_at).double().sum()
                         scale = sd.latent_size * T / (P * G) / len(tasks)
                         run.add("kl/pretrained", kl * scale)
-                trajectory, log_prob = torch.cat(trajectory), torch.cat(log_prob)
 
             # Reward r(x_0, c), and advantages over the task's batch on all ranks.
             with run.timer("reward"):
@@ -331,14 +341,17 @@ def main():
                 order = torch.randperm(len(noisy_steps), generator=generator)
                 steps = noisy_steps[order[: args.training_timesteps]].tolist()
                 for update, j in enumerate(steps):
-                    for rows in micro_batches(len(own), args.micro_batch_size):
-                        x_t, x_prev = trajectory[rows, j], trajectory[rows, j + 1]
+                    for rows in micro_batches(len(own), sd.batch_size):
+                        at_j = trajectory[rows, j], trajectory[rows, j + 1], log_prob[rows, j]
+                        x_t, x_prev, old_log_prob = (
+                            x.to(run.device, non_blocking=True) for x in at_j
+                        )
                         t, text = sd.timesteps[j].expand(len(x_t)), sd.encode(own_prompts[rows])
                         prediction = guided_noise(args, sd, sd.unet, x_t, t, text)
                         step = ddim_step_with_logprob(
                             sd.scheduler, prediction, t, x_t, args.eta, prev_sample=x_prev
                         )
-                        ratio = torch.exp(step.log_prob - log_prob[rows, j])  # w of Eq. 7
+                        ratio = torch.exp(step.log_prob - old_log_prob)  # w of Eq. 7
                         bound = torch.where(A[rows] >= 0, 1 + args.clip_range, 1 - args.clip_range)
                         g = bound * A[rows]
                         loss = -torch.minimum(ratio * A[rows], g).sum() / (P * G)  # Eq. 7
@@ -359,9 +372,10 @@ def main():
                 captions = [caption if keep else "" for keep, caption in zip(kept, captions)]
                 num_steps = len(sd.scheduler.alphas_cumprod)
                 t = torch.cat([torch.randint(num_steps, (1,), generator=g) for g in generators])
+                t = t.to(run.device)
                 noise = [torch.randn(2, *sd.latent_shape, generator=g) for g in generators]
-                for rows in micro_batches(len(own), args.micro_batch_size):
-                    batch = (pictures[rows].to(run.device), captions[rows], t[rows].to(run.device))
+                for rows in micro_batches(len(own), sd.batch_size):
+                    batch = (pictures[rows].to(run.device), captions[rows], t[rows])
                     drawn = torch.stack(noise[rows]).to(run.device)
                     loss = pretraining_loss(args, sd, *batch, drawn).sum() / B  # Eq. 9
                     run.backward(args.pretrain_beta * loss)  # Eq. 8

@@ -37,6 +37,8 @@ from harness import (
     check_sampler,
     check_share,
     command,
+    even_size,
+    fit_micro_batches,
     load_run_reward,
     mean_and_std,
     micro_batches,
@@ -155,15 +157,17 @@ class Rollout(NamedTuple):
 def guided_noise(args, sd, unet, latents, timesteps, text):
     """w eps(x_t, t, z) + (1 - w) eps(x_t, t), (B, C, H, W) float32, in one forward pass.
 
-    latents (B, C, H, W), timesteps (B,), text (B, L, D). The policy is this combination.
+    latents (B, C, H, W), timesteps (B,), text (B, L, D). The policy is this combination. The UNet
+    gets sd.batch_size rows, whatever B is; what the others give is dropped, and has no gradient.
     """
-    w, dtype = args.guidance_scale, unet.conv_in.weight.dtype
+    w, dtype, B = args.guidance_scale, unet.conv_in.weight.dtype, len(latents)
+    latents, timesteps, text = (sd.pad(x) for x in (latents.to(dtype), timesteps, text.to(dtype)))
     if w <= 1:
-        return unet(latents.to(dtype), timesteps, text.to(dtype), return_dict=False)[0].float()
-    both_texts = torch.cat([sd.no_text.expand_as(text), text]).to(dtype)
-    both_latents = torch.cat([latents, latents]).to(dtype)
+        return unet(latents, timesteps, text, return_dict=False)[0][:B].float()
+    both_texts = torch.cat([sd.no_text.to(dtype).expand_as(text), text])
+    both_latents = torch.cat([latents, latents])
     noise = unet(both_latents, timesteps.repeat(2), both_texts, return_dict=False)[0]
-    noise_without_text, noise_with_text = noise.float().chunk(2)
+    noise_without_text, noise_with_text = (half[:B].float() for half in noise.chunk(2))
     return noise_without_text + w * (noise_with_text - noise_without_text)
 
 
@@ -187,11 +191,13 @@ def sample(args, sd, unet, text, noise) -> Rollout:
 
 def draw_grid(args, sd, prompts, numbers):
     """Pictures of fixed prompts and noise, so that the grids of a run compare."""
-    shape = (args.num_inference_steps + 1, *sd.latent_shape)
-    generators = [seeded(args.seed, GRID, i) for i in numbers]
-    noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(sd.device)
-    text = sd.encode([prompts[i % len(prompts)] for i in numbers])
-    return sd.decode(sample(args, sd, sd.unet, text, noise).trajectory[:, -1])
+    shape, pictures = (args.num_inference_steps + 1, *sd.latent_shape), []
+    for rows in micro_batches(len(numbers), sd.batch_size):
+        generators = [seeded(args.seed, GRID, i) for i in numbers[rows]]
+        noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(sd.device)
+        text = sd.encode([prompts[i % len(prompts)] for i in numbers[rows]])
+        pictures.append(sd.decode(sample(args, sd, sd.unet, text, noise).trajectory[:, -1]))
+    return torch.cat(pictures)
 
 
 # ---
@@ -268,6 +274,8 @@ def main():
     # Without CFG training the model that learns is not the one that samples (B.1, Fig. 8).
     train_args = args if args.cfg_training else replace(args, guidance_scale=1.0)
     own = run.share(n)
+    args = fit_micro_batches(args, sd, guided_noise)
+    sd.batch_size = even_size(len(own), args.micro_batch_size)
 
     def draw_shard(iteration, first):
         """This rank's share of a shard: x_0, prompts, rewards, and KL to the pretrained model."""
@@ -277,18 +285,19 @@ def main():
             chosen = torch.cat([torch.randint(len(prompts), (1,), generator=g) for g in generators])
             noise = [torch.randn(T + 1, *sd.latent_shape, generator=g) for g in generators]
             kl_steps = torch.cat([torch.randint(T, (1,), generator=g) for g in generators])
-            own_prompts = [prompts[i] for i in chosen]
+            kl_steps = kl_steps.to(run.device)
+            own_prompts = [prompts[i] for i in chosen.tolist()]
+            sd.batch_size = even_size(len(numbers), args.micro_batch_size)
             x0, images, kl = [], [], torch.zeros(len(numbers), device=run.device)
-            for rows in micro_batches(len(numbers), args.micro_batch_size):
+            for rows in micro_batches(len(numbers), sd.batch_size):
                 drawn = torch.stack(noise[rows]).to(run.device)
                 text = sd.encode(own_prompts[rows])
                 rollout = sample(args, sd, sd.unet, text, drawn)
                 x0.append(rollout.trajectory[:, -1])
                 images.append(sd.decode(x0[-1]))
+                reward_function.start(images[-1], own_prompts[rows])
                 if args.monitor_kl:
-                    kl[rows] = kl_to_pretrained(
-                        args, sd, text, rollout, kl_steps[rows].to(run.device)
-                    )
+                    kl[rows] = kl_to_pretrained(args, sd, text, rollout, kl_steps[rows])
         with run.timer("reward"):
             rewards = reward_function(torch.cat(images), own_prompts)
         chosen = chosen.to(run.device)
@@ -306,6 +315,7 @@ def main():
 
         # Training on them, weighted (4.2).
         with run.timer("train"):
+            sd.batch_size = even_size(len(own), args.micro_batch_size)
             w = rwr_weights(rewards, chosen, args)
             kept = torch.nonzero(w > 0)[:, 0]
             if args.fresh_optimizer:
@@ -318,14 +328,16 @@ def main():
                 num_steps = sd.scheduler.config.num_train_timesteps
                 t = torch.randint(num_steps, (n,), generator=generator)
                 noise = torch.randn(n, *sd.latent_shape, generator=generator)
-                x_t, target = noised(sd.scheduler, x0[batch], noise, t)
-                for rows in micro_batches(len(own), args.micro_batch_size, own.start):
-                    text = sd.encode([prompts[i] for i in chosen[batch[rows]]])
-                    noisy, of_rows = x_t[rows].to(run.device), t[rows].to(run.device)
-                    prediction = guided_noise(train_args, sd, sd.unet, noisy, of_rows, text)
-                    error = ((prediction - target[rows].to(run.device)) ** 2).flatten(1).mean(1)
-                    weight = w[batch[rows]].to(run.device, torch.float32)
-                    loss = (weight * error).sum() / n
+                mine = batch[own.start : own.stop]
+                of_batch = [prompts[i] for i in chosen[mine].tolist()]
+                weight, clean = w[mine].float().to(run.device), x0[mine].to(run.device)
+                noise, t = (x[own.start : own.stop].to(run.device) for x in (noise, t))
+                x_t, target = noised(sd.scheduler, clean, noise, t)
+                for rows in micro_batches(len(own), sd.batch_size):
+                    text = sd.encode(of_batch[rows])
+                    prediction = guided_noise(train_args, sd, sd.unet, x_t[rows], t[rows], text)
+                    error = ((prediction - target[rows]) ** 2).flatten(1).mean(1)
+                    loss = (weight[rows] * error).sum() / n
                     run.backward(loss)
                     run.add("loss/rwr", loss.detach().double() / args.gradient_steps)
                 run.step(optimizer, args.max_grad_norm)

@@ -43,7 +43,9 @@ from harness import (
     check_sampler,
     check_share,
     command,
+    even_size,
     fail,
+    fit_micro_batches,
     load_run_reward,
     mean_and_std,
     micro_batches,
@@ -189,15 +191,17 @@ class Rollout(NamedTuple):
 def guided_noise(args, sd, unet, latents, timesteps, text):
     """w eps(x_t, t, z) + (1 - w) eps(x_t, t), (B, C, H, W) float32, in one forward pass.
 
-    latents (B, C, H, W), timesteps (B,), text (B, L, D). The policy is this combination.
+    latents (B, C, H, W), timesteps (B,), text (B, L, D). The policy is this combination. The UNet
+    gets sd.batch_size rows, whatever B is; what the others give is dropped, and has no gradient.
     """
-    w, dtype = args.guidance_scale, unet.conv_in.weight.dtype
+    w, dtype, B = args.guidance_scale, unet.conv_in.weight.dtype, len(latents)
+    latents, timesteps, text = (sd.pad(x) for x in (latents.to(dtype), timesteps, text.to(dtype)))
     if w <= 1:
-        return unet(latents.to(dtype), timesteps, text.to(dtype), return_dict=False)[0].float()
-    both_texts = torch.cat([sd.no_text.expand_as(text), text]).to(dtype)
-    both_latents = torch.cat([latents, latents]).to(dtype)
+        return unet(latents, timesteps, text, return_dict=False)[0][:B].float()
+    both_texts = torch.cat([sd.no_text.to(dtype).expand_as(text), text])
+    both_latents = torch.cat([latents, latents])
     noise = unet(both_latents, timesteps.repeat(2), both_texts, return_dict=False)[0]
-    noise_without_text, noise_with_text = noise.float().chunk(2)
+    noise_without_text, noise_with_text = (half[:B].float() for half in noise.chunk(2))
     return noise_without_text + w * (noise_with_text - noise_without_text)
 
 
@@ -221,11 +225,13 @@ def sample(args, sd, unet, text, noise) -> Rollout:
 
 def draw_grid(args, sd, prompts, numbers):
     """Pictures of fixed prompts and noise, so that the grids of a run compare."""
-    shape = (args.num_inference_steps + 1, *sd.latent_shape)
-    generators = [seeded(args.seed, GRID, i) for i in numbers]
-    noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(sd.device)
-    text = sd.encode([prompts[i % len(prompts)] for i in numbers])
-    return sd.decode(sample(args, sd, sd.unet, text, noise).trajectory[:, -1])
+    shape, pictures = (args.num_inference_steps + 1, *sd.latent_shape), []
+    for rows in micro_batches(len(numbers), sd.batch_size):
+        generators = [seeded(args.seed, GRID, i) for i in numbers[rows]]
+        noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(sd.device)
+        text = sd.encode([prompts[i % len(prompts)] for i in numbers[rows]])
+        pictures.append(sd.decode(sample(args, sd, sd.unet, text, noise).trajectory[:, -1]))
+    return torch.cat(pictures)
 
 
 # ---
@@ -331,6 +337,8 @@ def main():
     # Without CFG training the model that learns is not the one that samples.
     train_args = args if args.cfg_training else replace(args, guidance_scale=1.0)
     own = run.share(n)
+    args = fit_micro_batches(args, sd, guided_noise)
+    sd.batch_size = even_size(len(own), args.micro_batch_size)
 
     def draw(unet, count, *key, monitor=False):
         """This rank's share of `count` samples: x_0, prompts, KL to the pretrained, pictures."""
@@ -338,21 +346,25 @@ def main():
         chosen = torch.cat([torch.randint(len(prompts), (1,), generator=g) for g in generators])
         noise = [torch.randn(T + 1, *sd.latent_shape, generator=g) for g in generators]
         kl_steps = torch.cat([torch.randint(T, (1,), generator=g) for g in generators])
+        kl_steps = kl_steps.to(run.device)
+        own_prompts = [prompts[i] for i in chosen.tolist()]
+        sd.batch_size = even_size(len(chosen), args.micro_batch_size)
         x0, kl, images = [], [], []
-        for rows in micro_batches(len(chosen), args.micro_batch_size):
-            text = sd.encode([prompts[i] for i in chosen[rows]])
+        for rows in micro_batches(len(chosen), sd.batch_size):
+            text = sd.encode(own_prompts[rows])
             rollout = sample(args, sd, unet, text, torch.stack(noise[rows]).to(run.device))
             x0.append(rollout.trajectory[:, -1])
             images.append(sd.decode(x0[-1]))
+            reward_function.start(images[-1], own_prompts[rows])
             if monitor:
-                kl.append(kl_to_pretrained(args, sd, text, rollout, kl_steps[rows].to(run.device)))
+                kl.append(kl_to_pretrained(args, sd, text, rollout, kl_steps[rows]))
         return torch.cat(x0), chosen, torch.cat(kl) if kl else None, torch.cat(images)
 
     def draw_shard(first):
         """This rank's share of a shard of the data set: x_0, prompts and rewards."""
         with sd.pretrained() as unet:
             x0, chosen, _, images = draw(unet, args.shard_size, ROLLOUT, first)
-        rewards = reward_function(images, [prompts[i] for i in chosen])
+        rewards = reward_function(images, [prompts[i] for i in chosen.tolist()])
         return {"x0": x0, "prompt": chosen.to(run.device), "reward": rewards}
 
     # The data set: M samples of the pretrained model and their rewards (Algorithm 2).
@@ -372,22 +384,25 @@ def main():
         # Updates, on n samples of the data set each (Algorithm 2).
         if part == "updates":
             with run.timer("train"):
+                sd.batch_size = even_size(len(own), args.micro_batch_size)
                 for update in range(args.gradient_steps):
                     generator = seeded(args.seed, UPDATES, iteration, update)
                     batch = torch.randint(len(data["x0"]), (n,), generator=generator)
                     num_steps = sd.scheduler.config.num_train_timesteps
                     t = torch.randint(1, num_steps, (n,), generator=generator)
                     noise = torch.randn(n, *sd.latent_shape, generator=generator)
+                    mine = batch[own.start : own.stop]
+                    of_batch = [prompts[i] for i in data["prompt"][mine].tolist()]
+                    x0, reward = (data[key][mine].to(run.device) for key in ("x0", "reward"))
+                    noise, t = (x[own.start : own.stop].to(run.device) for x in (noise, t))
+                    x_t = sd.scheduler.add_noise(x0, noise, t)
                     weight = step_weights(sd.scheduler, t, args.weighting)
-                    for rows in micro_batches(len(own), args.micro_batch_size, own.start):
-                        x0, at = data["x0"][batch[rows]].to(run.device), t[rows].to(run.device)
-                        text = sd.encode([prompts[i] for i in data["prompt"][batch[rows]]])
-                        x_t = sd.scheduler.add_noise(x0, noise[rows].to(run.device), at)
-                        f = predict_x0(train_args, sd, sd.unet, x_t, at, text)
-                        f_pre = pretrained_x0(train_args, sd, x_t, at, text)
-                        reward = data["reward"][batch[rows]].to(run.device)
-                        loss = sft_loss(args, reward, x0, f, f_pre)
-                        loss = (weight[rows].to(run.device) * loss).sum() / n  # Eq. 12, 13
+                    for rows in micro_batches(len(own), sd.batch_size):
+                        inputs = x_t[rows], t[rows], sd.encode(of_batch[rows])
+                        f = predict_x0(train_args, sd, sd.unet, *inputs)
+                        f_pre = pretrained_x0(train_args, sd, *inputs)
+                        loss = sft_loss(args, reward[rows], x0[rows], f, f_pre)
+                        loss = (weight[rows] * loss).sum() / n  # Eq. 12, 13
                         run.backward(loss)
                         run.add("loss/sft", loss.detach().double() / args.gradient_steps)
                     run.step(optimizer, args.max_grad_norm)
@@ -397,7 +412,7 @@ def main():
             with run.timer("sample"):
                 _, chosen, kl, images = draw(sd.unet, m, PROGRESS, iteration, monitor=True)
             with run.timer("reward"):
-                rewards = reward_function(images, [prompts[i] for i in chosen])
+                rewards = reward_function(images, [prompts[i] for i in chosen.tolist()])
             line = {"samples": args.dataset_size + (iteration + 1) * m}
             line |= mean_and_std("reward", run.gather(rewards, m))
             line |= {"reward/dataset": data["reward"].mean().item()}

@@ -11,6 +11,7 @@ from harness.args import (
 )
 from harness.guard import command
 from harness.loops import micro_batches, progress
+from harness.memory import even_size, fit_micro_batches, rollout_storage
 from harness.metrics import mean_and_std
 from harness.prompts import read_prompts, tag_of, warn_of_prompts
 from harness.rewards import load_run_reward
@@ -34,7 +35,9 @@ __all__ = [
     "check_sampler",
     "check_share",
     "command",
+    "even_size",
     "fail",
+    "fit_micro_batches",
     "load_run_reward",
     "mean_and_std",
     "micro_batches",
@@ -43,6 +46,7 @@ __all__ = [
     "read_prompts",
     "read_stored",
     "require",
+    "rollout_storage",
     "seeded",
     "tag_of",
     "warn_of_prompts",

@@ -89,12 +89,18 @@ def mean_and_std(name: str, values: torch.Tensor) -> dict[str, float]:
     return {f"{name}/mean": values.mean().item(), f"{name}/std": values.std(correction=0).item()}
 
 
-def warn_where_above(line: dict[str, float], limits: dict[str, float], dtype: str) -> None:
-    """A warning for every metric of a line that is above its limit."""
+def warn_where_above(line: dict[str, float], limits: dict[str, float], args) -> None:
+    """A warning for every metric of a line that is above its limit, with what there is to try."""
+    remedies = {
+        "--dtype fp32": args.dtype != "fp32",
+        "--no-allow-tf32": args.allow_tf32 and torch.cuda.is_available(),
+        "--no-compile": args.compile,
+    }
+    left = [remedy for remedy, applies in remedies.items() if applies]
+    advice = f"try {' or '.join(left)}" if left else "no flag mends it: please report it"
     for name, limit in limits.items():
         if line.get(name, 0) > limit:
-            remedy = "" if dtype == "fp32" else "; try --dtype fp32"
-            what = f"{name} is {line[name]:.1e}, more than {limit}{remedy}"
+            what = f"{name} is {line[name]:.1e}, more than {limit}; {advice}"
             print(f"warning: {what}", file=sys.stderr)
 
 

@@ -24,8 +24,8 @@ from harness.checkpoint import (
     write_text,
 )
 from harness.folder import RunFolder, choose_run_dir, save_grid
-from harness.loops import micro_batches
 from harness.metrics import Metrics, all_finite, warn_where_above
+from harness.ranks import sum_gradients
 from harness.resume import checkpoint_form, contents_of_files
 from harness.stop import catch_signals, end_alone, end_early, end_run, fail, join_ranks
 
@@ -46,6 +46,7 @@ class Run:
         self._signals = catch_signals()
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self._world_size > 1:
             join_ranks(self.device)
@@ -169,10 +170,7 @@ class Run:
         `metric` is the mean of the norms before clipping.
         """
         parameters = self._trained[id(optimizer)] = optimizer.param_groups[0]["params"]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = self._all_sum(torch.cat([gradient.flatten() for gradient in gradients]))
-        for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad = gradient.view_as(p)
+        sum_gradients(parameters)
         self._scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         if norm.isfinite():
@@ -203,7 +201,7 @@ class Run:
         line = {"iteration": self._iteration, **metrics, **self._metrics.line()}
         self._folder.log(line)
         if self._iteration == 0 and self._rank == 0:
-            warn_where_above(line, warn_above or {}, self._args.dtype)
+            warn_where_above(line, warn_above or {}, self._args)
         self._metrics = self._before_unit = Metrics(self.device)
 
     # Behind the scenes
@@ -267,9 +265,9 @@ class Run:
     def _save_grid(self, iteration: int) -> None:
         if self._rank > 0 or self._grid is None:
             return
-        batches = micro_batches(GRID_PICTURES, self._args.micro_batch_size)
-        pictures = torch.cat([self._grid(range(GRID_PICTURES)[batch]) for batch in batches])
-        save_grid(pictures, self._folder.path / "samples" / f"{iteration:06d}.png")
+        save_grid(
+            self._grid(range(GRID_PICTURES)), self._folder.path / "samples" / f"{iteration:06d}.png"
+        )
 
     def _save_or_stop(self) -> None:
         """After an iteration: save where it is due, stop where a signal or its gradients ask."""

@@ -74,6 +74,7 @@ TABLE = {
     ),
 }
 SCRIPTS = tuple(TABLE)
+PROMPT = "A green colored rabbit"
 
 
 def reward_flags(script: str, reward: str, size: str) -> list[str]:
@@ -90,3 +91,14 @@ def ten_samples(script: str, reward: str, prompts) -> list:
     else:
         flags = ["--samples-per-iteration", 10, "--reward", reward, "--prompts-file", prompts]
     return [*flags, *TABLE[script].needs.split()]
+
+
+def tiny(script: str, folder, reward: str) -> list:
+    """Ten samples of one prompt in four steps."""
+    (folder / "prompt.txt").write_text(PROMPT)
+    return ["--num-inference-steps", 4, *ten_samples(script, reward, folder / "prompt.txt")]
+
+
+def tiny_and_own(script: str, folder, reward: str) -> list:
+    """The same, with all the algorithm's own parts."""
+    return [*tiny(script, folder, reward), *TABLE[script].takes_part.split()]

@@ -191,6 +191,7 @@ def test_groups_are_places_in_the_batch(tmp_path, monkeypatch, small):
         seen.append((prompts, groups))
         return images.mean((1, 2, 3))
 
+    recorder.start = lambda images, prompts: None
     monkeypatch.setattr(large_scale_ppo, "load_run_reward", lambda *args: recorder)
     (tmp_path / "two.py").write_text("def f(seed):\n    return ['a cat', 'a dog']\n")
     tasks = ["--tasks", f"jpeg_compressibility {tmp_path}/two.py:f 3x4", "--pretrain-beta", 0]

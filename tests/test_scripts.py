@@ -13,36 +13,16 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, read_metrics, run_script
+from conftest import ROOT, read_metrics, run_here, run_script
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
-from scripts import SCRIPTS, TABLE, ten_samples
+from scripts import PROMPT, SCRIPTS, TABLE, ten_samples, tiny, tiny_and_own
 from short_runs import assert_same_run, steady_metrics
 from transformers import CLIPTextModel
 
 from common.stable_diffusion import PromptEncoder
 from harness.folder import run_name
-
-PROMPT = "A green colored rabbit"
-
-
-def tiny(script: str, folder, reward: str) -> list:
-    """Ten samples of one prompt in four steps."""
-    (folder / "prompt.txt").write_text(PROMPT)
-    return ["--num-inference-steps", 4, *ten_samples(script, reward, folder / "prompt.txt")]
-
-
-def tiny_and_own(script: str, folder, reward: str) -> list:
-    """The same, with all the algorithm's own parts."""
-    return [*tiny(script, folder, reward), *TABLE[script].takes_part.split()]
-
-
-def run_here(monkeypatch, script: str, *flags) -> None:
-    """The script's main in this process, which saves the seconds of the imports."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
-    importlib.import_module(script.removesuffix(".py")).main()
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
@@ -199,21 +179,6 @@ def test_prompts_are_encoded_once_and_few_are_kept(tiny_sd):
     assert (cache.currsize, cache.misses) == (10, 30)
     assert encode(prompts[20:] + prompts[20:])[0].equal(hidden[20:].repeat(2, 1, 1))
     assert encode.encode_one.cache_info().misses == 30
-
-
-@pytest.fixture
-def smooth(tmp_path):
-    """A smooth reward, where the size of a JPEG jumps with the last bit of a pixel.
-
-    Its spread is far above rounding, which it is not for the brightness of whole pictures: their
-    advantages would be rounding in their fourth digit.
-    """
-    (tmp_path / "mine.py").write_text(
-        "def f(images, prompts):\n"
-        "    left, right = images[:, 0].double().chunk(2, dim=2)\n"
-        "    return 1 + 10 * (left - right).mean((1, 2))\n"
-    )
-    return f"{tmp_path}/mine.py:f"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
