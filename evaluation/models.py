@@ -31,6 +31,9 @@ class StoredRun(TypedDict, total=False):
 
     reward: str
     tasks: list[str]
+    prompt: str
+    prompts_file: str | None
+    seed: int
     model: str
     num_inference_steps: int
     guidance_scale: float

@@ -101,11 +101,11 @@ def write_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file that is there whole or not at all."""
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], about: dict | None = None) -> None:
+    """Write a safetensors file, with the texts `about`, that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial)
+    save_file(tensors, partial, about)
     sync(partial)
     partial.replace(path)
 

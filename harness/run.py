@@ -23,6 +23,7 @@ from harness.checkpoint import (
     write_tensors,
     write_text,
 )
+from harness.export import export_lora
 from harness.folder import RunFolder, choose_run_dir, save_grid
 from harness.metrics import Metrics, all_finite, warn_where_above
 from harness.ranks import sum_gradients
@@ -258,6 +259,7 @@ class Run:
                         thing.save(self._folder.path)
                 else:
                     kept[name] = thing if isinstance(thing, torch.Tensor) else thing.state_dict()
+            export_lora(self._folder.path, vars(self._args), Path(self._script).stem)
             state = {"iteration": self._iteration, "unit": self._unit, "metrics": metrics}
             state |= {"scaler": self._scaler.state_dict(), "fixed": self._fixed, "kept": kept}
             torch.save(state, folder / "state.pt")

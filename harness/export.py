@@ -1,0 +1,86 @@
+"""A run's LoRA under the names that ComfyUI and AUTOMATIC1111 read."""
+
+import shlex
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from common.lora import FILE_NAME
+from common.rewards import parse_spec, parse_sum
+from harness.checkpoint import write_tensors
+
+EXPORTED = "comfyui_a1111_lora.safetensors"
+BASES = {768: "sd_v1", 1024: "sd_v2"}
+"""Of the width of a text encoder's hidden states, Stable Diffusion's versions that have it."""
+PARTS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+
+
+def exported_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """unet.X.to_q.lora_A.weight becomes lora_unet_X_to_q.lora_down.weight, in X _ for every dot.
+
+    Of diffusers' LoRA `state`. Each layer also has alpha, the rank: those tools apply
+    strength * alpha / rank * B A, which is the update that was trained.
+    """
+    exported = {}
+    for name, weight in state.items():
+        layer, part = name.rsplit(".", 2)[0], ".".join(name.rsplit(".", 2)[1:])
+        short = "lora_" + layer.replace(".", "_")
+        exported[f"{short}.{PARTS[part]}"] = weight
+        if part == "lora_A.weight":
+            exported[f"{short}.alpha"] = torch.tensor(float(len(weight)))
+    return exported
+
+
+def shared_reward(spec: str) -> str:
+    """A reward without what is private: its options, servers and folders."""
+    terms = [(weight, parse_spec(term)[0]) for weight, term in parse_sum(spec)]
+    names = [(weight, Path(name).name) for weight, name in terms]
+    if len(names) == 1:
+        return names[0][1]
+    return " + ".join(f"{weight:g}*{name}" for weight, name in names)
+
+
+def description(name: str, args: dict, script: str | None, state: dict[str, torch.Tensor]) -> dict:
+    """What the file says of itself: texts, of which ss_... are those that the tools show.
+
+    Raises ValueError for what is no LoRA of a Stable Diffusion.
+    """
+    of_text = [w.shape for key, w in state.items() if key.endswith("attn2.to_k.lora_A.weight")]
+    if not of_text:
+        raise ValueError("it has no LoRA of an attention to text")
+    rank, width = of_text[0]
+    rewards = [args["reward"]] if "reward" in args else []
+    rewards += [shlex.split(task)[0] for task in args.get("tasks", ())]
+    prompt, file = args.get("prompt"), args.get("prompts_file")
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
+    texts = {
+        "base_model": Path(args["model"]).name if Path(args["model"]).is_dir() else args["model"],
+        "script": script,
+        "reward": ", ".join(map(shared_reward, rewards)),
+        "prompt": prompt or (Path(file).name if file else None),
+        "seed": args["seed"],
+        "rank": rank,
+        "libraries": libraries,
+        "ss_output_name": name,
+        "ss_base_model_version": BASES.get(width),
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": float(rank),
+    }
+    return {"format": "pt"} | {key: str(text) for key, text in texts.items() if text is not None}
+
+
+def export_lora(run: Path, args: dict, script: str | None) -> Path | None:
+    """Write EXPORTED into a run's folder, of the LoRA that is there; None where there is none.
+
+    `args` are the run's arguments: model and seed, and what it has of reward, tasks, prompt and
+    prompts_file. Raises OSError, ValueError, and SafetensorError for a file that is none.
+    """
+    if not (run / FILE_NAME).exists():
+        return None
+    state = load_file(run / FILE_NAME)
+    about = description(run.absolute().name, args, script, state)
+    write_tensors(run / EXPORTED, exported_names(state), about)
+    return run / EXPORTED
