@@ -1,9 +1,10 @@
-"""Write a run's LoRA once more, in a file that ComfyUI and AUTOMATIC1111 load.
+"""Make a run ready to be passed on: a LoRA for ComfyUI and AUTOMATIC1111, and a model card.
 
 python -m evaluation.export runs/RUN
+python -m evaluation.export runs/RUN --evaluation runs/evaluate__...     its table into the card
+python -m evaluation.export runs/RUN --push-to-hub OWNER/NAME
 
-A run writes that file itself, RUN/comfyui_a1111_lora.safetensors; this is for runs that were made
-before runs did so. Copy it to models/loras of ComfyUI or to models/Lora of AUTOMATIC1111.
+A run writes both files itself; this is for older runs, and for what is known later.
 """
 
 import sys
@@ -13,33 +14,52 @@ from pathlib import Path
 import tyro
 from safetensors import SafetensorError
 
-from common.lora import FILE_NAME
 from evaluation.models import read_run_args
+from evaluation.places import write_whole
 from harness.args import fail, read_words
-from harness.export import export_lora
+from harness.card import EVALUATION, describe_run
+from harness.folder import read_metrics
 from harness.guard import command
+from harness.hub import check_push, push_or_end
+from harness.resume import PROJECT
+from harness.stored import read_stored, read_text
+
+IN_ALL = "## In all\n", "## Prompt by prompt"
+"""What stands around the table of all prompts in an evaluation's table.md."""
 
 
 @dataclass
 class Args:
     run: tyro.conf.Positional[Path]
-    """Folder of a run, with args.json and pytorch_lora_weights.safetensors."""
+    """Folder of a run, with args.json, metrics.jsonl and weights."""
+    evaluation: Path | None = None
+    """Folder of an evaluation by evaluate.py, whose table the card takes up."""
+    push_to_hub: str | None = None
+    """Repository of the Hugging Face Hub to upload it to, OWNER/NAME."""
 
 
 @command
 def main() -> None:
-    run = read_words(Args, sys.argv[1:], __doc__).run
-    args = read_run_args(run)
-    if not {"model", "seed"} <= set(args):
+    args = read_words(Args, sys.argv[1:], __doc__)
+    check_push(args.push_to_hub)
+    run = args.run
+    if not {"model", "seed", "lora_rank"} <= set(read_run_args(run)):
         fail(f"{run} has no args.json of a run in it; give the folder of a run")
-    script, mark, _ = run.absolute().name.partition("__")
+    stored = read_stored(run / "args.json", dict[str, object], "give the folder of a run")
+    metrics = run / "metrics.jsonl"
+    count = len(read_text(metrics, "give the folder of a run").splitlines())
+    if args.evaluation:
+        table = read_text(args.evaluation / "table.md", "give the folder of a finished evaluation")
+        write_whole(run / EVALUATION, table.partition(IN_ALL[0])[2].partition(IN_ALL[1])[0])
+    script = PROJECT / f"{run.absolute().name.partition('__')[0]}.py"
     try:
-        written = export_lora(run, args, script if mark else None)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        fail(f"{run / FILE_NAME} cannot be exported ({str(error)[:200]}); is it of such a run?")
-    if written is None:
-        fail(f"{run} has no {FILE_NAME} in it: runs with --lora-rank 0 leave unet/ alone")
-    print(written)
+        history = read_metrics(metrics, count)
+        describe_run(run, stored, script if script.exists() else None, history)
+    except (OSError, SafetensorError, ValueError) as error:
+        fail(f"{run} cannot be exported ({str(error)[:200]}); is it the folder of a run?")
+    print(f"{run / 'README.md'} is written, and of a LoRA the file for other tools")
+    if args.push_to_hub:
+        push_or_end(run, args.push_to_hub)
 
 
 if __name__ == "__main__":

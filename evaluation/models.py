@@ -34,6 +34,7 @@ class StoredRun(TypedDict, total=False):
     prompt: str
     prompts_file: str | None
     seed: int
+    lora_rank: int
     model: str
     num_inference_steps: int
     guidance_scale: float

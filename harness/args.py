@@ -16,6 +16,7 @@ import torch
 import tyro
 
 from common.rewards import GradientError, RewardError, check_spec
+from harness.hub import check_push
 from harness.resume import check_same, of_project, resume_after_restart, stored_args
 from harness.stop import Ended, fail, require
 
@@ -52,6 +53,9 @@ class RunArgs:
     """Folder of a run to resume; its arguments are the defaults then."""
     track: bool = False
     """Log to Weights & Biases as well (pip install wandb)."""
+    push_to_hub: str | None = None
+    """Repository of the Hugging Face Hub, OWNER/NAME, to which the finished run goes: weights,
+    model card, metrics and pictures."""
 
 
 MAY_CHANGE = {field.name for field in fields(RunArgs)} - {"seed", "dtype"} | {"num_iterations"}
@@ -152,6 +156,7 @@ def check_run(args: RunArgs) -> None:
     installed = any((Path(folder) / "wandb").is_dir() for folder in sys.path)
     if args.track and not installed:
         fail("--track needs Weights & Biases: pip install wandb; TensorBoard is always written")
+    check_push(args.push_to_hub)
     folder = args.output_dir or Path("runs")
     check_folder("--output-dir", folder)
     if args.output_dir and not args.resume:

@@ -33,6 +33,19 @@ def exported_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return exported
 
 
+def shared_path(model: str) -> str:
+    """A hub id or a folder of this project as it is, of other folders no more than the name."""
+    path = Path(model)
+    return path.name if path.is_absolute() or ".." in path.parts else model
+
+
+def rewards_of(args: dict) -> list[str]:
+    """`shared_reward` of what a run was trained on, of all its tasks."""
+    rewards = [args["reward"]] if "reward" in args else []
+    rewards += [shlex.split(task)[0] for task in args.get("tasks", ())]
+    return [shared_reward(reward) for reward in rewards]
+
+
 def shared_reward(spec: str) -> str:
     """A reward without what is private: its options, servers and folders."""
     terms = [(weight, parse_spec(term)[0]) for weight, term in parse_sum(spec)]
@@ -51,14 +64,12 @@ def description(name: str, args: dict, script: str | None, state: dict[str, torc
     if not of_text:
         raise ValueError("it has no LoRA of an attention to text")
     rank, width = of_text[0]
-    rewards = [args["reward"]] if "reward" in args else []
-    rewards += [shlex.split(task)[0] for task in args.get("tasks", ())]
     prompt, file = args.get("prompt"), args.get("prompts_file")
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
     texts = {
-        "base_model": Path(args["model"]).name if Path(args["model"]).is_dir() else args["model"],
+        "base_model": shared_path(args["model"]),
         "script": script,
-        "reward": ", ".join(map(shared_reward, rewards)),
+        "reward": ", ".join(rewards_of(args)),
         "prompt": prompt or (Path(file).name if file else None),
         "seed": args["seed"],
         "rank": rank,

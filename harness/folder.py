@@ -18,7 +18,9 @@ import torch.distributed as dist
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from harness.card import describe_run, summary
 from harness.checkpoint import PUT_BACK, lock, saving, write_text
+from harness.hub import push_or_end
 from harness.resume import stored_form
 from harness.stored import StoredError, checked, parse_json, read_text
 
@@ -73,7 +75,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, args, rank: int, first_iteration: int = 0):
-        self.path, self.rank, self.history, self.wandb = path, rank, [], None
+        self.path, self.args, self.rank, self.history, self.wandb = path, args, rank, [], None
         metrics = path / "metrics.jsonl"
         with saving(path):
             if rank == 0:
@@ -135,6 +137,20 @@ class RunFolder:
             figure.savefig(path, dpi=110)
         del figure, left, right
         gc.collect()  # a figure is a knot of references: 3 MB with every checkpoint
+
+    def describe(self, script: str) -> None:
+        """The LoRA for other tools and the model card, README.md; for rank 0."""
+        if self.history:
+            describe_run(self.path, vars(self.args), Path(script), self.history)
+
+    def finish(self) -> None:
+        """The end of a run: what came of it, where it is, and what to do next; to the hub with it.
+
+        For rank 0.
+        """
+        print(summary(self.path, vars(self.args), self.history), flush=True)
+        if self.args.push_to_hub:
+            push_or_end(self.path, self.args.push_to_hub)
 
     def column(self, key: str) -> np.ndarray:
         """A metric over the iterations; nan where it is not measured."""

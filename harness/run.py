@@ -23,7 +23,6 @@ from harness.checkpoint import (
     write_tensors,
     write_text,
 )
-from harness.export import export_lora
 from harness.folder import RunFolder, choose_run_dir, save_grid
 from harness.metrics import Metrics, all_finite, warn_where_above
 from harness.ranks import sum_gradients
@@ -154,10 +153,10 @@ class Run:
             self._iteration, self._unit = iteration + 1, 0
             progress.set_postfix(self._folder.shown())
             self._save_or_stop()
-        if self._rank == 0:
-            print(f"weights, metrics and pictures are in {self._folder.path}")
         if self._world_size > 1:
             dist.destroy_process_group()
+        if self._rank == 0:
+            self._folder.finish()
 
     # Updates
 
@@ -259,7 +258,7 @@ class Run:
                         thing.save(self._folder.path)
                 else:
                     kept[name] = thing if isinstance(thing, torch.Tensor) else thing.state_dict()
-            export_lora(self._folder.path, vars(self._args), Path(self._script).stem)
+            self._folder.describe(self._script)
             state = {"iteration": self._iteration, "unit": self._unit, "metrics": metrics}
             state |= {"scaler": self._scaler.state_dict(), "fixed": self._fixed, "kept": kept}
             torch.save(state, folder / "state.pt")
