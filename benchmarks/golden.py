@@ -22,6 +22,7 @@ from typing import Literal
 
 import tyro
 
+from benchmarks.layouts import make_pipeline
 from benchmarks.zoo_eval import ROOT
 
 SCRIPTS = ("dpok", "ddpo", "rwr", "sft_kl", "large_scale_ppo")
@@ -97,9 +98,7 @@ def main(args: Args) -> int:
     with tempfile.TemporaryDirectory() as work:
         tiny = args.folder / "tiny-sd"
         if not tiny.exists():
-            code = f"from tiny_sd import save_tiny_sd; save_tiny_sd({str(tiny)!r})"
-            env = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
-            subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True)
+            make_pipeline("tiny").save_pretrained(tiny)
         cases = [("zoo/sd", 1, False), ("zoo/sd", 1, True), (str(tiny), 1, False)]
         cases += [("zoo/sd", 2, False), (str(tiny), 2, True)]
         for script in args.scripts:

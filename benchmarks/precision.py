@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 from diffusers import UNet2DConditionModel
 
-from benchmarks.memory import SD_V1_5
+from benchmarks.layouts import SD_SCHEDULE, SD_V1_5
 from benchmarks.zoo_eval import ROOT
 from common.lora import add_lora
 from common.scheduler import ddim_step_with_logprob
@@ -24,7 +24,6 @@ STEPS = (25, 48)
 """Of 50: the middle one, and the last but one, where sigma_t is smallest."""
 MOVE = 1e-3
 """Standard deviation of the LoRA's B after an update: the largest ratio is off by some 1e-3."""
-SD_SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
 def networks(dtype: str):
@@ -46,7 +45,7 @@ def guided(unet, latents, t, text, w: float = 7.5) -> torch.Tensor:
 
 def measure(dtype: str) -> list[dict]:
     """Of each step: log-prob of what is drawn, and log of the ratio after the LoRA has moved."""
-    scheduler = ddim_scheduler({"num_train_timesteps": 1000, "steps_offset": 1} | SD_SCHEDULE, 50)
+    scheduler = ddim_scheduler({"num_train_timesteps": 1000} | SD_SCHEDULE, 50)
     generator = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(*shape, generator=generator)
     text = draw(2, 77, 768)

@@ -55,6 +55,14 @@ def with_seed(command: str, seed: int) -> str:
     return command.replace("$SEED", str(seed))
 
 
+def add_result(path: Path, key: str, value) -> None:
+    """Put `value` under `key` into a JSON file of results, beside what is there."""
+    results = json.loads(path.read_text()) if path.exists() else {}
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(results | {key: value}, indent=2) + "\n")
+    partial.replace(path)
+
+
 def values_of(command: str) -> dict[str, str]:
     """What follows each flag, the first word of it."""
     words = shlex.split(command)

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_sd import save_tiny_sd
+
+from benchmarks.layouts import make_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,7 +63,7 @@ def read_metrics(run_dir: Path) -> list[dict]:
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-sd")
-    save_tiny_sd(folder)
+    make_pipeline("tiny").save_pretrained(folder)
     yield folder
     shutil.rmtree(folder)
 

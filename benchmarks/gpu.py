@@ -1,0 +1,154 @@
+"""All that is measured on a GPU, in one command of under ten minutes.
+
+python -m benchmarks.gpu              writes benchmarks/results/gpu.json after every part
+python -m benchmarks.gpu --tiny       the same way on a CPU, with tiny networks, for the test; with
+                                      bf16 in place of fp16, for which a CPU has no kernels
+
+All scripts run at SD v1.5's shape with random weights (benchmarks/throughput.py) in fp16, bf16 and
+fp32 and compiled; dpok.py trains the zoo in fp16, whose updates and scaler are seen there; NCCL
+runs with one rank. Each part is a process of its own with a limit of seconds: what a part breaks,
+the others do not notice, and what no longer fits is left out with a line that says so.
+"""
+
+import multiprocessing
+import os
+import socket
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch._dynamo
+import torch.distributed as dist
+import tyro
+
+from benchmarks import throughput
+from benchmarks.count import SCRIPTS
+from benchmarks.run import ROOT, add_result
+from harness import Run
+from harness.stop import join_ranks
+
+RABBIT = ["zoo", "--prompt", "A green colored rabbit", "--micro-batch-size", "auto"]
+KEPT = ("iteration", "reward/mean", "kl/pretrained", "grad_norm", "updates/skipped")
+KEPT += ("ratio/first_max_deviation", "time/sample_s", "time/reward_s", "time/train_s")
+
+
+@dataclass
+class Args:
+    seconds: float = 560
+    """Of all parts together."""
+    tiny: bool = False
+    """Tiny networks, one script and no limit for a part, for the test; nothing is compiled."""
+    parts: tuple[str, ...] = ()
+    """Of PARTS; all when none is named."""
+    output: Path = ROOT / "benchmarks/results/gpu.json"
+
+
+def scripts(dtype: str, args: Args, seconds: float, compile: bool = False) -> None:
+    """All scripts in a precision: ratio to the bare calls, and peak of memory beside the count."""
+    began, longest = time.perf_counter(), 0.0
+    settings = {"dtype": dtype, "compile": compile, "output": args.output}
+    settings |= {"layout": "sd-v1-5", "repeats": 3}
+    if args.tiny:
+        flags = "--num-inference-steps 3 --micro-batch-size 16"
+        settings |= {"layout": "tiny", "repeats": 1, "flags": flags}
+        torch._dynamo.config.disable = True
+    for script in SCRIPTS[:1] if args.tiny else SCRIPTS:
+        began_script = time.perf_counter()
+        left = seconds - (began_script - began)
+        if left < longest:
+            print(f"{script}, {dtype}, is left out: {left:.0f} s are left, it takes {longest:.0f}")
+            continue
+        try:
+            throughput.main(throughput.Args((script,), **settings))
+        except SystemExit as end:
+            print(f"{script}, {dtype}, has ended with {end.code}", flush=True)
+        longest = max(longest, time.perf_counter() - began_script)
+
+
+def zoo(dtype: str, args: Args, seconds: float) -> None:
+    """20 iterations of dpok.py, as README's job: does the reward rise, does the scaler settle?"""
+    iterations = 1 if args.tiny else 20
+    began = time.perf_counter()
+    words = [*RABBIT, "--dtype", dtype, "--num-iterations", str(iterations)]
+    if args.tiny:
+        words += ["--samples-per-iteration", "4", "--batch-size", "8"]
+    lines = throughput.run_main("dpok.py", words)
+    result = {"s": time.perf_counter() - began, "lines": [kept(line) for line in lines]}
+    add_result(args.output, f"zoo, {dtype}", result)
+
+
+def kept(line: dict) -> dict:
+    return {name: line[name] for name in KEPT if name in line}
+
+
+def nccl(dtype: str, args: Args, seconds: float) -> None:
+    """Two iterations of dpok.py in which a single rank sums and gathers as one of several does.
+
+    In the environment that torchrun gives to a rank.
+    """
+    make = Run.__init__
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+
+    def join_and_make(run, *words, **options):
+        join_ranks(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        make(run, *words, **options)
+
+    def all_sum(run, values):
+        dist.all_reduce(values)
+        return values
+
+    words = [*RABBIT, "--samples-per-iteration", "4", "--batch-size", "8"]
+    words += ["--num-iterations", "2", "--dtype", dtype]
+    with patch.multiple(Run, __init__=join_and_make, _all_sum=all_sum):
+        lines = throughput.run_main("dpok.py", words)
+    result = {"backend": dist.get_backend(), "lines": [kept(line) for line in lines]}
+    add_result(args.output, "one rank", result)
+    dist.destroy_process_group()
+
+
+PARTS = {
+    "fp16": (scripts, "fp16", 110),
+    "nccl": (nccl, "fp16", 60),
+    "zoo": (zoo, "fp16", 90),
+    "bf16": (scripts, "bf16", 100),
+    "fp32": (scripts, "fp32", 150),
+    "compile": (partial(scripts, compile=True), "fp16", 180),
+}
+"""With the precision, and the seconds that each may take."""
+
+
+def main(args: Args) -> None:
+    # A forked process has nothing to import, and cannot use a GPU if this one has looked for it.
+    context = multiprocessing.get_context("fork" if args.tiny else "spawn")
+    began = time.perf_counter()
+    for name in args.parts or PARTS:
+        part, dtype, limit = PARTS[name]
+        dtype = "bf16" if args.tiny and dtype == "fp16" else dtype
+        left = args.seconds - (time.perf_counter() - began)
+        limit = left if args.tiny else min(limit, left)
+        if limit < 20:
+            print(f"{name} is left out: {limit:.0f} s are left", flush=True)
+            continue
+        began_part = time.perf_counter()
+        child = context.Process(target=part, args=(dtype, args, limit))
+        child.start()
+        child.join(limit)
+        end = "failed" if child.exitcode else "done"
+        if child.exitcode is None:
+            end = "ended, as it took too long"
+            child.kill()
+            child.join()
+        seconds = time.perf_counter() - began_part
+        add_result(args.output, f"part {name}", {"end": end, "s": seconds})
+        print(f"{name}: {end}, {seconds:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,229 @@
+"""Counts of an iteration against what it does, and the commands that measure it."""
+
+import gc
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from scripts import SCRIPTS
+
+from benchmarks import count, gpu, performance, scaling, throughput
+from benchmarks.layouts import make_pipeline
+from common.stable_diffusion import make_trainable
+from harness.args import parse_args
+
+LIGHT = "--micro-batch-size 4 --lora-rank 4 --num-inference-steps 3 --num-iterations 2"
+OF_ONE_TASK = f"{LIGHT} --reward jpeg_compressibility --samples-per-iteration 4"
+PAIRS = "--pretrain-data zoo/pairs.py:biased --pretrain-batch-size 8"
+SCORED = "--reward image_reward:zoo/image_reward"  # has a gradient
+# 4 samples of 3 steps, guided, so 2 rows for each: 24 rows to sample. All steps have noise.
+# What an iteration trains on, and asks of the pretrained model, is worked out beside the flags.
+CASES = {
+    # Two updates on 12 transitions, which are all there are; the KL of each of them, once.
+    "dpok.py": ("--batch-size 12 --gradient-steps 2 --replay-rollouts 1", 24, 2 * 12, 2 * 2 * 12),
+    # All 4 x 3 transitions, in one update; the KL of one step of each sample.
+    "ddpo.py": ("--gradient-steps 1 --min-count 2", 24, 2 * 4, 2 * 4 * 3),
+    # Three updates on 8 samples; the KL of one step of each that is drawn.
+    "rwr.py": ("--shard-size 4 --gradient-steps 3 --batch-size 8", 24, 2 * 4, 2 * 3 * 8),
+    # Two updates on 8 samples, with the pretrained prediction of each; the KL of each that is seen.
+    "sft_kl.py": (
+        "--dataset-size 4 --shard-size 4 --gradient-steps 2 --batch-size 8 --gamma 9",
+        24,
+        2 * 2 * 8 + 2 * 4,
+        2 * 2 * 8,
+    ),
+    # Two timesteps of 4 samples, and 8 pairs without guidance; the KL of one step of each sample.
+    "large_scale_ppo.py": (
+        f"--training-timesteps 2 {PAIRS}",
+        24,
+        2 * 4,
+        2 * 4 * 2 + 8,
+    ),
+    # Three updates on two samples and 8 pairs; the KL of one step of each sample.
+    "raft.py": (
+        f"--images-per-prompt 2 --acceptance 0.5 --gradient-steps 3 {PAIRS}",
+        24,
+        2 * 4,
+        3 * (2 * 2 + 8),
+    ),
+    # Three updates on 4 samples of the original model and 8 pairs; the model's own 2, with a KL.
+    "reward_weighted.py": (
+        f"--images-per-prompt 2 --watched-prompts 1 --gradient-steps 3 {PAIRS}",
+        24 + 2 * 2 * 3,
+        2 * 2,
+        3 * (2 * 4 + 8),
+    ),
+    # A step of 4 samples, without and with gradient, and 8 pairs; the KL of one step of each.
+    "refl.py": (f"--most-steps-left 2 {PAIRS} {SCORED}", 24 + 2 * 4, 2 * 4, 2 * 4 + 8),
+    # The last step of 4 samples with gradient, and twice anew, without and with.
+    "draft.py": (f"--truncate 1 --num-noise 2 {SCORED}", 24 + 2 * 2 * 4, 2 * 4, 3 * 2 * 4),
+}
+
+
+def words_of(script: str) -> list[str]:
+    flags = CASES[script][0].split()
+    if script == "large_scale_ppo.py":
+        return [*LIGHT.split(), *flags, "--tasks", "jpeg_compressibility prompts/zoo.txt 2x2"]
+    return [*OF_ONE_TASK.split(), *flags, "--prompts-file", "prompts/zoo.txt"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_rows_of_the_unet_are_those_of_the_equations(script, monkeypatch):
+    """In every recorded iteration: counted by hand, by count.py, and as called."""
+    monkeypatch.chdir(ROOT)
+    _, sampled, reference, trained = CASES[script]
+    words = [*words_of(script), "--model", "random/tiny"]
+    probe = throughput.Probe()
+    with probe.installed():
+        lines = throughput.run_main(script, words)
+    assert len(probe.bare) == len(lines) == 2
+    (iteration,) = probe.iterations
+    rows = {True: 0, False: 0}
+    for call in iteration["calls"]:
+        rows[call.trained] += call.latents[0]
+    assert rows == {True: trained, False: sampled + reference}
+    module = importlib.import_module(script.removesuffix(".py"))
+    args = parse_args(module.PRESETS, module.__doc__, module.check, words)
+    found = count.demands(script, args, "tiny")
+    assert found["samples"] == 4 and found["sample"] == sampled
+    assert found["train"] == trained and found["reference"] == pytest.approx(reference)
+    assert all(ratio > 0 for ratio in probe.ratios())
+
+
+def test_rows_of_the_presets():
+    """The papers' numbers, with 2 rows for each guided prediction."""
+    expected = {
+        # 10 samples of 50 steps; 5 updates on 32 transitions; 500 stay for 2 iterations, so 2 x 5
+        # draws of 32 out of 1000 leave 0.968^10 of them without a reference.
+        "dpok.py": (2 * 10 * 50, 2 * 500 * (1 - 0.968**10), 2 * 5 * 32),
+        "ddpo.py": (2 * 256 * 50, 2 * 256, 2 * 256 * 50),
+        "rwr.py": (2 * 10_240 * 50, 2 * 10_240, 2 * 400 * 128),
+        "sft_kl.py": (2 * 16 * 50, 2 * 100 * 128 + 2 * 16, 2 * 100 * 128),
+    }
+    for script, rows in expected.items():
+        preset = next(iter(importlib.import_module(script.removesuffix(".py")).PRESETS.values()))
+        found = count.demands(script, preset, "sd-v1-5")
+        assert [found[key] for key in ("sample", "reference", "train")] == pytest.approx(rows)
+
+
+@pytest.mark.parametrize("rank, checkpointing", [(4, False), (0, True)])
+def test_counts_are_those_of_real_tensors(rank, checkpointing):
+    """What autograd saves in a real pass of the tiny UNet, each storage once, without weights."""
+    unet = make_pipeline("tiny").unet
+    own = sum(p.numel() for p in unet.parameters())
+    device = torch.device("cpu")
+    weights, _ = make_trainable(
+        unet, device, "fp32", rank, gradient_checkpointing=checkpointing, keep_pretrained=False
+    )
+    known = {p.untyped_storage().data_ptr() for p in unet.parameters()}
+    storages = {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage
+        return x
+
+    latents, text = torch.randn(4, 4, 8, 8), torch.randn(4, 24, 32)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        output = unet(latents, torch.full((4,), 500), text, return_dict=False)[0]
+    real = sum(storage.nbytes() for storage in storages.values())
+    found = count.unet_costs("tiny", "fp32", rank, checkpointing, 4)
+    assert found["parameters"] == own
+    assert found["trained"] == sum(p.numel() for p in weights)
+    assert found["train"]["kept"] == pytest.approx(real, rel=0.05)
+    assert found["train"]["peak"] >= found["train"]["kept"] > found["predict"]["kept"]
+    assert found["train"]["flops"] > 1.9 * found["predict"]["flops"]
+    del output
+
+
+def test_flops_are_those_of_the_layers():
+    """A convolution, a product and an attention by hand."""
+    convolution = torch.nn.Conv2d(3, 5, 3, padding=1)
+    picture, x = torch.randn(2, 3, 8, 8), torch.randn(2, 1, 16, 4)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    assert count.cost(lambda: convolution(picture))["flops"] == 2 * 2 * 5 * 8 * 8 * 3 * 9
+    assert count.cost(lambda: x @ x.mT)["flops"] == 2 * 2 * 16 * 16 * 4
+    assert count.cost(lambda: attention(x, x, x))["flops"] == 2 * (2 * 2 * 16 * 16 * 4)
+
+
+def test_live_bytes():
+    gc.collect()
+    with count.Live() as live:
+        a = torch.ones(256)
+        b = a + 1
+        view = b.view(16, 16)
+        assert (live.now, live.peak) == (2048, 2048)
+        del a
+        assert live.now == 1024
+        c = view.t() * 2
+        assert (live.now, live.peak) == (2048, 2048)
+        del b, view, c
+    assert live.now == 0
+
+
+def run_module(name: str, *words, seconds: int = 300) -> str:
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", name, *map(str, words)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=seconds
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_throughput_adds_its_results(tmp_path):
+    output = tmp_path / "throughput.json"
+    output.write_text('{"before": 1}')
+    flags = "--num-inference-steps 3 --reward jpeg_compressibility"
+    words = ["ddpo.py", "--layout", "tiny", "--repeats", 1, "--flags", flags, "--output", output]
+    said = run_module("benchmarks.throughput", *words)
+    assert "times the bare calls" in said
+    results = json.loads(output.read_text())
+    assert results.pop("before") == 1
+    ((name, result),) = results.items()
+    assert name.startswith(f"ddpo.py tiny fp32, {flags}, ")
+    parts = sum(part["median"] for part in result["parts"].values())
+    assert parts == pytest.approx(result["iteration_s"]["median"], rel=0.5)
+    assert 0 < result["ratio"]["lowest"] <= result["ratio"]["median"] <= result["ratio"]["highest"]
+    assert result["rows"] == {"sampled": 2 * 16 * 4, "trained": 2 * 16 * 2}
+
+
+def test_gpu_on_a_cpu(tmp_path, monkeypatch, capfd):
+    """From here, as the processes that it forks have no torch to import then."""
+    monkeypatch.chdir(ROOT)
+    output, parts = tmp_path / "gpu.json", ("compile", "nccl", "zoo")
+    gpu.main(gpu.Args(tiny=True, parts=parts, output=output, seconds=3000))
+    results, said = json.loads(output.read_text()), capfd.readouterr()
+    ends = {name: results[f"part {name}"]["end"] for name in parts}
+    assert set(ends.values()) == {"done"}, said
+    assert sum("ratio" in result for result in results.values()) == 1, said
+    assert results["one rank"]["backend"] == "gloo"
+    assert len(results["one rank"]["lines"]) == 2
+    assert results["zoo, bf16"]["lines"][0]["updates/skipped"] >= 0
+
+
+def test_what_does_not_fit_is_left_out(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu, "PARTS", {"one": (None, "fp32", 30), "two": (None, "fp32", 30)})
+    gpu.main(gpu.Args(seconds=10, output=tmp_path / "gpu.json"))
+    assert capsys.readouterr().out.count("is left out: ") == 2
+
+
+def test_line_through_points():
+    line = scaling.line_through([1, 2, 4], [3.0, 5.0, 9.0])
+    assert (line["a"], line["b"]) == pytest.approx((1, 2))
+    assert line["largest_residual"] < 1e-9
+    assert scaling.line_through([1, 2, 4], [1.0, 4.0, 16.0])["largest_residual"] > 0.1
+
+
+def test_tables_are_printed(capsys):
+    for table in performance.TABLES:
+        table()
+        assert "---" in capsys.readouterr().out
+    assert performance.TABLES[0].__name__ in Path(ROOT / "docs/performance.md").read_text()
