@@ -143,12 +143,8 @@ def check(args: Args) -> None:
     """What cannot work, refused before anything is loaded."""
     K, T = args.training_timesteps, args.num_inference_steps
     require(K <= T, f"--training-timesteps is {K}; it can be at most --num-inference-steps, {T}")
-    dropout = args.caption_dropout
-    require(dropout <= 1, f"--caption-dropout is {dropout}; it can be at most 1")
-    check_share("--pretrain-batch-size", args.pretrain_batch_size)
+    check_pretraining(args)
     check_sampler(args)
-    n = args.pretrain_batch_size
-    check_memory("--pretrain-batch-size", args.model, 2 * n, pictures=n)
 
 
 # --- same in every script: policy
@@ -227,10 +223,13 @@ def kl_to_pretrained(args, sd, text, rollout, steps):
 # ---
 
 
-def per_batch_advantages(rewards):
-    """(r - mean) / sqrt(var + eps) over the batch (Eq. 10), float64 (m,); 0 where all are equal."""
-    rewards = rewards.double()
-    return (rewards - rewards.mean()) / (rewards.var(correction=0) + 1e-8).sqrt()
+# --- same in every script that asks: pre-training
+def check_pretraining(args):
+    """What cannot work of the pre-training loss, refused before anything is loaded."""
+    n, dropout = args.pretrain_batch_size, args.caption_dropout
+    require(dropout <= 1, f"--caption-dropout is {dropout}; it can be at most 1")
+    check_share("--pretrain-batch-size", n)
+    check_memory("--pretrain-batch-size", args.model, 2 * n, pictures=n)
 
 
 def pretraining_loss(args, sd, pictures, captions, t, noise):
@@ -244,6 +243,41 @@ def pretraining_loss(args, sd, pictures, captions, t, noise):
     z_t = sd.scheduler.add_noise(z, eps, t)
     output = guided_noise(conditional, sd, sd.unet, z_t, t, sd.encode(captions))
     return ((output - target[sd.scheduler.config.prediction_type]) ** 2).flatten(1).mean(1)
+
+
+def pretrain(args, run, sd, pairs, number):
+    """Add the gradient of beta E |eps - eps_theta(z_t, t, c)|^2 on real pictures (Eq. 8, 9).
+
+    Theirs is batch `number` of the stream of pairs, of all ranks together; pair i of it has its own
+    generator. Captions are left out now and then, so that guidance stays trained.
+    """
+    n = args.pretrain_batch_size
+    own = run.share(n)
+    of_samples, sd.batch_size = sd.batch_size, even_size(len(own), args.micro_batch_size)
+    first = number * n + own.start
+    pictures, captions = take_pairs(pairs, args.seed, first, len(own), sd.image_size)
+    generators = [seeded(args.seed, PRETRAINING, number, i) for i in own]
+    kept = [torch.rand(1, generator=g).item() >= args.caption_dropout for g in generators]
+    captions = [caption if keep else "" for keep, caption in zip(kept, captions)]
+    num_steps = len(sd.scheduler.alphas_cumprod)
+    t = torch.cat([torch.randint(num_steps, (1,), generator=g) for g in generators]).to(sd.device)
+    noise = [torch.randn(2, *sd.latent_shape, generator=g) for g in generators]
+    for rows in micro_batches(len(own), sd.batch_size):
+        drawn = torch.stack(noise[rows]).to(sd.device)
+        batch = pictures[rows].to(sd.device), captions[rows], t[rows]
+        loss = pretraining_loss(args, sd, *batch, drawn).sum() / n  # Eq. 9
+        run.backward(args.pretrain_beta * loss)  # Eq. 8
+        run.add("loss/pretrain", loss)
+    sd.batch_size = of_samples
+
+
+# ---
+
+
+def per_batch_advantages(rewards):
+    """(r - mean) / sqrt(var + eps) over the batch (Eq. 10), float64 (m,); 0 where all are equal."""
+    rewards = rewards.double()
+    return (rewards - rewards.mean()) / (rewards.var(correction=0) + 1e-8).sqrt()
 
 
 def monitor(run, args, ratio, loss, m, num_updates, update):
@@ -277,18 +311,19 @@ def main():
     ]
     for prompts in first_prompts:
         warn_of_prompts(sd.encoder, prompts)
-    T, B = args.num_inference_steps, args.pretrain_batch_size
+    T = args.num_inference_steps
 
     learning_rate = args.learning_rate
     if learning_rate is None:
         learning_rate = 3e-4 if args.lora_rank else 2e-6
     optimizer = torch.optim.AdamW(sd.weights, learning_rate, weight_decay=args.weight_decay)
-    run.keep(model=sd, optimizer=optimizer)
     noisy_steps = steps_with_noise(sd.scheduler, args.eta).cpu()
-    args = fit_micro_batches(args, sd, guided_noise)
     most = max(len(run.share(task.num_prompts * task.num_images)) for task in tasks)
+    shapes = (most, T + 1, *sd.latent_shape), (most, T)
+    trajectory, log_prob = rollout_storage(run.device, *shapes)
+    args = fit_micro_batches(args, sd, guided_noise)
     sd.batch_size = even_size(most, args.micro_batch_size)
-    stored = rollout_storage(run.device, (most, T + 1, *sd.latent_shape), (most, T))
+    run.keep(model=sd, optimizer=optimizer)
 
     # Each task is a unit of an iteration, and last comes the pre-training loss.
     units = [*enumerate(tasks), (len(tasks), None)]
@@ -302,7 +337,6 @@ def main():
             P, G = task.num_prompts, task.num_images
             own = run.share(P * G)
             sd.batch_size = even_size(len(own), args.micro_batch_size)
-            trajectory, log_prob = (values[: len(own)] for values in stored)
             with run.timer("sample"):
                 batch = take(task.prompts, args.seed, iteration * P, P)
                 groups = [i // G for i in own]
@@ -342,16 +376,13 @@ def main():
                 steps = noisy_steps[order[: args.training_timesteps]].tolist()
                 for update, j in enumerate(steps):
                     for rows in micro_batches(len(own), sd.batch_size):
-                        at_j = trajectory[rows, j], trajectory[rows, j + 1], log_prob[rows, j]
-                        x_t, x_prev, old_log_prob = (
-                            x.to(run.device, non_blocking=True) for x in at_j
-                        )
+                        x_t, x_prev = trajectory[rows, j], trajectory[rows, j + 1]
                         t, text = sd.timesteps[j].expand(len(x_t)), sd.encode(own_prompts[rows])
                         prediction = guided_noise(args, sd, sd.unet, x_t, t, text)
                         step = ddim_step_with_logprob(
                             sd.scheduler, prediction, t, x_t, args.eta, prev_sample=x_prev
                         )
-                        ratio = torch.exp(step.log_prob - old_log_prob)  # w of Eq. 7
+                        ratio = torch.exp(step.log_prob - log_prob[rows, j])  # w of Eq. 7
                         bound = torch.where(A[rows] >= 0, 1 + args.clip_range, 1 - args.clip_range)
                         g = bound * A[rows]
                         loss = -torch.minimum(ratio * A[rows], g).sum() / (P * G)  # Eq. 7
@@ -359,27 +390,10 @@ def main():
                         monitor(run, args, ratio, loss, P * G, len(steps) * len(tasks), update)
                     run.step(optimizer, args.max_grad_norm)
 
-        # The pre-training loss (Eq. 9), one update. Pair i has its own generator.
+        # The pre-training loss (Eq. 8, 9), one update.
         elif args.pretrain_beta:
             with run.timer("pretrain"):
-                own = run.share(B)
-                first = iteration * B + own.start
-                pictures, captions = take_pairs(pairs, args.seed, first, len(own), sd.image_size)
-                generators = [seeded(args.seed, PRETRAINING, iteration, i) for i in own]
-                kept = [
-                    torch.rand(1, generator=g).item() >= args.caption_dropout for g in generators
-                ]
-                captions = [caption if keep else "" for keep, caption in zip(kept, captions)]
-                num_steps = len(sd.scheduler.alphas_cumprod)
-                t = torch.cat([torch.randint(num_steps, (1,), generator=g) for g in generators])
-                t = t.to(run.device)
-                noise = [torch.randn(2, *sd.latent_shape, generator=g) for g in generators]
-                for rows in micro_batches(len(own), sd.batch_size):
-                    batch = (pictures[rows].to(run.device), captions[rows], t[rows])
-                    drawn = torch.stack(noise[rows]).to(run.device)
-                    loss = pretraining_loss(args, sd, *batch, drawn).sum() / B  # Eq. 9
-                    run.backward(args.pretrain_beta * loss)  # Eq. 8
-                    run.add("loss/pretrain", loss)
+                pretrain(args, run, sd, pairs, iteration)
                 run.step(optimizer, args.max_grad_norm, "grad_norm/pretrain")
 
         if task is None:

@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from common.scheduler import ddim_step_kl, ddim_step_with_logprob
+from common.scheduler import ddim_step_kl, ddim_step_with_logprob, noised
 from common.stable_diffusion import load_stable_diffusion
 from harness import (
     GRID,
@@ -238,14 +238,6 @@ def rwr_weights(rewards, prompts, args):
     return weights
 
 
-def noised(scheduler, x0, noise, t):
-    """x_t of the forward process, and what the model is to predict from it: eps, or v, or x_0."""
-    x_t = scheduler.add_noise(x0, noise, t)
-    if scheduler.config.prediction_type == "v_prediction":
-        return x_t, scheduler.get_velocity(x0, noise, t)
-    return x_t, x0 if scheduler.config.prediction_type == "sample" else noise
-
-
 def batches_of(kept, batch_size: int, generator):
     """Endless batches of samples: permutations of those that are kept, one after the other."""
     order = torch.zeros(0, dtype=torch.long)
@@ -270,11 +262,11 @@ def main():
     if learning_rate is None:
         learning_rate = 3e-4 if args.lora_rank else 1e-5
     optimizer = torch.optim.AdamW(sd.weights, learning_rate, weight_decay=args.weight_decay)
-    run.keep(model=sd, optimizer=optimizer)
     # Without CFG training the model that learns is not the one that samples (B.1, Fig. 8).
     train_args = args if args.cfg_training else replace(args, guidance_scale=1.0)
     own = run.share(n)
     args = fit_micro_batches(args, sd, guided_noise)
+    run.keep(model=sd, optimizer=optimizer)
     sd.batch_size = even_size(len(own), args.micro_batch_size)
 
     def draw_shard(iteration, first):

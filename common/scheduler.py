@@ -1,4 +1,7 @@
-"""The denoising step as a policy: a DDIM step with its log-probability, and the KL of two steps."""
+"""The denoising step as a policy: a DDIM step with its log-probability, and the KL of two steps.
+
+And the forward process, for losses that denoise a sample again.
+"""
 
 import math
 from typing import NamedTuple
@@ -78,29 +81,47 @@ def _mean_and_std(scheduler, model_output, timestep, sample, eta):
     variance = (1 - alpha_prod_prev) / (1 - alpha_prod) * (1 - alpha_prod / alpha_prod_prev)
     std = eta * variance.clamp(min=0).sqrt()
 
+    pred_original_sample, pred_epsilon = predict_x0_and_noise(scheduler, model_output, t, sample)
     wide = [-1, *[1] * (sample.dim() - 1)]
-    a, a_prev, s = alpha_prod.view(wide), alpha_prod_prev.view(wide), std.view(wide)
-    prediction_type = scheduler.config.prediction_type
-    if prediction_type == "epsilon":
-        pred_original_sample = (sample - (1 - a).sqrt() * model_output) / a.sqrt()
-        pred_epsilon = model_output
-    elif prediction_type == "v_prediction":
-        pred_original_sample = a.sqrt() * sample - (1 - a).sqrt() * model_output
-        pred_epsilon = a.sqrt() * model_output + (1 - a).sqrt() * sample
-    elif prediction_type == "sample":
-        pred_original_sample = model_output
-        pred_epsilon = (sample - a.sqrt() * model_output) / (1 - a).sqrt()
-    else:
-        raise ValueError(f"prediction type {prediction_type!r} is not supported")
-    if scheduler.config.clip_sample:
-        limit = scheduler.config.clip_sample_range
-        pred_original_sample = pred_original_sample.clamp(-limit, limit)
+    a_prev, s = alpha_prod_prev.view(wide), std.view(wide)
     # Eq. 12: the mean is the predicted x_0, and the direction that points to x_t.
     mean = (
         a_prev.sqrt() * pred_original_sample
         + (1 - a_prev - s**2).clamp(min=0).sqrt() * pred_epsilon
     )
     return mean, std
+
+
+def predict_x0_and_noise(
+    scheduler: DDIMScheduler,
+    model_output: torch.Tensor,
+    timestep: torch.Tensor | int,
+    sample: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The x_0 and the epsilon (B, C, H, W) that a model's output says of x_t, float32.
+
+    model_output and sample, x_t, are (B, C, H, W); timestep is an int or (B,). The scheduler tells
+    whether the output is epsilon, v or x_0 (Song et al. 2020, Eq. 9; Salimans & Ho 2022, App. D).
+    """
+    model_output, sample = model_output.float(), sample.float()
+    t = torch.as_tensor(timestep, device=sample.device).long().expand(len(sample))
+    a = scheduler.alphas_cumprod.to(sample.device)[t].view(-1, *[1] * (sample.dim() - 1))
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type == "epsilon":
+        x0 = (sample - (1 - a).sqrt() * model_output) / a.sqrt()
+        epsilon = model_output
+    elif prediction_type == "v_prediction":
+        x0 = a.sqrt() * sample - (1 - a).sqrt() * model_output
+        epsilon = a.sqrt() * model_output + (1 - a).sqrt() * sample
+    elif prediction_type == "sample":
+        x0 = model_output
+        epsilon = (sample - a.sqrt() * model_output) / (1 - a).sqrt()
+    else:
+        raise ValueError(f"prediction type {prediction_type!r} is not supported")
+    if scheduler.config.clip_sample:
+        limit = scheduler.config.clip_sample_range
+        x0 = x0.clamp(-limit, limit)
+    return x0, epsilon
 
 
 def steps_with_noise(scheduler: DDIMScheduler, eta: float) -> torch.Tensor:
@@ -120,3 +141,16 @@ def ddim_step_kl(mean: torch.Tensor, other_mean: torch.Tensor, std: torch.Tensor
     squared = ((mean - other_mean) ** 2).flatten(1).mean(1)
     safe_std = torch.where(std > 0, std, torch.ones_like(std))
     return torch.where(std > 0, squared / (2 * safe_std**2), torch.zeros_like(std))
+
+
+def noised(
+    scheduler: DDIMScheduler, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x_t of the forward process, and what the model is to predict from it: eps, or v, or x_0.
+
+    x0 and noise, the eps, are (B, C, H, W) as both results are; t (B,) is of the training's steps.
+    """
+    x_t = scheduler.add_noise(x0, noise, t)
+    if scheduler.config.prediction_type == "v_prediction":
+        return x_t, scheduler.get_velocity(x0, noise, t)
+    return x_t, x0 if scheduler.config.prediction_type == "sample" else noise

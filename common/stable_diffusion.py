@@ -2,13 +2,14 @@
 
 import copy
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import diffusers
 import torch
 import transformers
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from torch.utils.checkpoint import checkpoint
 
 from common import UserError
 from common.lora import add_lora, load_weights, save_weights, sharing_weights
@@ -47,6 +48,7 @@ class StableDiffusion:
         self.image_size = side * 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.pictures_at_once = max(1, PIXELS_AT_ONCE // self.image_size**2)
         self.text_size = self.pooled([""]).shape[1]
+        self.gradient_checkpointing = args.gradient_checkpointing
         torch.manual_seed(args.seed)
         self.weights, self.pretrained_unet = make_trainable(
             self.unet,
@@ -78,8 +80,18 @@ class StableDiffusion:
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pictures (B, 3, H, W) in [0, 1] of latents x_0, a few at a time."""
+        return self.decode_with_gradient(latents)
+
+    def decode_with_gradient(self, latents: torch.Tensor) -> torch.Tensor:
+        """The same, with the graph to the latents; a value that is clamped passes no gradient.
+
+        With gradient checkpointing the activations of a few pictures are in memory at a time.
+        """
         few = (latents / self.vae.config.scaling_factor).split(self.pictures_at_once)
-        pictures = torch.cat([self.vae.decode(some).sample for some in few])
+        decode = lambda some: self.vae.decode(some).sample
+        if self.gradient_checkpointing and latents.requires_grad:
+            decode = partial(checkpoint, decode, use_reentrant=False, preserve_rng_state=False)
+        pictures = torch.cat([decode(some) for some in few])
         return (pictures / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from harness.loops import micro_batches, progress
 from harness.memory import even_size, fit_micro_batches, rollout_storage
 from harness.metrics import mean_and_std
 from harness.prompts import read_prompts, tag_of, warn_of_prompts
-from harness.rewards import load_run_reward
+from harness.rewards import load_run_reward, score_with_gradients, scores_of
 from harness.run import Run
 from harness.seeds import GRID, PRETRAINING, PROGRESS, ROLLOUT, UPDATES, VALUE, seeded
 from harness.stop import fail, require
@@ -47,6 +47,8 @@ __all__ = [
     "read_stored",
     "require",
     "rollout_storage",
+    "score_with_gradients",
+    "scores_of",
     "seeded",
     "tag_of",
     "warn_of_prompts",

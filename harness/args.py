@@ -151,7 +151,7 @@ def join_repeated(words: Sequence[str], flags: Sequence[str]) -> list[str]:
 
 def check_run(args: RunArgs) -> None:
     """Refuse what no script can do: numbers, precision, folder."""
-    check_numbers(args, {"seed", "lora_rank"})
+    check_numbers(args, {"seed", "lora_rank", "num_noise"})
     check_dtype(args.dtype)
     installed = any((Path(folder) / "wandb").is_dir() for folder in sys.path)
     if args.track and not installed:
@@ -246,11 +246,15 @@ def check_memory(flag: str, model: str, latents: int, pictures: int = 0) -> None
     require(needed < there, f"{flag} asks for {what}; lower it")
 
 
-def check_sampler(args) -> None:
-    """Refuse a model, a number of steps or an eta that no policy can have."""
+def check_sampler(args, needs_noise: bool = True) -> None:
+    """Refuse a model, a number of steps or an eta that no policy can have.
+
+    A script that takes no log-probability, and no KL, can do without noise.
+    """
     require(args.eta <= 1, f"--eta is {args.eta}; it can be at most 1")
-    why = "a step with less noise has no log-probability but rounding"
-    require(args.eta >= 0.01, f"--eta is {args.eta}; it must be 0.01 or more, as {why}")
+    why = "a step with less noise has no log-probability, and no KL, but rounding"
+    noisy = args.eta >= 0.01 or (args.eta == 0 and not needs_noise)
+    require(noisy, f"--eta is {args.eta}; it must be 0.01 or more, as {why}")
     T, rank = args.num_inference_steps, args.lora_rank
     require(T > 1, f"--num-inference-steps is {T}; one step has nothing to learn: take 2 or more")
     require(rank <= 1024, f"--lora-rank is {rank}; it can be at most 1024")

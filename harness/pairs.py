@@ -273,7 +273,7 @@ def open_pretrain_data(source: str | None, seed: int) -> Sequence:
     """The pairs of --pretrain-data. Raises SourceError."""
     if source is None:
         what = "a folder of pictures with metadata.jsonl, or of .tar shards"
-        remedy = "--pretrain-beta 0 trains without (docs/large_scale_ppo.md)"
+        remedy = "--pretrain-beta 0 trains without (docs/prompts.md)"
         raise SourceError(f"--pretrain-data is missing: {what}; {remedy}")
     try:
         return open_pairs(source, seed)

@@ -1,5 +1,6 @@
 """A reward as a run calls it: on all ranks together, in limited time; a failure loses nothing."""
 
+import math
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -29,6 +30,33 @@ def load_run_reward(
     """
     timeout = args.reward_timeout
     return load_reward_or_fail(spec, run.device, prompts, flag, timeout, differentiable)
+
+
+def score_with_gradients(
+    reward: Reward, images: torch.Tensor, prompts: Sequence[str], size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores (B,) of images (B, 3, H, W), and of each its gradient in its own image, (B, 3, H, W).
+
+    `reward` has with_gradient. About `size` images are in its graph at a time. Collective: ranks,
+    whose B may differ, call the reward equally often.
+    """
+    calls = math.ceil(min(everybodys(len(images))) / size)
+    parts = torch.arange(len(images)).tensor_split(calls)
+    scores, gradients = [], []
+    for start, stop in [(part[0].item(), part[-1].item() + 1) for part in parts]:
+        some = images[start:stop].detach().requires_grad_()
+        score = reward.with_gradient(some, prompts[start:stop])
+        gradients += torch.autograd.grad(score.sum(), some)
+        scores.append(score.detach())
+    return torch.cat(scores), torch.cat(gradients)
+
+
+def scores_of(images: torch.Tensor, scores: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+    """`scores` (B,) with a graph to `images`, in which their `gradients` were taken.
+
+    So the graphs of a reward's model and of a UNet need not be in memory together.
+    """
+    return scores + ((images - images.detach()) * gradients).flatten(1).sum(1)
 
 
 def load_reward_or_fail(

@@ -24,6 +24,10 @@ class Script:
     """Calls of the reward in a short run before the first iteration."""
     calls: int = 1
     """Calls of the reward in an iteration of a short run."""
+    gradient: bool = False
+    """It needs the gradient of the reward."""
+    steps: int = 50
+    """Steps of a sample without a flag."""
 
 
 TABLE = {
@@ -61,6 +65,32 @@ TABLE = {
         rate_of_lora=2e-5,
         calls_at_first=2,
     ),
+    "raft.py": Script(
+        short="--samples-per-iteration 4 --images-per-prompt 2 --acceptance 0.5 "
+        "--gradient-steps 2 --pretrain-batch-size 4",
+        smallest="--samples-per-iteration 2 --images-per-prompt 2 --acceptance 0.5 "
+        "--pretrain-batch-size 2 --pretrain-data zoo/pairs.py:biased "
+        "--prompts-file prompts/zoo.txt",
+        needs="--images-per-prompt 2 --acceptance 0.5 --pretrain-data zoo/pairs.py:biased "
+        "--pretrain-batch-size 5",
+        takes_part="--gradient-steps 2",
+        rate=3e-6,
+        rate_of_lora=3e-4,
+        blocks=("policy", "monitoring", "pre-training"),
+    ),
+    "reward_weighted.py": Script(
+        short="--samples-per-iteration 4 --images-per-prompt 2 --watched-prompts 1 "
+        "--gradient-steps 2 --pretrain-batch-size 4",
+        smallest="--samples-per-iteration 2 --images-per-prompt 2 --watched-prompts 1 "
+        "--pretrain-batch-size 2 --pretrain-data zoo/pairs.py:biased "
+        "--prompts-file prompts/zoo.txt",
+        needs="--images-per-prompt 2 --pretrain-data zoo/pairs.py:biased --pretrain-batch-size 5",
+        takes_part="--gradient-steps 2",
+        rate=1e-5,
+        rate_of_lora=3e-4,
+        blocks=("policy", "monitoring", "pre-training"),
+        calls=2,
+    ),
     "large_scale_ppo.py": Script(
         short="--pretrain-batch-size 4 --training-timesteps 2",
         smallest="--pretrain-batch-size 2 --training-timesteps 1 "
@@ -70,18 +100,45 @@ TABLE = {
         takes_part="--training-timesteps 2",
         rate=2e-6,
         rate_of_lora=3e-4,
+        blocks=("policy", "monitoring", "pre-training"),
         tasks=True,
+    ),
+    "refl.py": Script(
+        short="--samples-per-iteration 4 --pretrain-batch-size 4 --most-steps-left 2",
+        smallest="--samples-per-iteration 2 --pretrain-batch-size 2 --most-steps-left 2 "
+        "--pretrain-data zoo/pairs.py:biased --prompts-file prompts/zoo.txt",
+        needs="--pretrain-data zoo/pairs.py:biased --pretrain-batch-size 5 --most-steps-left 4",
+        rate=1e-5,
+        rate_of_lora=3e-4,
+        blocks=("policy", "monitoring", "pre-training"),
+        gradient=True,
+        steps=40,
+    ),
+    "draft.py": Script(
+        short="--samples-per-iteration 4 --num-noise 1",
+        smallest="--samples-per-iteration 2 --num-noise 0 --prompts-file prompts/zoo.txt",
+        rate=1e-5,
+        rate_of_lora=5e-5,
+        gradient=True,
+        calls=2,  # of four samples, and of their four pictures more
     ),
 }
 SCRIPTS = tuple(TABLE)
 PROMPT = "A green colored rabbit"
 
 
+def usable(script: str, reward: str) -> str:
+    """The reward, or one with a gradient where the size of a JPEG has none."""
+    return (
+        "image_reward:zoo/image_reward" if TABLE[script].gradient and "jpeg" in reward else reward
+    )
+
+
 def reward_flags(script: str, reward: str, size: str) -> list[str]:
     """The reward; where it is a task's, with prompts of the zoo, PxG: their number and samples."""
     if TABLE[script].tasks:
         return ["--tasks", f"{reward} prompts/zoo.txt {size}"]
-    return ["--reward", reward]
+    return ["--reward", usable(script, reward)]
 
 
 def ten_samples(script: str, reward: str, prompts) -> list:
@@ -89,7 +146,8 @@ def ten_samples(script: str, reward: str, prompts) -> list:
     if TABLE[script].tasks:
         flags = ["--tasks", f"{reward} {prompts} 5x2"]
     else:
-        flags = ["--samples-per-iteration", 10, "--reward", reward, "--prompts-file", prompts]
+        flags = ["--samples-per-iteration", 10, "--prompts-file", prompts]
+        flags += reward_flags(script, reward, "5x2")
     return [*flags, *TABLE[script].needs.split()]
 
 

