@@ -285,15 +285,15 @@ def main():
     optimizer = torch.optim.AdamW(sd.weights, learning_rate, weight_decay=args.weight_decay)
     # The last rewards of each prompt, the same on all ranks.
     history = torch.full((len(prompts), args.buffer_size), float("nan"), dtype=torch.float64)
-    run.keep(model=sd, optimizer=optimizer, history=history)
-    # Without CFG training the policy that learns is not the one that sampled (B.1, Fig. 8).
-    train_args = args if args.cfg_training else replace(args, guidance_scale=1.0)
     gradient_steps = args.gradient_steps if args.estimator == "is" else 1
     noisy_steps = steps_with_noise(sd.scheduler, args.eta).cpu()
-    train_args, args = (fit_micro_batches(a, sd, guided_noise) for a in (train_args, args))
-    sd.batch_size = even_size(len(own), args.micro_batch_size)
     shapes = (len(own), T + 1, *sd.latent_shape), (len(own), T)
     trajectory, log_prob = rollout_storage(run.device, *shapes)
+    args = fit_micro_batches(args, sd, guided_noise)
+    sd.batch_size = even_size(len(own), args.micro_batch_size)
+    # Without CFG training the policy that learns is not the one that sampled (B.1, Fig. 8).
+    train_args = args if args.cfg_training else replace(args, guidance_scale=1.0)
+    run.keep(model=sd, optimizer=optimizer, history=history)
 
     for iteration in run.iterations(grid=partial(draw_grid, args, sd, prompts)):
         # Rollout: m samples of the current policy (A.1). Sample i has its own generator.
@@ -325,7 +325,7 @@ def main():
             else:
                 advantages = per_batch_advantages(rewards)
             advantages = advantages.clamp(-args.advantage_clip, args.advantage_clip)
-            A = advantages[own.start : own.stop].float().to(run.device)
+            own_advantages = advantages[own.start : own.stop].float()
 
         # Updates, each on an equal share of the samples and all of their steps (Eq. 3, 4).
         with run.timer("train"):
@@ -335,27 +335,25 @@ def main():
             for update, minibatch in enumerate(minibatches):
                 count = len(minibatch) * steps.shape[1]
                 samples = minibatch[(minibatch >= own.start) & (minibatch < own.stop)] - own.start
-                i_of_steps = samples.repeat_interleave(steps.shape[1])
-                of_transitions = [own_prompts[i] for i in i_of_steps.tolist()]
-                j_of_steps = steps[samples + own.start].flatten()
-                transitions = torch.stack([i_of_steps, j_of_steps]).to(trajectory.device)
-                for rows in micro_batches(len(of_transitions), sd.batch_size):
-                    i, j = transitions[:, rows]
-                    t, text = sd.timesteps[j], sd.encode(of_transitions[rows])
-                    stored = trajectory[i, j], trajectory[i, j + 1], log_prob[i, j]
-                    x_t, x_prev, old_log_prob = (
-                        x.to(run.device, non_blocking=True) for x in stored
-                    )
+                i_all = samples.repeat_interleave(steps.shape[1])
+                j_all = steps[samples + own.start].flatten()
+                t_all = sd.timesteps[j_all.to(run.device)]
+                A_all = own_advantages[i_all].to(run.device)
+                prompts_all = [own_prompts[i] for i in i_all.tolist()]
+                for rows in micro_batches(len(prompts_all), sd.batch_size):
+                    i, j = i_all[rows], j_all[rows]
+                    t, A, text = t_all[rows], A_all[rows], sd.encode(prompts_all[rows])
+                    x_t, x_prev = trajectory[i, j], trajectory[i, j + 1]
                     prediction = guided_noise(train_args, sd, sd.unet, x_t, t, text)
                     step = ddim_step_with_logprob(
                         sd.scheduler, prediction, t, x_t, args.eta, prev_sample=x_prev
                     )
-                    ratio = torch.exp(step.log_prob - old_log_prob)  # Eq. 4
+                    ratio = torch.exp(step.log_prob - log_prob[i, j])  # Eq. 4
                     clipped = ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
                     if args.estimator == "sf":
-                        objective = A[i] * step.log_prob  # Eq. 3
+                        objective = A * step.log_prob  # Eq. 3
                     else:
-                        objective = torch.minimum(A[i] * ratio, A[i] * clipped)  # Eq. 4 (A.1)
+                        objective = torch.minimum(A * ratio, A * clipped)  # Eq. 4 (A.1)
                     loss = -objective.sum() / count
                     run.backward(loss)
 

@@ -248,17 +248,15 @@ class ValueFunction(torch.nn.Module):
 class Replay:
     """The last rollouts of this rank's samples, indexed by slot, sample and step."""
 
-    KEPT = ("trajectory", "log_prob", "reward", "prompt", "pre_noise", "has_pre_noise")
+    STORED = ("trajectory", "log_prob", "reward", "pre_noise")
 
     def __init__(self, args, sd, own: range):
         self.own, self.m, self.T = own, args.samples_per_iteration, args.num_inference_steps
         self.noisy_steps = steps_with_noise(sd.scheduler, args.eta).cpu()
         slots, n, T = args.replay_rollouts, len(own), args.num_inference_steps
-        self.trajectory, self.pre_noise = rollout_storage(
-            sd.device, (slots, n, T + 1, *sd.latent_shape), (slots, n, T, *sd.latent_shape)
-        )
-        self.log_prob = torch.zeros(slots, n, T, device=sd.device)
-        self.reward = torch.zeros(slots, n, device=sd.device)
+        latents = (slots, n, T + 1, *sd.latent_shape), (slots, n, T, *sd.latent_shape)
+        self.trajectory, self.pre_noise = rollout_storage(sd.device, *latents)
+        self.log_prob, self.reward = rollout_storage(sd.device, (slots, n, T), (slots, n))
         # What is asked of these decides what is done next: there is no waiting for the GPU.
         self.prompt = torch.zeros(slots, n, dtype=torch.long)
         self.has_pre_noise = torch.zeros(slots, n, T, dtype=torch.bool)
@@ -280,34 +278,24 @@ class Replay:
         s, i, _ = transitions
         return [prompts[k] for k in self.prompt[s, i].tolist()]
 
-    def at(self, s, i, j):
-        """x_t, x_{t-1} and the pretrained model's prediction of transitions, (n, C, H, W) each."""
-        s, i, j = (index.to(self.trajectory.device) for index in (s, i, j))
-        of_transitions = (
-            self.trajectory[s, i, j],
-            self.trajectory[s, i, j + 1],
-            self.pre_noise[s, i, j],
-        )
-        return [x.to(self.log_prob.device, non_blocking=True) for x in of_transitions]
-
     def predict_pretrained(self, args, sd, prompts, transitions) -> None:
         """Keep the pretrained model's predictions for the transitions (3, n) that lack them."""
         lacking = transitions[:, ~self.has_pre_noise[tuple(transitions)]].unique(dim=1)
-        self.has_pre_noise[tuple(lacking)] = True
-        texts, lacking = self.prompts_of(prompts, lacking), lacking.to(self.pre_noise.device)
+        texts, t_all = self.prompts_of(prompts, lacking), sd.timesteps[lacking[2].to(sd.device)]
         for rows in micro_batches(len(texts), sd.batch_size):
             s, i, j = lacking[:, rows]
-            x_t, text = self.trajectory[s, i, j].to(sd.device), sd.encode(texts[rows])
+            x_t, text = self.trajectory[s, i, j], sd.encode(texts[rows])
             with sd.pretrained() as unet:
-                noise = guided_noise(args, sd, unet, x_t, sd.timesteps[j], text)
-            self.pre_noise[s, i, j] = noise.to(self.pre_noise.device)
+                self.pre_noise[s, i, j] = guided_noise(args, sd, unet, x_t, t_all[rows], text)
+            self.has_pre_noise[s, i, j] = True
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {key: getattr(self, key) for key in self.KEPT}
+        stored = {key: getattr(self, key).values for key in self.STORED}
+        return stored | {"prompt": self.prompt, "has_pre_noise": self.has_pre_noise}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        for key in self.KEPT:
-            getattr(self, key).copy_(state[key])
+        for key, values in self.state_dict().items():
+            values.copy_(state[key])
 
 
 def monitor(run, args, count, scale, ratio, clipped, advantages, policy_loss, penalty, kl) -> None:
@@ -343,11 +331,11 @@ def main():
     reward_function = load_run_reward(run, args, args.reward, prompts)
     replay = Replay(args, sd, own)
     nats = sd.latent_size * len(replay.noisy_steps)  # of a KL that is a mean over both
+    args = fit_micro_batches(args, sd, guided_noise)
+    sd.batch_size = even_size(len(own), args.micro_batch_size)
     run.keep(model=sd, optimizer=optimizer)
     run.keep(value_function=value_function, value_optimizer=value_optimizer)
     run.keep_shares(m, replay=replay)
-    args = fit_micro_batches(args, sd, guided_noise)
-    sd.batch_size = even_size(len(own), args.micro_batch_size)
 
     for iteration in run.iterations(grid=partial(draw_grid, args, sd, prompts)):
         # Rollout: m samples of the current policy (Alg. 1). Sample i has its own generator.
@@ -384,9 +372,9 @@ def main():
                 of_transitions = replay.prompts_of(prompts, transitions)
                 if not of_transitions:  # all of them are other ranks'
                     continue
-                s, i, j = transitions.to(run.device)
-                x_t, _, _ = replay.at(s, i, j)
-                value = value_function(x_t, j, sd.pooled(of_transitions))
+                s, i, j = transitions
+                x_t, pooled = replay.trajectory[s, i, j], sd.pooled(of_transitions)
+                value = value_function(x_t, j.to(run.device), pooled)
                 value_loss = ((replay.reward[s, i] - value) ** 2).sum() / count / 5  # Eq. 24
                 run.backward(value_loss)
                 run.add("loss/value", value_loss)
@@ -405,11 +393,13 @@ def main():
             replay.predict_pretrained(args, sd, prompts, all_drawn)
             for update, (count, transitions) in enumerate(batches):
                 of_transitions = replay.prompts_of(prompts, transitions)
-                transitions = transitions.to(run.device)
+                steps = transitions[2].to(run.device)
+                is_newest = (transitions[0] == slot).to(run.device)
                 for rows in micro_batches(len(of_transitions), sd.batch_size):
                     s, i, j = transitions[:, rows]
-                    t, text = sd.timesteps[j], sd.encode(of_transitions[rows])
-                    x_t, x_prev, pre_prediction = replay.at(s, i, j)
+                    t, text = sd.timesteps[steps[rows]], sd.encode(of_transitions[rows])
+                    x_t, x_prev = replay.trajectory[s, i, j], replay.trajectory[s, i, j + 1]
+                    pre_prediction = replay.pre_noise[s, i, j]
                     prediction = guided_noise(args, sd, sd.unet, x_t, t, text)
                     step, pre = (
                         ddim_step_with_logprob(
@@ -420,11 +410,11 @@ def main():
 
                     advantages = replay.reward[s, i]
                     if args.value_function:
-                        value = value_function(x_t, j, sd.pooled(of_transitions[rows]))
+                        value = value_function(x_t, steps[rows], sd.pooled(of_transitions[rows]))
                         advantages = advantages - value.detach()  # Eq. 22
                     ratio = torch.exp(step.log_prob - replay.log_prob[s, i, j])  # Eq. 25
                     clipped = ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
-                    rewarded = j < args.rewarded_share * T
+                    rewarded = steps[rows] < args.rewarded_share * T
                     policy_loss = -args.alpha * advantages * clipped * rewarded  # Eq. 26
                     kl = ddim_step_kl(step.mean, pre.mean, step.std)  # Eq. 7
                     penalty = kl
@@ -436,7 +426,7 @@ def main():
                     terms = (ratio, clipped, advantages, policy_loss, penalty, kl)
                     monitor(run, args, count, nats, *terms)
                     if update == 0:
-                        newest = (ratio - 1).abs() * (s == slot)
+                        newest = (ratio - 1).abs() * is_newest[rows]
                         run.add("ratio/first_max_deviation", newest.max(), "max")
                 run.step(optimizer, args.max_grad_norm)
         line = {"samples": (iteration + 1) * m, **mean_and_std("reward", run.gather(rewards, m))}

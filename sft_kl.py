@@ -333,11 +333,11 @@ def main():
     m, n, T = args.samples_per_iteration, args.batch_size, args.num_inference_steps
 
     optimizer = torch.optim.AdamW(sd.weights, args.learning_rate, weight_decay=args.weight_decay)
-    run.keep(model=sd, optimizer=optimizer)
     # Without CFG training the model that learns is not the one that samples.
     train_args = args if args.cfg_training else replace(args, guidance_scale=1.0)
     own = run.share(n)
     args = fit_micro_batches(args, sd, guided_noise)
+    run.keep(model=sd, optimizer=optimizer)
     sd.batch_size = even_size(len(own), args.micro_batch_size)
 
     def draw(unet, count, *key, monitor=False):
@@ -399,8 +399,8 @@ def main():
                     weight = step_weights(sd.scheduler, t, args.weighting)
                     for rows in micro_batches(len(own), sd.batch_size):
                         inputs = x_t[rows], t[rows], sd.encode(of_batch[rows])
-                        f = predict_x0(train_args, sd, sd.unet, *inputs)
                         f_pre = pretrained_x0(train_args, sd, *inputs)
+                        f = predict_x0(train_args, sd, sd.unet, *inputs)
                         loss = sft_loss(args, reward[rows], x0[rows], f, f_pre)
                         loss = (weight[rows] * loss).sum() / n  # Eq. 12, 13
                         run.backward(loss)

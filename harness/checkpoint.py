@@ -27,8 +27,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-CHECKPOINT_FORMAT = 4
-"""4: state.pt has what `Run.keep` was given, under its names, and args.json the arguments.
+CHECKPOINT_FORMAT = 5
+"""5: state.pt has what `Run.keep` was given, under its names, and args.json the arguments.
 
 Earlier ones are refused.
 """
@@ -167,10 +167,13 @@ def read_part(path: Path, device: torch.device) -> dict:
     return torch.load(path, map_location=device, weights_only=True)
 
 
-def read_shares(run_dir: Path, name: str, n: int, own: range, device: torch.device) -> dict:
-    """This rank's share, of n in dimension 1, of tensors whose shares some ranks have written."""
+def read_shares(run_dir: Path, name: str, n: int, own: range) -> dict[str, torch.Tensor]:
+    """This rank's share, of n in dimension 1, of tensors whose shares some ranks have written.
+
+    On the CPU: a GPU may not have room for all shares.
+    """
     paths = sorted((run_dir / "checkpoint").glob(f"{name}-*.pt"))
-    parts = [read_part(path, device) for path in paths]
+    parts = [read_part(path, "cpu") for path in paths]
     whole = {key: torch.cat([part[key] for part in parts], dim=1) for key in parts[0]}
     if any(value.shape[1] != n for value in whole.values()):
         raise ValueError(f"it is not of {n} samples")

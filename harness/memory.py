@@ -22,23 +22,56 @@ def even_size(n: int, most: int) -> int:
     return math.ceil(n / math.ceil(n / most))
 
 
-def rollout_storage(device: torch.device, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
-    """Zeros of these shapes, float32, on `device`; all in pinned memory of the host if large."""
+class Stored:
+    """Values of a rollout, float32, zero at first: on `device`, or in pinned memory of the host.
+
+    stored[index] is on `device`, wherever it is kept. An index is of the host, whole or a tensor:
+    nothing waits for the GPU to tell it. What is set on the host is there when a timer has ended.
+    """
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device, on_host: bool):
+        place = {"pin_memory": True} if on_host else {"device": device}
+        self.values, self.device, self.on_host = torch.zeros(shape, **place), device, on_host
+
+    def __getitem__(self, index):
+        if self.on_host:
+            gathered = self.values[index].contiguous().pin_memory()
+            return gathered.to(self.device, non_blocking=True)
+        return self.values[self._there(index)]
+
+    def __setitem__(self, index, values: torch.Tensor) -> None:
+        if self.on_host and any(isinstance(part, torch.Tensor) for part in index):
+            self.values[index] = values.to("cpu")  # no view of a tensor's places: this one waits
+        elif self.on_host:
+            self.values[index].copy_(values, non_blocking=True)
+        else:
+            self.values[self._there(index)] = values
+
+    def _there(self, index):
+        if not isinstance(index, tuple):
+            return index
+        to_device = lambda part: part.to(self.device, non_blocking=True)
+        return tuple(to_device(p) if isinstance(p, torch.Tensor) else p for p in index)
+
+
+def rollout_storage(device: torch.device, *shapes: tuple[int, ...]) -> list[Stored]:
+    """`Stored` of these shapes, all on the GPU, or all on its host where they are large."""
     on_host = device.type == "cuda" and 4 * sum(map(math.prod, shapes)) > LARGE
-    place = {"pin_memory": True} if on_host else {"device": device}
-    return [torch.zeros(shape, **place) for shape in shapes]
+    return [Stored(shape, device, on_host) for shape in shapes]
 
 
 def fit_micro_batches(args, sd, guided_noise: Callable):
     """`args` with a number where --micro-batch-size is "auto": the most rows that this GPU can do.
 
     Each rank tries out one training pass of `guided_noise`, the script's, in ever larger batches;
-    the rank with least room decides. On a CPU, which may swap, it is 8.
+    the rank with least room decides. On a CPU, which may swap, it is 8. Called when all else is on
+    the GPU but AdamW's state, which is counted in.
     """
     if args.micro_batch_size != "auto":
         return args
     if sd.device.type != "cuda":
         return replace(args, micro_batch_size=ON_CPU)
+    everybodys(None)  # NCCL takes its memory at the first exchange
     with torch.compiler.set_stance("force_eager"):  # compiled it takes less, and long for each size
         own = largest(SIZES, lambda rows: has_room(args, sd, guided_noise, rows))
     size = min(everybodys(own))
@@ -58,6 +91,12 @@ def largest(sizes: tuple[int, ...], fits: Callable[[int], bool]) -> int:
     return found
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether the GPU had no room, in whichever library it was noticed."""
+    libraries = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(x in str(error) for x in libraries)
+
+
 def has_room(args, sd, guided_noise: Callable, rows: int) -> bool:
     """Whether a training pass of so many rows fits beside what is on the GPU, and AdamW's state."""
     free, _ = torch.cuda.mem_get_info(sd.device)
@@ -75,7 +114,9 @@ def has_room(args, sd, guided_noise: Callable, rows: int) -> bool:
         sd.decode(latents)
         del moments
         fits = torch.cuda.max_memory_reserved(sd.device) <= room
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         fits = False
     for weight in sd.weights:
         weight.grad = None

@@ -38,9 +38,15 @@ class Metrics:
 
     @contextmanager
     def timer(self, name: str):
-        began = time.perf_counter()
+        began = self.now()
         yield
-        self.seconds[name] += time.perf_counter() - began
+        self.seconds[name] += self.now() - began
+
+    def now(self) -> float:
+        """Seconds, when a GPU has done all that it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def reduced(self, reduce: str) -> dict[str, float]:
         """Over all ranks, some of which may have had nothing to add."""

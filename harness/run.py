@@ -44,10 +44,11 @@ class Run:
         self._rank = int(os.environ.get("RANK", 0))
         self._world_size = int(os.environ.get("WORLD_SIZE", 1))
         self._signals = catch_signals()
+        self.device = torch.device("cpu")
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self._world_size > 1:
             join_ranks(self.device)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=args.dtype == "fp16")
@@ -107,7 +108,7 @@ class Run:
             if self._state is None:
                 continue
             with restoring(self._args.resume, name):
-                state = read_shares(self._args.resume, name, n, own, self.device)
+                state = read_shares(self._args.resume, name, n, own)
                 thing.load_state_dict(state)
 
     def shard(self, path: str | Path, n: int, make: Callable, about: str | None = None) -> dict:
@@ -172,13 +173,13 @@ class Run:
         parameters = self._trained[id(optimizer)] = optimizer.param_groups[0]["params"]
         sum_gradients(parameters)
         self._scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-        if norm.isfinite():
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
+        if math.isfinite(norm):
             self._scaler.step(optimizer)
         self._scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        self._metrics.norms[metric].append(norm.item())
-        self._last_norms.append(norm.item())
+        self._metrics.norms[metric].append(norm)
+        self._last_norms.append(norm)
 
     # Metrics
 

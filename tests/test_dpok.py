@@ -4,7 +4,9 @@ And its estimator against a closed form, and its paper's settings.
 """
 
 import sys
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from written_out import policies, record_updates
 
 import dpok
 from common.scheduler import ddim_step_with_logprob
-from common.stable_diffusion import PromptEncoder
+from common.stable_diffusion import PromptEncoder, ddim_scheduler
 
 TINY = ("--num-inference-steps", "4", "--samples-per-iteration", "10")
 TINY += ("--reward", "jpeg_incompressibility")
@@ -133,3 +135,34 @@ def test_default_is_the_setting_of_the_paper():
     assert (args.alpha, args.beta, args.learning_rate, args.lora_rank) == (10.0, 0.01, 1e-5, 4)
     assert (args.samples_per_iteration, args.gradient_steps) == (10, 5)
     assert (args.batch_size, args.clip_range) == (32, 1e-4)
+
+
+def test_predictions_are_marked_when_they_are_there(monkeypatch):
+    """A fault in the middle leaves no transition marked that lacks its prediction."""
+    args = dpok.Args(samples_per_iteration=3, num_inference_steps=4, replay_rollouts=2)
+    scheduler = ddim_scheduler({"num_train_timesteps": 1000}, 4)
+    sd = SimpleNamespace(
+        scheduler=scheduler,
+        timesteps=scheduler.timesteps,
+        device=torch.device("cpu"),
+        latent_shape=(1, 2, 2),
+        batch_size=2,
+        encode=lambda texts: torch.zeros(len(texts), 1, 1),
+        pretrained=lambda: nullcontext("pretrained"),
+    )
+    calls = []
+
+    def one_then_no_memory(args, sd, unet, x_t, t, text):
+        calls.append(unet)
+        if len(calls) > 1:
+            raise torch.OutOfMemoryError
+        return torch.ones_like(x_t)
+
+    monkeypatch.setattr(dpok, "guided_noise", one_then_no_memory)
+    replay = dpok.Replay(args, sd, range(3))
+    _, transitions = replay.draw(6, 2, torch.Generator().manual_seed(0))
+    with pytest.raises(torch.OutOfMemoryError):
+        replay.predict_pretrained(args, sd, ["a"], transitions)
+    state = replay.state_dict()
+    assert calls == ["pretrained"] * 2 and state["has_pre_noise"].sum() == 2
+    assert state["has_pre_noise"].equal(state["pre_noise"].flatten(3).any(3))

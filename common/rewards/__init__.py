@@ -180,6 +180,8 @@ class Ahead:
         def score():
             if before is not None:
                 wait([before])
+            if images.is_cuda:  # nor has it the caller's device
+                torch.cuda.set_device(images.device)
             try:
                 scores.set_result(self.reward(images, prompts))
             except BaseException as error:  # raised where the scores are asked for
