@@ -1,7 +1,7 @@
 """What an iteration asks of a machine, counted without running it: work, weights, memory.
 
 python -m benchmarks.count              the tables of docs/performance.md, into results/count.json
-python -m benchmarks.throughput --count dpok.py --layout sd-v1-5 --flags "--micro-batch-size 1"
+python -m benchmarks.throughput --count dpok.py --layout sd-v1-5 --flags="--micro-batch-size 1"
 
 FLOPs and memory are those of fake tensors, of which no number is computed. "Kept" is what lives
 from the forward pass to the backward pass, "peak" the most that lives at once, both beside weights

@@ -72,7 +72,7 @@ class Args:
     compile: bool = False
     """As the scripts' --compile."""
     flags: str = ""
-    """More flags for the scripts, in one word."""
+    """More flags for the scripts, in one word: --flags="--eta 1"."""
     repeats: int = 5
     """Iterations that are measured."""
     count: bool = False

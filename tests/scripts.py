@@ -124,6 +124,11 @@ TABLE = {
     ),
 }
 SCRIPTS = tuple(TABLE)
+IN_FAULTS = ("dpok.py", "ddpo.py", "rwr.py", "sft_kl.py", "large_scale_ppo.py")
+"""What tests/faults runs: every way in which a script uses the harness, in its minutes.
+
+raft.py and draft.py use it as ddpo.py does, reward_weighted.py and refl.py as sft_kl.py does.
+"""
 PROMPT = "A green colored rabbit"
 
 

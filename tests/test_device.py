@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from scripts import SCRIPTS, TABLE, tiny_and_own
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common.rewards import RewardError, load_reward
+from common.rewards import Ahead, load_reward
 from common.stable_diffusion import load_stable_diffusion
 from harness import even_size, fit_micro_batches
 from harness.memory import largest, out_of_memory, rollout_storage
@@ -90,9 +90,10 @@ def test_padding_changes_nothing(tiny_sd):
             weight.grad = None
     (noise, *gradients), (padded_noise, *padded_gradients) = results
     assert noise.shape == (5, *sd.latent_shape)
-    torch.testing.assert_close(padded_noise, noise, rtol=1e-4, atol=1e-6)
+    atol = 1e-5 * noise.abs().max().item()
+    torch.testing.assert_close(padded_noise, noise, rtol=1e-4, atol=atol)
     # Queries and keys of an attention over one pixel have a gradient of rounding alone.
-    atol = 1e-6 * max(gradient.abs().max() for gradient in gradients).item()
+    atol = 1e-5 * max(gradient.abs().max() for gradient in gradients).item()
     torch.testing.assert_close(padded_gradients, gradients, rtol=1e-4, atol=atol)
 
 
@@ -228,13 +229,16 @@ def test_rewards_that_were_started_are_taken_up_in_order():
 
 
 def test_a_fault_of_a_reward_that_was_started_is_raised():
-    """In its thread, and once alone."""
+    """Where its scores are asked for; after that it starts anew."""
 
-    def fails(images, prompts):
-        raise RuntimeError(f"no score for {prompts[0]}")
+    def score(images, prompts):
+        if "b" in prompts:
+            raise RuntimeError("no score for b")
+        return torch.zeros(len(images))
 
-    reward, images = load_reward(fails), torch.rand(4, 3, 32, 32)
+    reward, images = Ahead(score), torch.rand(4, 3, 32, 32)
     reward.start(images[:2], ["a", "b"])
     reward.start(images[2:], ["c", "d"])
-    with pytest.raises(RewardError, match="no score for a"):
+    with pytest.raises(RuntimeError, match="no score for b"):
         reward(images, list("abcd"))
+    assert reward(images[2:], ["c", "d"]).equal(torch.zeros(2))

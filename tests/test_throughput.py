@@ -182,7 +182,7 @@ def test_throughput_adds_its_results(tmp_path):
     output = tmp_path / "throughput.json"
     output.write_text('{"before": 1}')
     flags = "--num-inference-steps 3 --reward jpeg_compressibility"
-    words = ["ddpo.py", "--layout", "tiny", "--repeats", 1, "--flags", flags, "--output", output]
+    words = ["ddpo.py", "--layout", "tiny", "--repeats", 1, f"--flags={flags}", "--output", output]
     said = run_module("benchmarks.throughput", *words)
     assert "times the bare calls" in said
     results = json.loads(output.read_text())
