@@ -128,7 +128,7 @@ PRESETS = {
     "zoo": Args(
         model="zoo/sd",
         reward="image_reward:zoo/image_reward",
-        num_iterations=40,
+        num_iterations=80,
         samples_per_iteration=24,
         micro_batch_size=48,
         num_inference_steps=12,

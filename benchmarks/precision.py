@@ -1,17 +1,19 @@
-"""What half precision does to the log-probs and ratios of SD v1.5's UNet at 512 px.
+"""What half precision does to the log-probs and ratios of SD v1.5's UNet.
 
-python -m benchmarks.precision    writes benchmarks/results/precision.json and prints a table
+python -m benchmarks.precision              writes results/precision.json and prints a table
+python -m benchmarks.precision --side 64    latents of 512 px, in place of 128
 
 Random weights of the real shape, a LoRA of rank 4, guidance 7.5, and two of 50 steps. In each
 precision the policy draws x_{t-1} by the same noise. Its log-prob is then compared with float32's,
 and so is the log of the ratio once the LoRA has moved: a clip range of 1e-4 is for such ratios. On
-a CPU, where float16 takes half an hour, as no kernel there is made for it.
+a CPU, where float16 takes half an hour at 512 px, as no kernel there is made for it.
 """
 
 import json
 from types import SimpleNamespace
 
 import torch
+import tyro
 from diffusers import UNet2DConditionModel
 
 from benchmarks.layouts import SD_SCHEDULE, SD_V1_5
@@ -43,13 +45,14 @@ def guided(unet, latents, t, text, w: float = 7.5) -> torch.Tensor:
     return without_text + w * (with_text - without_text)
 
 
-def measure(dtype: str) -> list[dict]:
+def measure(dtype: str, side: int) -> list[dict]:
     """Of each step: log-prob of what is drawn, and log of the ratio after the LoRA has moved."""
     scheduler = ddim_scheduler({"num_train_timesteps": 1000} | SD_SCHEDULE, 50)
     generator = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(*shape, generator=generator)
     text = draw(2, 77, 768)
-    inputs = [SimpleNamespace(j=j, x=draw(1, 4, 64, 64), noise=draw(1, 4, 64, 64)) for j in STEPS]
+    shape = (1, 4, side, side)
+    inputs = [SimpleNamespace(j=j, x=draw(*shape), noise=draw(*shape)) for j in STEPS]
     unet, lora_B = networks(dtype)
     for step in inputs:
         step.t = scheduler.timesteps[step.j]
@@ -73,8 +76,9 @@ def measure(dtype: str) -> list[dict]:
     return lines
 
 
-def main():
-    found = {dtype: measure(dtype) for dtype in ("fp32", "bf16", "fp16")}
+def main(side: int = 16) -> None:
+    """Measure all precisions, on latents (1, 4, side, side)."""
+    found = {dtype: measure(dtype, side) for dtype in ("fp32", "bf16", "fp16")}
     results = []
     print("| t | dtype | error of the mean, in sigma_t | log of the ratio | its error |")
     print("|---|---|---|---|---|")
@@ -88,8 +92,8 @@ def main():
             results[-1] |= {"log_ratio": line["log_ratio"], "log_ratio_error": error}
             print(f"| {line['t']} | {dtype} | {off:.1e} | {line['log_ratio']:.2e} | {error:.1e} |")
     path = ROOT / "benchmarks/results/precision.json"
-    path.write_text(json.dumps(results, indent=2) + "\n")
+    path.write_text(json.dumps({"side": side, "lines": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

@@ -473,6 +473,8 @@ REPORTS = {
     "dpok_30": (dpok, 256),
     "dpok_40": (dpok, 256),
     "dpok_40_pair_moon": (dpok, 256),
+    "dpok_40_wolves": (dpok, 256),
+    "dpok_bf16": (dpok, 256),
     "dpok_beta": (dpok, 256),
     "dpok_base": (dpok_base, 256),
     "ddpo": (learning, 256),
