@@ -40,7 +40,8 @@ class Stored:
         return self.values[self._there(index)]
 
     def __setitem__(self, index, values: torch.Tensor) -> None:
-        if self.on_host and any(isinstance(part, torch.Tensor) for part in index):
+        parts = index if isinstance(index, tuple) else (index,)
+        if self.on_host and any(isinstance(part, torch.Tensor) for part in parts):
             self.values[index] = values.to("cpu")  # no view of a tensor's places: this one waits
         elif self.on_host:
             self.values[index].copy_(values, non_blocking=True)

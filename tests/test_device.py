@@ -187,12 +187,15 @@ def test_micro_batch_size_that_fits():
     assert fit_micro_batches(args, here, None).micro_batch_size == 8
 
 
-def test_rollouts_are_stored_together():
+@pytest.mark.parametrize("on_host", [False, True])
+def test_rollouts_are_stored_together(on_host, monkeypatch):
     """What is set by whole indices or by tensors is what the same indices give."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)  # which needs a GPU
     stored, other = rollout_storage(torch.device("cpu"), (3, 4, 5), (4,))
+    stored.on_host = on_host
     assert stored.values.dtype == other.values.dtype == torch.float32
     expected, generator = torch.zeros(3, 4, 5), torch.Generator().manual_seed(0)
-    for index in ((1, slice(1, 3)), (torch.tensor([0, 2]), torch.tensor([3, 0]))):
+    for index in (slice(0, 2), 2, (1, slice(1, 3)), (torch.tensor([0, 2]), torch.tensor([3, 0]))):
         expected[index] = torch.rand(expected[index].shape, generator=generator)
         stored[index] = expected[index]
         assert stored[index].equal(expected[index])
