@@ -41,7 +41,6 @@ from harness import (
     even_size,
     fit_micro_batches,
     load_run_reward,
-    mean_and_std,
     micro_batches,
     parse_args,
     read_prompts,
@@ -295,7 +294,7 @@ def main():
     train_args = args if args.cfg_training else replace(args, guidance_scale=1.0)
     run.keep(model=sd, optimizer=optimizer, history=history)
 
-    for iteration in run.iterations(grid=partial(draw_grid, args, sd, prompts)):
+    for iteration in run.iterations(grid=partial(draw_grid, args, sd, prompts=prompts)):
         # Rollout: m samples of the current policy (A.1). Sample i has its own generator.
         with run.timer("sample"):
             generators = [seeded(args.seed, ROLLOUT, iteration, i) for i in own]
@@ -363,8 +362,7 @@ def main():
                     if update == 0:
                         run.add("ratio/first_max_deviation", (ratio - 1).abs().max(), "max")
                 run.step(optimizer, args.max_grad_norm)
-        line = {"samples": (iteration + 1) * m}
-        line |= mean_and_std("reward", rewards) | mean_and_std("advantages", advantages)
+        line = {"samples": (iteration + 1) * m, "reward": rewards, "advantages": advantages}
         # Without CFG training another policy sampled, and no ratio is 1.
         limits = {"ratio/first_max_deviation": args.clip_range} if args.cfg_training else {}
         run.log(line, warn_above=limits)

@@ -45,7 +45,6 @@ from harness import (
     even_size,
     fit_micro_batches,
     load_run_reward,
-    mean_and_std,
     micro_batches,
     parse_args,
     read_prompts,
@@ -337,7 +336,7 @@ def main():
     run.keep(value_function=value_function, value_optimizer=value_optimizer)
     run.keep_shares(m, replay=replay)
 
-    for iteration in run.iterations(grid=partial(draw_grid, args, sd, prompts)):
+    for iteration in run.iterations(grid=partial(draw_grid, args, sd, prompts=prompts)):
         # Rollout: m samples of the current policy (Alg. 1). Sample i has its own generator.
         slot, slots = iteration % args.replay_rollouts, min(iteration + 1, args.replay_rollouts)
         with run.timer("sample"):
@@ -429,7 +428,7 @@ def main():
                         newest = (ratio - 1).abs() * is_newest[rows]
                         run.add("ratio/first_max_deviation", newest.max(), "max")
                 run.step(optimizer, args.max_grad_norm)
-        line = {"samples": (iteration + 1) * m, **mean_and_std("reward", run.gather(rewards, m))}
+        line = {"samples": (iteration + 1) * m, "reward": run.gather(rewards, m)}
         run.log(line, warn_above={"ratio/first_max_deviation": args.clip_range})
 
 

@@ -43,7 +43,6 @@ from harness import (
     even_size,
     fit_micro_batches,
     load_run_reward,
-    mean_and_std,
     micro_batches,
     parse_args,
     read_prompts,
@@ -291,7 +290,7 @@ def main():
     own = run.share(m)
     sd.batch_size = even_size(len(own), args.micro_batch_size)
 
-    for iteration in run.iterations(grid=partial(draw_grid, args, sd, prompts)):
+    for iteration in run.iterations(grid=partial(draw_grid, args, sd, prompts=prompts)):
         # Samples, without gradient. Sample i has its own generator.
         with run.timer("sample"):
             generators = [seeded(args.seed, ROLLOUT, iteration, i) for i in own]
@@ -346,7 +345,7 @@ def main():
                     run.add("loss/reward", loss.detach().double())
             run.step(optimizer, args.max_grad_norm)
 
-        line = {"samples": (iteration + 1) * m, **mean_and_std("reward", rewards)}
+        line = {"samples": (iteration + 1) * m, "reward": rewards}
         if args.random_truncate:
             line |= {"truncate/mean": run.gather(K.double(), m).mean().item()}
         run.log(line)

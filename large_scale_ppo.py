@@ -46,7 +46,6 @@ from harness import (
     even_size,
     fit_micro_batches,
     load_run_reward,
-    mean_and_std,
     micro_batches,
     parse_args,
     require,
@@ -329,7 +328,7 @@ def main():
     units = [*enumerate(tasks), (len(tasks), None)]
     # The grids of samples show the first prompts of each task in turn.
     grid_prompts = [prompts[i % len(prompts)] for i in range(8) for prompts in first_prompts][:8]
-    grid = partial(draw_grid, args, sd, grid_prompts)
+    grid = partial(draw_grid, args, sd, prompts=grid_prompts)
     for iteration, (k, task) in run.iterations(*units, grid=grid):
         if task is not None:
             # Rollout: the task's next P prompts, G samples of the current policy for each. Sample i
@@ -365,9 +364,9 @@ def main():
                 rewards = run.gather(rewards, P * G).cpu()
                 A = per_batch_advantages(rewards).float().to(run.device)  # Eq. 10
                 A = A[own.start : own.stop]
-                for name, value in mean_and_std("reward", rewards).items():
-                    run.add(name, value / len(tasks), "own")
-                    run.add(name.replace("reward", f"reward/{task.name}"), value, "own")
+                run.add(f"reward/{task.name}", rewards, "own")
+                run.add("reward/mean", rewards.double().mean() / len(tasks), "own")
+                run.add("reward/std", rewards.double().std(correction=0) / len(tasks), "own")
 
             # An update on all samples at each of a few timesteps, which they share (Eq. 7).
             with run.timer("train"):

@@ -43,7 +43,6 @@ from harness import (
     even_size,
     fit_micro_batches,
     load_run_reward,
-    mean_and_std,
     micro_batches,
     parse_args,
     read_prompts,
@@ -322,7 +321,7 @@ def main():
     train_args = args if args.cfg_training else replace(args, guidance_scale=1.0)
     sd.batch_size = even_size(len(own), args.micro_batch_size)
 
-    for iteration in run.iterations(grid=partial(draw_grid, args, sd, prompts)):
+    for iteration in run.iterations(grid=partial(draw_grid, args, sd, prompts=prompts)):
         # Rollout: G samples of the current model for each of the next P prompts. Sample i shows
         # prompt i // G, and has its own generator.
         with run.timer("sample"):
@@ -375,7 +374,7 @@ def main():
                 run.step(optimizer, args.max_grad_norm)
             sd.batch_size = even_size(len(own), args.micro_batch_size)
 
-        line = {"samples": (iteration + 1) * m, **mean_and_std("reward", rewards)}
+        line = {"samples": (iteration + 1) * m, "reward": rewards}
         line |= {"reward/accepted": rewards[accepted].mean().item()}
         line |= {"accepted/prompts": len({i // G for i in accepted.tolist()}) / P}
         run.log(line)

@@ -42,7 +42,6 @@ from harness import (
     even_size,
     fit_micro_batches,
     load_run_reward,
-    mean_and_std,
     micro_batches,
     parse_args,
     read_prompts,
@@ -330,7 +329,8 @@ def main():
 
     # Two updates, each a unit of an iteration.
     units = ("pre-training", "reward") if args.pretrain_beta else ("reward",)
-    for iteration, unit in run.iterations(*units, grid=partial(draw_grid, args, sd, prompts)):
+    grid = partial(draw_grid, args, sd, prompts=prompts)
+    for iteration, unit in run.iterations(*units, grid=grid):
         # L_pre on pictures with captions.
         if unit == "pre-training":
             with run.timer("pretrain"):
@@ -380,7 +380,7 @@ def main():
                 run.add("loss/reward", loss.detach().double())
             run.step(optimizer, args.max_grad_norm)
 
-        line = {"samples": (iteration + 1) * m, **mean_and_std("reward", rewards)}
+        line = {"samples": (iteration + 1) * m, "reward": rewards}
         line |= {"reward/above_ceiling": (rewards >= args.reward_ceiling).double().mean().item()}
         run.log(line)
 

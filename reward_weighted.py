@@ -44,7 +44,6 @@ from harness import (
     even_size,
     fit_micro_batches,
     load_run_reward,
-    mean_and_std,
     micro_batches,
     parse_args,
     read_prompts,
@@ -346,7 +345,7 @@ def main():
         kl = run.gather(torch.cat(kl), count).mean().item() if monitor else None
         return own_prompts, torch.cat(x0), rewards, kl
 
-    grid = partial(draw_grid, args, sd, prompts)
+    grid = partial(draw_grid, args, sd, prompts=prompts)
     for iteration, part in run.iterations("updates", "samples", grid=grid):
         batch = take(prompts, args.seed, iteration * P, P)
         # Samples of the original model, and updates on them weighted by their reward.
@@ -381,7 +380,7 @@ def main():
         if part == "samples":
             watched = batch[: args.watched_prompts]
             _, _, rewards, kl = draw(sd.unet, iteration, watched, first=m, monitor=True)
-            line = {"samples": (iteration + 1) * m, **mean_and_std("reward", rewards)}
+            line = {"samples": (iteration + 1) * m, "reward": rewards}
             run.log(line | {"kl/pretrained": kl * sd.latent_size * T})
 
 

@@ -40,7 +40,6 @@ from harness import (
     even_size,
     fit_micro_batches,
     load_run_reward,
-    mean_and_std,
     micro_batches,
     parse_args,
     progress,
@@ -295,7 +294,7 @@ def main():
         chosen = chosen.to(run.device)
         return {"x0": torch.cat(x0), "prompt": chosen, "reward": rewards, "kl": kl}
 
-    for iteration in run.iterations(grid=partial(draw_grid, args, sd, prompts)):
+    for iteration in run.iterations(grid=partial(draw_grid, args, sd, prompts=prompts)):
         # m samples of the current model and their rewards, shard by shard (A.6).
         shards = []
         for first in progress(range(0, m, args.shard_size), "samples"):
@@ -335,7 +334,7 @@ def main():
                 run.step(optimizer, args.max_grad_norm)
 
         line = {"time/sample_s": 0.0, "time/reward_s": 0.0}  # where all shards were there
-        line |= {"samples": (iteration + 1) * m, **mean_and_std("reward", rewards)}
+        line |= {"samples": (iteration + 1) * m, "reward": rewards}
         line |= {"weights/kept": len(kept) / m}
         line |= {"weights/effective": (w.sum() ** 2 / (w**2).sum() / m).item()}
         if args.monitor_kl:

@@ -47,7 +47,6 @@ from harness import (
     fail,
     fit_micro_batches,
     load_run_reward,
-    mean_and_std,
     micro_batches,
     parse_args,
     progress,
@@ -379,7 +378,7 @@ def main():
     remedy = "start anew with kl-d or kl-o, a larger --gamma and --dataset RUN/dataset"
     require(below_floor < 1, f"no sample has r + gamma above 0 ({best}); {remedy}")
 
-    grid = partial(draw_grid, args, sd, prompts)
+    grid = partial(draw_grid, args, sd, prompts=prompts)
     for iteration, part in run.iterations("updates", "samples", grid=grid):
         # Updates, on n samples of the data set each (Algorithm 2).
         if part == "updates":
@@ -414,7 +413,7 @@ def main():
             with run.timer("reward"):
                 rewards = reward_function(images, [prompts[i] for i in chosen.tolist()])
             line = {"samples": args.dataset_size + (iteration + 1) * m}
-            line |= mean_and_std("reward", run.gather(rewards, m))
+            line |= {"reward": run.gather(rewards, m)}
             line |= {"reward/dataset": data["reward"].mean().item()}
             line |= {"reward/below_floor": below_floor}
             line |= {"kl/pretrained": run.gather(kl, m).mean().item() * sd.latent_size * T}

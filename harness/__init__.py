@@ -12,7 +12,6 @@ from harness.args import (
 from harness.guard import command
 from harness.loops import micro_batches, progress
 from harness.memory import even_size, fit_micro_batches, rollout_storage
-from harness.metrics import mean_and_std
 from harness.prompts import read_prompts, tag_of, warn_of_prompts
 from harness.rewards import load_run_reward, score_with_gradients, scores_of
 from harness.run import Run
@@ -39,7 +38,6 @@ __all__ = [
     "fail",
     "fit_micro_batches",
     "load_run_reward",
-    "mean_and_std",
     "micro_batches",
     "parse_args",
     "progress",

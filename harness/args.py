@@ -47,12 +47,15 @@ class RunArgs:
     save_every: int = 50
     """Iterations between checkpoints, each with a grid of fixed prompts and seeds; there is always
     one at the end."""
+    validation_prompts: Path | None = None
+    """Text file, one prompt a line, that nothing learns from: pictures of them, too, with every
+    checkpoint."""
     output_dir: Path | None = None
     """Where the run goes; by default runs/SCRIPT__TAG__SEED__TIME."""
     resume: Path | None = None
     """Folder of a run to resume; its arguments are the defaults then."""
     track: bool = False
-    """Log to Weights & Biases as well (pip install wandb)."""
+    """Log to Weights & Biases as well, metrics, pictures and histograms (pip install wandb)."""
     push_to_hub: str | None = None
     """Repository of the Hugging Face Hub, OWNER/NAME, to which the finished run goes: weights,
     model card, metrics and pictures."""

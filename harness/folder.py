@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +24,9 @@ from harness.checkpoint import PUT_BACK, lock, saving, write_text
 from harness.hub import push_or_end
 from harness.resume import stored_form
 from harness.stored import StoredError, checked, parse_json, read_text
+
+IN_A_ROW = 8
+"""Pictures of a grid's row, and of the grid of a run's own prompts."""
 
 
 def run_name(script: str, tag: str, seed: int) -> str:
@@ -99,8 +103,8 @@ class RunFolder:
             with suppress(OSError):  # of a full disk, which has been told
                 self.writer.close()
 
-    def log(self, metrics: dict[str, float]) -> None:
-        """Append one iteration's numbers everywhere."""
+    def log(self, metrics: dict[str, float], values: dict[str, torch.Tensor]) -> None:
+        """Append one iteration's numbers everywhere; the trackers get histograms of `values`."""
         self.history.append(metrics)
         with saving(self.path):
             if self.rank == 0:
@@ -111,9 +115,39 @@ class RunFolder:
         with warning_if_not_written(Path(self.writer.log_dir)):
             for key, value in metrics.items():
                 self.writer.add_scalar(key, value, metrics["iteration"])
+            for key, value in values.items():
+                self.writer.add_histogram(key, value, metrics["iteration"])
             self.writer.flush()
         if self.wandb:
-            self.wandb.log(metrics, step=metrics["iteration"])
+            histograms = {key: self.wandb.Histogram(value.numpy()) for key, value in values.items()}
+            self.wandb.log(metrics | histograms, step=metrics["iteration"])
+
+    def save_grids(self, draw: Callable, validation: list[str], iteration: int) -> None:
+        """Pictures of a run's own prompts, and one of each of the `validation` prompts."""
+        self.save_grid("samples", draw(numbers=range(IN_A_ROW)), iteration)
+        if validation:
+            pictures = draw(numbers=range(len(validation)), prompts=validation)
+            self.save_grid("samples/validation", pictures, iteration)
+
+    def save_grid(self, place: str, images: torch.Tensor, iteration: int) -> None:
+        """Pictures (B, 3, H, W) in [0, 1], eight in a row: PLACE/NNNNNN.png, and in the trackers.
+
+        For rank 0. No run ends because it cannot be written.
+        """
+        rows = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().split(IN_A_ROW)
+        rows = [torch.cat([*row], dim=1) for row in rows]
+        width = rows[0].shape[1]
+        white = [row.new_full((len(row), width - row.shape[1], 3), 255) for row in rows]
+        grid = torch.cat([torch.cat(parts, dim=1) for parts in zip(rows, white)]).numpy()
+        with warning_if_not_written(self.path / place / f"{iteration:06d}.png") as path:
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(grid).save(path)
+        with warning_if_not_written(Path(self.writer.log_dir)):
+            self.writer.add_image(place, grid, iteration, dataformats="HWC")
+            self.writer.flush()
+        if self.wandb:
+            # The iteration's metrics, which come later, or earlier, are under the same step.
+            self.wandb.log({place: self.wandb.Image(grid)}, step=iteration, commit=False)
 
     def shown(self) -> dict[str, str]:
         """What the progress bar shows of the last iteration."""
@@ -155,13 +189,6 @@ class RunFolder:
     def column(self, key: str) -> np.ndarray:
         """A metric over the iterations; nan where it is not measured."""
         return np.array([line.get(key, float("nan")) for line in self.history])
-
-
-def save_grid(images: torch.Tensor, path: Path) -> None:
-    """Pictures (B, 3, H, W) in [0, 1], side by side. No run ends because it cannot be written."""
-    pictures = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    with warning_if_not_written(path):
-        Image.fromarray(np.concatenate(pictures, axis=1)).save(path)
 
 
 @contextmanager

@@ -22,7 +22,10 @@ class Metrics:
         self.norms, self.seconds = defaultdict(list), defaultdict(float)
 
     def add(self, name: str, value, reduce: str) -> None:
-        """Without waiting for the device: values are read when all are reduced."""
+        """Without waiting for the device: values are read when all are reduced.
+
+        "own" may be a tensor (n,), of which `line` has mean and standard deviation.
+        """
         value = torch.as_tensor(value, dtype=torch.float64, device=self.device).detach()
         before = self.added[reduce].get(name, torch.zeros_like(value))
         after = torch.maximum(before, value) if reduce == "max" else before + value
@@ -50,7 +53,7 @@ class Metrics:
 
     def reduced(self, reduce: str) -> dict[str, float]:
         """Over all ranks, some of which may have had nothing to add."""
-        added = self.added[reduce]
+        added = {name: value for name, value in self.added[reduce].items() if value.dim() == 0}
         own = dict(zip(added, torch.stack(list(added.values())).tolist())) if added else {}
         parts = [own]
         if dist.is_initialized() and reduce != "own":
@@ -62,9 +65,24 @@ class Metrics:
             whole[name] = max(before, value) if reduce == "max" else before + value
         return whole
 
-    def line(self) -> dict[str, float]:
-        """All metrics. grad_norm is the mean of the finite norms; the others are counted."""
-        line = self.reduced("sum") | self.reduced("max") | self.reduced("own")
+    def distributions(self) -> dict[str, torch.Tensor]:
+        """The tensors (n,), on the CPU."""
+        return {name: value.cpu() for name, value in self.added["own"].items() if value.dim() > 0}
+
+    def line(self, others: dict) -> dict[str, float]:
+        """All metrics, with `others`, numbers or values (n,) as of `add`.
+
+        grad_norm is the mean of the finite norms; the others are counted.
+        """
+        line = {}
+        for name, value in others.items():
+            if isinstance(value, torch.Tensor):
+                self.add(name, value, "own")
+            else:
+                line[name] = value
+        line |= self.reduced("sum") | self.reduced("max") | self.reduced("own")
+        for name, values in self.distributions().items():
+            line |= mean_and_std(name, values)
         for name in [key for key in line if key.endswith("/square")]:
             square, mean = line.pop(name), line[name.replace("/square", "/mean")]
             line[name.replace("/square", "/std")] = max(square - mean**2, 0.0) ** 0.5
@@ -77,6 +95,7 @@ class Metrics:
 
     def state_dict(self) -> dict:
         added = {reduce: self.reduced(reduce) for reduce in self.added}
+        added["own"] |= self.distributions()
         return {"added": added, "norms": dict(self.norms), "seconds": dict(self.seconds)}
 
     def load_state_dict(self, state: dict) -> None:

@@ -47,6 +47,8 @@ LONGEST_LINE = 1 << 20
 UNPACKED, RATIO = 100 << 20, 100
 """What a packed file unpacks to is refused where it is more than both: these bytes, and this many
 times those of the file. Text packs about three times; prompts that are all alike, 20 times."""
+MOST_SHOWN = 64
+"""Validation prompts."""
 MOST = (1 << 31) - 1
 """Items of a sequence, whose order is in int32."""
 
@@ -398,12 +400,28 @@ def read_prompts(args) -> list[str]:
         if fault := fault_of_prompt(args.prompt):
             raise SourceError(f"--prompt {fault}")
         return [args.prompt]
+    return lines_of(args.prompts_file, "--prompts-file")
+
+
+def read_validation_prompts(args) -> list[str]:
+    """Of --validation-prompts, one a line; [] without it. Raises SourceError."""
+    if args.validation_prompts is None:
+        return []
+    prompts = lines_of(args.validation_prompts, "--validation-prompts")
+    if len(prompts) > MOST_SHOWN:
+        fault = f"--validation-prompts has {len(prompts)} prompts, all drawn with every checkpoint"
+        raise SourceError(f"{fault}; take {MOST_SHOWN} at most")
+    return prompts
+
+
+def lines_of(path: Path, flag: str) -> list[str]:
+    """The prompts of a text file. Raises SourceError, which names the flag."""
     try:
-        return list(Lines(args.prompts_file, str))
+        return list(Lines(path, str))
     except SourceError as error:
-        raise SourceError(f"--prompts-file: {error}") from None
+        raise SourceError(f"{flag}: {error}") from None
     except OSError as error:
-        fault = f"--prompts-file {shortened(str(args.prompts_file))}: {error.strerror}"
+        fault = f"{flag} {shortened(str(path))}: {error.strerror}"
         raise SourceError(f"{fault}; give a text file, one prompt a line") from None
 
 

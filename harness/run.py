@@ -23,13 +23,12 @@ from harness.checkpoint import (
     write_tensors,
     write_text,
 )
-from harness.folder import RunFolder, choose_run_dir, save_grid
+from harness.folder import RunFolder, choose_run_dir
 from harness.metrics import Metrics, all_finite, warn_where_above
+from harness.prompts import read_validation_prompts
 from harness.ranks import sum_gradients
 from harness.resume import checkpoint_form, contents_of_files
 from harness.stop import catch_signals, end_alone, end_early, end_run, fail, join_ranks
-
-GRID_PICTURES = 8
 
 
 class Run:
@@ -39,6 +38,7 @@ class Run:
     """
 
     def __init__(self, args, script: str, tag: str = "", fixed: dict | None = None):
+        self._validation = read_validation_prompts(args)  # before a fault finds half a run
         guard.runs.append(self)
         self._args, self._script, self._tag = args, script, tag
         self._rank = int(os.environ.get("RANK", 0))
@@ -138,8 +138,8 @@ class Run:
         """Numbers of iterations; with `units`, (iteration, unit) for each of them in turn.
 
         It resumes, saves, and stops where a signal asks for it. A unit is what is not repeated: a
-        fault in a later one does not undo it. `grid(numbers)` draws pictures of fixed prompts and
-        noise, (B, 3, H, W) in [0, 1].
+        fault in a later one does not undo it. `grid(numbers=...)` draws pictures of fixed prompts
+        and noise, (B, 3, H, W) in [0, 1]; `prompts` are others than its own.
         """
         self._open()
         self._grid = grid
@@ -190,17 +190,20 @@ class Run:
     def add(self, name: str, value, reduce: str = "sum") -> None:
         """Add to a metric of the iteration: the "sum" or "max" over all calls and ranks.
 
-        "own" is for what every rank knows already. "X/square" beside "X/mean" becomes "X/std".
+        "own" is for what every rank knows already, a number or values (n,). "X/square" beside
+        "X/mean" becomes "X/std".
         """
         self._metrics.add(name, value, reduce)
 
-    def log(self, metrics: dict[str, float], warn_above: dict[str, float] | None = None) -> None:
+    def log(self, metrics: dict, warn_above: dict[str, float] | None = None) -> None:
         """Write the iteration's line: `metrics`, what was added, gradient norms and times.
 
-        In the first iteration a metric above its limit in `warn_above` is worth a warning.
+        Metrics are numbers, or values (n,), of which the line has X/mean and X/std, and the
+        trackers a histogram. In the first iteration one above its limit in `warn_above` is worth a
+        warning.
         """
-        line = {"iteration": self._iteration, **metrics, **self._metrics.line()}
-        self._folder.log(line)
+        line = {"iteration": self._iteration, **self._metrics.line(metrics)}
+        self._folder.log(line, self._metrics.distributions())
         if self._iteration == 0 and self._rank == 0:
             warn_where_above(line, warn_above or {}, self._args)
         self._metrics = self._before_unit = Metrics(self.device)
@@ -265,11 +268,8 @@ class Run:
             torch.save(state, folder / "state.pt")
 
     def _save_grid(self, iteration: int) -> None:
-        if self._rank > 0 or self._grid is None:
-            return
-        save_grid(
-            self._grid(range(GRID_PICTURES)), self._folder.path / "samples" / f"{iteration:06d}.png"
-        )
+        if self._rank == 0 and self._grid is not None:
+            self._folder.save_grids(self._grid, self._validation, iteration)
 
     def _save_or_stop(self) -> None:
         """After an iteration: save where it is due, stop where a signal or its gradients ask."""
