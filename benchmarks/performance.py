@@ -9,9 +9,9 @@ python -m benchmarks.performance --write    puts all of them into the page, betw
 import contextlib
 import io
 import json
-import re
 import sys
 
+from benchmarks.pages import fill, markdown_table
 from benchmarks.run import ROOT
 
 # TFLOPS of dense half precision with sums in float32, as the makers state them.
@@ -27,9 +27,7 @@ def results(name: str) -> dict:
 
 def show(header: str, rows: list[list[str]]) -> None:
     """A table in markdown; `header` has its columns, parted by bars."""
-    columns = [column.strip() for column in header.split("|")]
-    for row in (columns, ["---"] * len(columns), *rows):
-        print(f"| {' | '.join(row)} |")
+    print(markdown_table([column.strip() for column in header.split("|")], rows), end="")
 
 
 def throughput(source: str = "throughput") -> None:
@@ -162,18 +160,10 @@ def printed(table) -> str:
     return said.getvalue()
 
 
-def filled(page: str) -> str:
-    """The page with each table anew, between `<!-- NAME -->` and `<!-- end -->`."""
-    for table in TABLES:
-        marked = rf"(<!-- {table.__name__} -->\n).*?(<!-- end -->)"
-        page = re.sub(marked, lambda m: m[1] + printed(table) + m[2], page, flags=re.DOTALL)
-    return page
-
-
 if __name__ == "__main__":
-    page = ROOT / "docs/performance.md"
     if sys.argv[1:] == ["--write"]:
-        page.write_text(filled(page.read_text()))
+        tables = {table.__name__: printed(table) for table in TABLES}
+        fill(ROOT / "docs/performance.md", tables)
     for table in TABLES:
         if table.__name__ in (sys.argv[1:] or [each.__name__ for each in TABLES]):
             print(printed(table))
