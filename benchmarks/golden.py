@@ -3,7 +3,7 @@
 python -m benchmarks.golden record FOLDER    runs all of them and keeps metrics and digests there
 python -m benchmarks.golden compare FOLDER   runs them anew and names every difference
 
-Five scripts on the zoo and on a tiny model of SD v1.5's layout, on one and on two processes, whole
+All scripts on the zoo and on a tiny model of SD v1.5's layout, on one and on two processes, whole
 and resumed after one of two iterations. On one machine one process gives the same bits; metrics,
 sums in float64, are held to 1e-12, and those of two processes to 1e-5. Name scripts to run theirs
 alone. A metric that is new is no difference.
@@ -25,9 +25,10 @@ import tyro
 from benchmarks.layouts import make_pipeline
 from benchmarks.zoo_eval import ROOT
 
-SCRIPTS = ("dpok", "ddpo", "rwr", "sft_kl", "large_scale_ppo")
 SHORT = "--num-inference-steps 4 --micro-batch-size 3 --lora-rank 4 --learning-rate 1e-3"
 OF_ONE_TASK = "--samples-per-iteration 7 --prompts-file prompts/zoo.txt"
+OF_PROMPTS = "--samples-per-iteration 8 --images-per-prompt 4 --prompts-file prompts/zoo.txt"
+PRETRAINING = "--pretrain-data zoo/pairs.py:biased --pretrain-batch-size 5"
 OF_SHARDS = "--samples-per-iteration 8 --shard-size 4 --batch-size 5 --prompts-file prompts/zoo.txt"
 FLAGS = {
     "dpok": f"{OF_ONE_TASK} --batch-size 9 --value-function --value-batch-size 9 --kl exact "
@@ -35,9 +36,13 @@ FLAGS = {
     "ddpo": f"{OF_ONE_TASK} --min-count 2 --gradient-steps 2 --timestep-fraction 0.75",
     "rwr": f"{OF_SHARDS} --gradient-steps 3 --inverse-temperature 2",
     "sft_kl": f"{OF_SHARDS} --dataset-size 8 --gradient-steps 3 --gamma 9",
-    "large_scale_ppo": "--pretrain-data zoo/pairs.py:biased --pretrain-batch-size 5 "
-    "--training-timesteps 2 --tasks",
+    "raft": f"{OF_PROMPTS} {PRETRAINING} --acceptance 0.4 --gradient-steps 2",
+    "reward_weighted": f"{OF_PROMPTS} {PRETRAINING} --watched-prompts 1 --gradient-steps 2",
+    "refl": f"{OF_ONE_TASK} {PRETRAINING} --most-steps-left 3",
+    "draft": f"{OF_ONE_TASK} --num-noise 1",
+    "large_scale_ppo": f"{PRETRAINING} --training-timesteps 2 --tasks",
 }
+WITH_GRADIENT = ("refl", "draft")
 TASKS = ["REWARD prompts/zoo_preference.txt 2x3", "jpeg_compressibility prompts/zoo.txt 3x2"]
 
 
@@ -47,7 +52,7 @@ class Args:
     """Keep the results, or compare with them."""
     folder: tyro.conf.Positional[Path]
     """Where they are kept."""
-    scripts: tyro.conf.Positional[tuple[str, ...]] = SCRIPTS
+    scripts: tyro.conf.Positional[tuple[str, ...]] = tuple(FLAGS)
     """Scripts to run."""
 
 
@@ -55,7 +60,9 @@ def run(script: str, model: str, ranks: int, resumed: bool, folder: Path) -> dic
     """Metrics without times, and the digest of the LoRA, of one run."""
     words = f"{SHORT} {FLAGS[script]}".split()
     words += ["--model", model, "--guidance-scale", "2", "--output-dir", str(folder)]
-    reward = "image_reward:zoo/image_reward" if model == "zoo/sd" else "jpeg_incompressibility"
+    reward = "image_reward:zoo/image_reward"
+    if model != "zoo/sd" and script not in WITH_GRADIENT:
+        reward = "jpeg_incompressibility"
     if script == "large_scale_ppo":
         at = words.index("--tasks") + 1
         words[at:at] = [task.replace("REWARD", reward) for task in TASKS]
