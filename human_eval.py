@@ -1,16 +1,25 @@
 """Which pictures do people prefer? A page of blind pairs, and the tally of its answers.
 
-`build` writes one HTML file with everything in it: pairs of pictures of the same prompt and the
-same noise, from two models, in hidden and shuffled order, with the three questions of Zhang et
-al. 2024 (arXiv:2401.12244, App. C.2). Send the page, and keep key.json, which alone knows whose
-picture is where. `tally` takes it and the answers that the page saves, and gives for each question
-how often the second model is preferred, with Wilson's interval:
+`build` writes one HTML file with everything in it: pairs of the same prompt and the same noise,
+from two models, in hidden and shuffled order. What is paired, and asked, is that of a paper:
+
+    --questions pictures    single pictures: fidelity, relevance, overall preference
+                            (Zhang et al. 2024, arXiv:2401.12244, App. C)
+    --questions sets        sets of four: alignment and quality (DPOK, arXiv:2305.16381, 5.2)
+    --questions skin_tone   sets of six portraits: diversity of skin tone (Zhang et al., App. D.2)
+
+Send the page, and keep key.json, which alone knows whose picture is where. `tally` takes it and
+the answers that the page saves, and gives for each question how often the second model is
+preferred, with Wilson's interval:
 
     k of n decided answers, p = k / n
     (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
 
 Base and a run:  python human_eval.py build zoo --lora runs/A --output-dir study
 Two runs:        python human_eval.py build zoo --lora runs/A --lora runs/B --output-dir study
+Sets of four:    python human_eval.py build zoo --lora runs/A --lora runs/B --questions sets
+Portraits:       python human_eval.py build zoo --lora runs/A --questions skin_tone
+                     --prompts-file prompts/zoo_portraits_held_out.txt
 Drawn already:   python human_eval.py build --evaluation runs/evaluate__… --models base A
 Answers:         python human_eval.py tally study/answers/*.json --key study/key.json
 
@@ -20,7 +29,7 @@ docs/evaluate.md says how to ask, and how answers count. The work is in evaluati
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +39,7 @@ import tyro
 from evaluation.draw import draw_and_score
 from evaluation.folder import check_folder
 from evaluation.models import read_models
-from evaluation.page import KEY_NAME, PAGE_NAME, write_page
+from evaluation.page import KEY_NAME, PAGE_NAME, QUESTIONNAIRES, write_page
 from evaluation.pairs import choose_models, shuffled_pairs
 from evaluation.places import check_place, check_text, to_json, write_whole, writing
 from evaluation.settings import SHARD_SIZE, check_size, check_world_size, read_settings
@@ -46,8 +55,15 @@ class BuildArgs:
     """Output folder of evaluate.py whose pictures to take; without it --lora ... are drawn."""
     models: tuple[str, ...] = ()
     """The two of --evaluation to compare, as its tables name them; the tally is of the second."""
-    images_per_prompt: int = 4
-    """Pairs of each prompt; of an evaluation the first ones."""
+    questions: Literal["pictures", "sets", "skin_tone"] = "pictures"
+    """What is paired and asked: single pictures, as App. C of Zhang et al. 2024; sets, as section
+    5.2 of DPOK; sets of portraits, as App. D.2 of Zhang et al."""
+    set_size: int | None = None
+    """Pictures of a set, on each side of a pair; by default the papers' 4 (sets) and 6
+    (skin_tone)."""
+    images_per_prompt: int | None = None
+    """Pictures of each prompt and model, in one pair each or in whole sets; of an evaluation the
+    first ones. By default 4 single pictures, and the papers' 40 (sets) and 6 (skin_tone)."""
     shuffle_seed: int | None = None
     """Of the order of pairs and sides; by default random, so that no rater can guess it."""
     model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -96,11 +112,33 @@ PRESETS = {
 }
 
 
+def with_sizes(args: BuildArgs) -> BuildArgs:
+    """With --set-size and --images-per-prompt as --questions has them, where they are not given."""
+    asked = QUESTIONNAIRES[args.questions]
+    return replace(
+        args,
+        set_size=asked.set_size if args.set_size is None else args.set_size,
+        images_per_prompt=(
+            asked.images_per_prompt if args.images_per_prompt is None else args.images_per_prompt
+        ),
+    )
+
+
 def check(args: BuildArgs, output_dir: Path) -> None:
     """Refuse what build cannot do, but for what `draw` and `choose_models` refuse."""
     check_text(args)
     check_numbers(args, {"seed", "shuffle_seed"})
     check_place("--output-dir", output_dir)
+    if args.questions == "pictures" and args.set_size != 1:
+        fail(
+            f"--set-size is {args.set_size}, and --questions pictures asks about single pictures; "
+            "choose --questions sets, or leave --set-size out"
+        )
+    if args.images_per_prompt % args.set_size:
+        fail(
+            f"--images-per-prompt: {args.images_per_prompt} pictures are no whole sets of "
+            f"{args.set_size}; give a multiple of --set-size"
+        )
     if (output_dir / KEY_NAME).exists():
         fail(
             f"--output-dir {output_dir} holds a page and its key; "
@@ -135,6 +173,7 @@ def build(args: BuildArgs) -> None:
     """Write the page, and the key, whose sides are which."""
     name = f"human_eval__{time.strftime('%Y%m%d-%H%M%S')}"
     output_dir = args.output_dir or Path("runs") / name
+    args = with_sizes(args)
     check(args, output_dir)
     if args.evaluation:
         folder = args.evaluation
@@ -145,11 +184,13 @@ def build(args: BuildArgs) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     if int(os.environ.get("RANK", 0)) == 0:
-        pairs, pictures = shuffled_pairs(args, folder, names)
+        pairs, sets = shuffled_pairs(args, folder, names)
         with writing(output_dir, "choose another --output-dir, or make room"):
-            write_page(output_dir, names, pairs, pictures)
+            write_page(output_dir, names, pairs, sets)
         count = len(pairs["pairs"])
-        print(f"send {output_dir / PAGE_NAME}: {count} pairs of {names[0]} and {names[1]}")
+        of_sets = f"sets of {args.set_size} pictures, " if args.set_size > 1 else ""
+        what = f"{count} pairs of {of_sets}{names[0]} and {names[1]}"
+        print(f"send {output_dir / PAGE_NAME}: {what}")
         print(f"keep {output_dir / KEY_NAME}: without it nobody knows whose picture is where")
 
 

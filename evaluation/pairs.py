@@ -1,4 +1,7 @@
-"""The pairs of a human evaluation: the same prompt and the same noise, drawn by two models."""
+"""The pairs of a human evaluation: the same prompt and the same noise, drawn by two models.
+
+A side of a pair is a picture, or a set of them.
+"""
 
 import os
 import secrets
@@ -28,7 +31,7 @@ def choose_models(folder: Path, names: tuple[str, ...], images_per_prompt: int) 
     if images_per_prompt > settings.images_per_prompt:
         fail(
             f"--images-per-prompt is {images_per_prompt}, "
-            f"and --evaluation {folder} has {settings.images_per_prompt}"
+            f"and --evaluation {folder} has {settings.images_per_prompt}; give fewer"
         )
     for name in chosen:
         for number in range(len(shards_of(settings))):
@@ -60,11 +63,13 @@ def check_page(args, settings: Settings, size: int) -> None:
 
 
 def shuffled_pairs(args, folder: Path, names: list[str]) -> tuple[dict, list[np.ndarray]]:
-    """The pairs in the order of the page, and their pictures, uint8 (H, W, 3), left before right.
+    """The pairs in the order of the page, and their sets of pictures, left before right.
 
-    Of the evaluation in `folder` the first `args.images_per_prompt` pictures of each prompt;
-    `args.shuffle_seed` None draws a seed. The pairs are {"shuffle_seed", "pairs": [{"prompt",
-    "image", "left", "right"}]}, with the models' `names` on the two sides.
+    A set is uint8 (`args.set_size`, H, W, 3), consecutive pictures of a prompt; of the evaluation
+    in `folder` the first `args.images_per_prompt` of each prompt are taken, which is a multiple.
+    `args.shuffle_seed` None draws a seed. The pairs are {"questions", "set_size", "shuffle_seed",
+    "pairs": [{"prompt", "image", "left", "right"}]}, with the number of the set's first picture,
+    and the models' `names` on the two sides.
     """
     settings = Settings(**read_description(folder)["settings"])
     found = []
@@ -76,17 +81,19 @@ def shuffled_pairs(args, folder: Path, names: list[str]) -> tuple[dict, list[np.
         check_page(args, settings, both[0][0].size)
         both = [np.split(images, len(shard)) for images in both]
         for row, j in enumerate(shard):
-            for i in range(args.images_per_prompt):
-                found.append((settings.prompts[j], i, [images[row][i] for images in both]))
+            for i in range(0, args.images_per_prompt, args.set_size):
+                sets = [images[row][i : i + args.set_size] for images in both]
+                found.append((settings.prompts[j], i, sets))
     seed = secrets.randbits(64) if args.shuffle_seed is None else args.shuffle_seed
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(found))
     # Each model is on the left in half of the pairs.
     swapped = rng.permutation(np.arange(len(found)) % 2)
-    pairs, pictures = [], []
+    pairs, shown = [], []
     for n, swap in zip(order, swapped):
-        prompt, image, both = found[n]
+        prompt, image, sets = found[n]
         left, right = (1, 0) if swap else (0, 1)
         pairs.append({"prompt": prompt, "image": image, "left": names[left], "right": names[right]})
-        pictures += [both[left], both[right]]
-    return {"shuffle_seed": seed, "pairs": pairs}, pictures
+        shown += [sets[left], sets[right]]
+    asked = {"questions": args.questions, "set_size": args.set_size}
+    return asked | {"shuffle_seed": seed, "pairs": pairs}, shown

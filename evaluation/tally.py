@@ -8,10 +8,12 @@ from typing import Literal
 from typing_extensions import NotRequired, TypedDict  # typing has it from Python 3.11 on
 
 from evaluation.models import NAME
-from evaluation.page import ANSWERS, KEY_NAME, QUESTIONS
+from evaluation.page import ANSWERS, KEY_NAME, QUESTIONNAIRES
 from evaluation.places import check_place
 from harness.args import fail
 from harness.stored import StoredError, read_stored
+
+QUESTIONS = [name for asked in QUESTIONNAIRES.values() for name in asked.questions]
 
 
 class Pair(TypedDict):
@@ -19,6 +21,7 @@ class Pair(TypedDict):
 
     prompt: str
     image: int
+    """The number of the prompt's picture, or of the first one of the set."""
     left: str
     right: str
 
@@ -28,6 +31,9 @@ class Key(TypedDict):
 
     study: str
     models: list[str]
+    questions: NotRequired[Literal[tuple(QUESTIONNAIRES)]]
+    set_size: NotRequired[int]
+    """Pages of single pictures were first written without these two."""
     shuffle_seed: int
     pairs: list[Pair]
 
@@ -60,8 +66,9 @@ def wilson_interval(k: int, n: int, confidence: float = 0.95) -> tuple[float, fl
 def tally(answers: tuple[Path, ...], key: Path | None) -> dict:
     """The figures of the raters' files `answers`, by `key` or the one that lies near them.
 
-    {"raters", "pairs", "answers", "majority", "models"}: `rates` of all answers, and of the
-    majorities of each pair. Files that do not belong together end the command.
+    {"questions", "set_size", "raters", "pairs", "answers", "majority", "models"}: `rates` of all
+    answers, and of the majorities of each pair, by question. Files that do not belong together end
+    the command.
     """
     if not answers:
         fail("there are no answers; name the files that the page has saved, e.g. answers/*.json")
@@ -69,19 +76,26 @@ def tally(answers: tuple[Path, ...], key: Path | None) -> dict:
     models = key["models"]
     of_all, of_majority = {}, {}
     raters = read_raters(answers, key)
-    for question in QUESTIONS:
+    for question in QUESTIONNAIRES[key["questions"]].questions:
         by_rater = [verdicts(key, given, question) for given in raters]
         of_all[question] = rates([verdict for found in by_rater for verdict in found], models)
         by_pair = [majority(list(votes)) for votes in zip(*by_rater)]
         of_majority[question] = rates(by_pair, models)
-    counts = {"raters": len(raters), "pairs": len(key["pairs"])}
-    return counts | {"answers": of_all, "majority": of_majority, "models": models}
+    return {
+        "questions": key["questions"],
+        "set_size": key["set_size"],
+        "raters": len(raters),
+        "pairs": len(key["pairs"]),
+        "answers": of_all,
+        "majority": of_majority,
+        "models": models,
+    }
 
 
 def read_key(answers: tuple[Path, ...], path: Path | None) -> Key:
     """The key of the page, from `path` or else from beside the answers or one folder up.
 
-    Raises StoredError.
+    With "questions" and "set_size" of every page. Raises StoredError.
     """
     if path is None:
         folder = answers[0].parent
@@ -93,11 +107,13 @@ def read_key(answers: tuple[Path, ...], path: Path | None) -> Key:
             "name the one that build has written"
         )
     remedy = f"name with --key the {KEY_NAME} that build has written, as it was"
-    key = read_stored(path, Key, remedy)
+    key = {"questions": "pictures", "set_size": 1} | read_stored(path, Key, remedy)
     models, pairs = key["models"], key["pairs"]
     two = len(models) == 2 and len(set(models)) == 2 and all(map(NAME.fullmatch, models))
     if not two or any({pair["left"], pair["right"]} != set(models) for pair in pairs):
         raise StoredError(f"{path} has no pairs of two models; {remedy}")
+    if key["set_size"] < 1:
+        raise StoredError(f"{path} has sets of {str(key['set_size'])[:20]} pictures; {remedy}")
     return key
 
 
@@ -126,6 +142,9 @@ def read_answers(path: Path, key: Key) -> Answers:
     known = {str(n) for n in range(len(key["pairs"]))}
     for pair in content["answers"].keys() - known:
         raise StoredError(f"answers {path}: there is no pair {ascii(pair)[:50]}; {remedy}")
+    asked = QUESTIONNAIRES[key["questions"]].questions
+    for question in {name for given in content["answers"].values() for name in given} - {*asked}:
+        raise StoredError(f"answers {path}: nothing was asked about {question}; {remedy}")
     return content
 
 
@@ -178,7 +197,10 @@ def rates(found: list[Verdict], models: list[str]) -> dict:
 def tables(results: dict) -> str:
     """A table of the answers, and one of the raters' majorities if there are several."""
     models = results["models"]
-    head = f"{results['raters']} raters, {results['pairs']} pairs of {models[0]} and {models[1]}"
+    size = results["set_size"]
+    of_sets = f"sets of {size} pictures, " if size > 1 else ""
+    head = f"{results['raters']} raters, {results['pairs']} pairs of {of_sets}"
+    head += f"{models[0]} and {models[1]}"
     parts = [f"{head}\n", table("answer", results["answers"], models)]
     if results["raters"] > 1:
         parts.append(table("pair, by majority", results["majority"], models))

@@ -229,6 +229,11 @@ KEYS |= {
     "both sides alike": lambda key: key["pairs"][0].update(left="base", right="base"),
     "a side that is a list": with_value(["base"], "pairs", 0, "left"),
     "a seed that is text": with_value("1", "shuffle_seed"),
+    "questions of nobody": with_value("beauty", "questions"),
+    "questions as a list": with_value(["sets"], "questions"),
+    "sets of nothing": with_value(0, "set_size"),
+    "a set size of 5000 digits": with_value(-(10**4000), "set_size"),
+    "a set size that is text": with_value("4", "set_size"),
 }
 ANSWERS = {f"without {key}": without(key) for key in ("study", "session", "answers")}
 ANSWERS |= {
@@ -242,6 +247,7 @@ ANSWERS |= {
     "an answer that is a list": with_value([1], "answers", "0", "overall"),
     "an answer that is none": with_value("middle", "answers", "0", "overall"),
     "a question that is none": with_value("left", "answers", "0", "beauty"),
+    "a question of another page": with_value("left", "answers", "0", "alignment"),
     "a pair that is not there": with_value({}, "answers", "17"),
     "a pair with a sign": with_value({}, "answers", "-1"),
     "a pair with a zero before": with_value({}, "answers", "00"),
@@ -517,6 +523,8 @@ CASES = [
             ("seed", str(1 << 64)),
             ("eta", "1e-300"),
             ("shuffle-seed", "-1"),
+            ("set-size", "0"),
+            ("set-size", "1000000000000"),
             ("micro-batch-size", "0"),
         )
     ),

@@ -19,7 +19,7 @@ from scipy.stats import binomtest
 from test_evaluate import make_lora
 
 import human_eval
-from evaluation.page import ANSWERS
+from evaluation.page import ANSWERS, QUESTIONNAIRES
 from evaluation.pairs import shuffled_pairs
 from evaluation.tally import wilson_interval
 
@@ -44,6 +44,26 @@ def study(tiny_sd, tmp_path_factory):
     result = run_script("human_eval.py", *words, "--output-dir", work / "study")
     assert result.returncode == 0, result.stderr
     return work / "study"
+
+
+@pytest.fixture(scope="module")
+def sets(study, tiny_sd, tmp_path_factory):
+    """Pages of sets by the name of their questions, six pairs each, of the same models.
+
+    The second one shows pictures that the first one has drawn.
+    """
+    work = tmp_path_factory.mktemp("sets")
+    words = ["build", "--model", tiny_sd, "--lora", study.parent / "runs/my-secret-run"]
+    words += ["--prompts-file", study.parent / "prompts.txt", "--num-inference-steps", 3]
+    words += ["--guidance-scale", 2, "--shuffle-seed", 5]
+    more = {
+        "skin_tone": [*words, "--images-per-prompt", 12],
+        "sets": ["build", "--evaluation", work / "skin_tone/pictures", "--images-per-prompt", 8],
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, words in more.items():
+            run_here(patch, *words, "--questions", name, "--output-dir", work / name)
+    return {name: work / name for name in more}
 
 
 def run_here(monkeypatch, *words) -> None:
@@ -76,7 +96,7 @@ def test_key_says_whose_picture_is_where(study):
         j = PROMPTS.index(pair["prompt"])
         assert shown["prompt"] == pair["prompt"]
         assert {pair["left"], pair["right"]} == set(key["models"])
-        left, right = to_array(shown["left"]), to_array(shown["right"])
+        [left], [right] = map(to_array, shown["left"]), map(to_array, shown["right"])
         assert np.array_equal(left, drawn[pair["left"]][j, pair["image"]])
         assert np.array_equal(right, drawn[pair["right"]][j, pair["image"]])
         assert not np.array_equal(left, right), "a case in which they differ"
@@ -85,32 +105,55 @@ def test_key_says_whose_picture_is_where(study):
     assert [pair["left"] for pair in key["pairs"]].count("base") == 3
 
 
-def test_nothing_in_the_page_tells_whose_picture_is_where(study, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "size"), [("sets", 4), ("skin_tone", 6)])
+def test_a_set_has_consecutive_pictures_of_one_prompt(name, size, sets):
+    """Those of the same noise are in the same place on both sides, and none is shown twice."""
+    study = sets[name]
+    key, page = json.loads((study / "key.json").read_text()), read_page(study)
+    assert (key["questions"], key["set_size"]) == (name, size) and len(key["pairs"]) == 6
+    assert page["questions"] == QUESTIONNAIRES[name].questions
+    drawn, seen = {}, set()
+    for model in key["models"]:
+        folder = sets["skin_tone"] / f"pictures/samples/{model}"
+        shards = [np.load(file)["images"] for file in sorted(folder.glob("*.npz"))]
+        drawn[model] = np.concatenate(shards).reshape(3, 12, 64, 64, 3)
+    for pair, shown in zip(key["pairs"], page["pairs"], strict=True):
+        j, first = PROMPTS.index(pair["prompt"]), pair["image"]
+        assert {pair["left"], pair["right"]} == set(key["models"])
+        for side in ("left", "right"):
+            found = np.stack([*map(to_array, shown[side])])
+            assert np.array_equal(found, drawn[pair[side]][j, first : first + size])
+        seen.add((j, first))
+    assert seen == {(j, first) for j in range(3) for first in (0, size)}
+    assert [pair["left"] for pair in key["pairs"]].count("base") == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "sizes"),
+    [
+        ({}, (1, 4)),
+        ({"questions": "sets"}, (4, 40)),
+        ({"questions": "skin_tone"}, (6, 6)),
+        ({"questions": "sets", "set_size": 3, "images_per_prompt": 9}, (3, 9)),
+    ],
+)
+def test_sizes_are_the_papers_unless_given(words, sizes):
+    args = human_eval.with_sizes(human_eval.BuildArgs(**words))
+    assert (args.set_size, args.images_per_prompt) == sizes
+
+
+def test_nothing_in_the_page_tells_whose_picture_is_where(study, sets, tmp_path, monkeypatch):
     """Not its words, its structure, nor the pictures' files.
 
     And with the models exchanged the page is the same but for the shuffle.
     """
-    source, page = (study / "human_eval.html").read_text(), read_page(study)
-    words = re.sub(r"base64,[A-Za-z0-9+/=]+", "", source).lower()
-    telling = ["my-secret-run", "secret", "base", "fine", "tuned", "lora", "model"]
-    for word in [*telling, "key.json", "seed", str(ROOT)]:
-        assert word not in words, word
-    assert set(page) == {"study", "questions", "answers", "pairs"}
-    assert all(list(pair) == ["prompt", "left", "right"] for pair in page["pairs"])
-    for pair in page["pairs"]:
-        for side in ("left", "right"):
-            file = base64.b64decode(pair[side].partition("base64,")[2])
-            chunks, at = [], 8
-            while at < len(file):
-                length = int.from_bytes(file[at : at + 4], "big")
-                chunks.append(file[at + 4 : at + 8])
-                at += 12 + length
-            assert set(chunks) == {b"IHDR", b"IDAT", b"IEND"}
-            assert to_array(pair[side]).shape == (64, 64, 3)
+    pages = {study: 1, sets["sets"]: 4, sets["skin_tone"]: 6}
+    for folder, size in pages.items():
+        nothing_tells(folder, size)
     # Sides are balanced over many pairs, in no order that shows, and differ from seed to seed.
     sides = []
     for seed in range(200):
-        args = human_eval.BuildArgs(images_per_prompt=2, shuffle_seed=seed)
+        args = human_eval.BuildArgs(set_size=1, images_per_prompt=2, shuffle_seed=seed)
         pairs, _ = shuffled_pairs(args, study / "pictures", ["base", "my-secret-run"])
         sides.append([pair["left"] == "base" for pair in pairs["pairs"]])
     assert (np.sum(sides, axis=1) == 3).all()
@@ -123,6 +166,28 @@ def test_nothing_in_the_page_tells_whose_picture_is_where(study, tmp_path, monke
         run_here(monkeypatch, *words)
         keys.append(json.loads((tmp_path / name / "key.json").read_text()))
     assert keys[0]["pairs"] != keys[1]["pairs"] and keys[0]["study"] != keys[1]["study"]
+
+
+def nothing_tells(study, size: int) -> None:
+    """Neither the page of sets of `size` pictures, nor the pictures' files, name a model."""
+    source, page = (study / "human_eval.html").read_text(), read_page(study)
+    words = re.sub(r"base64,[A-Za-z0-9+/=]+", "", source).lower()
+    telling = ["my-secret-run", "secret", "base", "fine", "tuned", "lora", "model"]
+    for word in [*telling, "key.json", "seed", str(ROOT)]:
+        assert word not in words, word
+    assert set(page) == {"study", "instructions", "questions", "answers", "pairs"}
+    assert all(list(pair) == ["prompt", "left", "right"] for pair in page["pairs"])
+    for pair in page["pairs"]:
+        assert len(pair["left"]) == len(pair["right"]) == size
+        for uri in pair["left"] + pair["right"]:
+            file = base64.b64decode(uri.partition("base64,")[2])
+            chunks, at = [], 8
+            while at < len(file):
+                length = int.from_bytes(file[at : at + 4], "big")
+                chunks.append(file[at + 4 : at + 8])
+                at += 12 + length
+            assert set(chunks) == {b"IHDR", b"IDAT", b"IEND"}
+            assert to_array(uri).shape == (64, 64, 3)
 
 
 @pytest.fixture
@@ -149,6 +214,18 @@ def browser(tmp_path):
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     yield browser
     browser.quit()
+
+
+def widths(browser, side: str) -> list[int]:
+    """Of the pictures of a side, in pixels of their files; 0 for one that has not been loaded."""
+    pictures = f"Array.from(document.querySelectorAll('#{side} img'))"
+    return browser.execute_script(f"return {pictures}.map(picture => picture.naturalWidth)")
+
+
+def wait_for(file) -> None:
+    clock = time.monotonic()
+    while not file.exists() and time.monotonic() - clock < 30:
+        time.sleep(0.1)
 
 
 def test_page_in_a_browser(browser, study, tmp_path, monkeypatch, capsys):
@@ -190,8 +267,7 @@ def test_page_in_a_browser(browser, study, tmp_path, monkeypatch, capsys):
     url = (study / "human_eval.html").as_uri()
     browser.get(url)
     assert element("prompt").text == key["pairs"][0]["prompt"]
-    widths = "['left', 'right'].map(id => document.getElementById(id).naturalWidth)"
-    assert browser.execute_script(f"return {widths}") == [64, 64]
+    assert widths(browser, "left") == widths(browser, "right") == [64]
     assert element("count").text == "pair 1 of 6, 0 answered"
     element("rater").send_keys("Ann 1")  # digits in a name are no answers
     assert pressed() == {} and not element("next").is_enabled()
@@ -231,9 +307,8 @@ def test_page_in_a_browser(browser, study, tmp_path, monkeypatch, capsys):
     assert "That was all" in element("message").text
     assert browser.execute_script("return document.getElementById('progress').value") == 6
     type_keys("s")
-    file, clock = tmp_path / "downloads/answers-Ann-1.json", time.monotonic()
-    while not file.exists() and time.monotonic() - clock < 30:
-        time.sleep(0.1)
+    file = tmp_path / "downloads/answers-Ann-1.json"
+    wait_for(file)
     answers = json.loads(file.read_text())["answers"]
     assert answers == {
         str(n): {question: to_click(question, n) for question in QUESTIONS} for n in range(6)
@@ -252,6 +327,56 @@ def test_page_in_a_browser(browser, study, tmp_path, monkeypatch, capsys):
     assert [found[question]["similar"] for question in QUESTIONS] == [0, 1, 2]
     assert [found[question]["not_loaded"] for question in QUESTIONS] == [0, 0, 2]
     assert "| fidelity | 2 | 4 | 0 | 0 | 0 | 67% (30% to 90%) |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "columns"), [("sets", 2), ("skin_tone", 3)])
+def test_sets_in_a_browser(name, columns, browser, sets, tmp_path, monkeypatch, capsys):
+    """Every picture of both sides is shown, in two rows; the answers are saved and tallied."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    study, asked = sets[name], QUESTIONNAIRES[name]
+    key, page = json.loads((study / "key.json").read_text()), read_page(study)
+    run, base = "my-secret-run", "base"
+    planned = [run, run, "similar", run, base, "not_loaded"]
+    browser.get((study / "human_eval.html").as_uri())
+    told = browser.find_elements(By.CSS_SELECTOR, "#instructions p")
+    assert [paragraph.text for paragraph in told] == [*asked.instructions]
+    legends = browser.find_elements(By.CSS_SELECTOR, "#questions legend")
+    assert [legend.text for legend in legends] == [*asked.questions.values()]
+    # A rater who folds the instructions away goes on with the keyboard.
+    browser.find_element(By.CSS_SELECTOR, "#instructions summary").click()
+    assert not told[0].is_displayed()
+    for n, (pair, wanted) in enumerate(zip(key["pairs"], planned, strict=True)):
+        assert browser.find_element(By.ID, "prompt").text == pair["prompt"]
+        for side in ("left", "right"):
+            pictures = browser.find_elements(By.CSS_SELECTOR, f"#{side} img")
+            sources = [picture.get_attribute("src") for picture in pictures]
+            assert sources == page["pairs"][n][side]
+            assert widths(browser, side) == [64] * asked.set_size
+            places = [picture.location for picture in pictures]
+            assert len({place["x"] for place in places}) == columns
+            assert len({place["y"] for place in places}) == 2
+        value = next((side for side in ("left", "right") if pair[side] == wanted), wanted)
+        digit = str([*ANSWERS].index(value) + 1)
+        browser.switch_to.active_element.send_keys(*digit * len(asked.questions), Keys.ENTER)
+    assert browser.find_element(By.ID, "count").text == "pair 6 of 6, 6 answered"
+    assert "That was all" in browser.find_element(By.ID, "message").text
+    browser.switch_to.active_element.send_keys("s")
+    session = browser.execute_script("return state.session")
+    file = tmp_path / f"downloads/answers-{session}.json"
+    wait_for(file)
+    assert not [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
+
+    words = ["tally", file, "--key", study / "key.json", "--output", tmp_path / "tally.json"]
+    run_here(monkeypatch, *words)
+    found = json.loads((tmp_path / "tally.json").read_text())
+    assert list(found["answers"]) == [*asked.questions]
+    for of_question in found["answers"].values():
+        assert of_question["preferred"] == {base: 1, run: 3} and of_question["preference"] == 3 / 4
+        assert (of_question["similar"], of_question["not_loaded"]) == (1, 1)
+    output = capsys.readouterr().out
+    assert f"1 raters, 6 pairs of sets of {asked.set_size} pictures, {base} and {run}" in output
 
 
 def test_wilson_interval_equals_scipy():
@@ -307,6 +432,44 @@ def test_tally_of_several_raters(study, tmp_path, monkeypatch, capsys):
     assert "3 raters, 6 pairs" in output and "| overall | 1 | 2 | 1 | 1 | 1 | 67%" in output
 
 
+def test_tally_of_sets(sets, tmp_path, monkeypatch, capsys):
+    """As that of single pictures, with its own questions, and no others."""
+    key, run, base = json.loads((sets["sets"] / "key.json").read_text()), "my-secret-run", "base"
+    wanted = {n: {"alignment": run, "quality": base if n < 2 else run} for n in range(6)}
+    write_answers(key, tmp_path / "a.json", "a", wanted)
+    words = ["tally", tmp_path / "a.json", "--key", sets["sets"] / "key.json"]
+    run_here(monkeypatch, *words, "--output", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert (found["questions"], found["set_size"], found["pairs"]) == ("sets", 4, 6)
+    assert found["answers"]["alignment"]["preferred"] == {base: 0, run: 6}
+    assert found["answers"]["quality"]["preference"] == 4 / 6
+    interval = binomtest(4, 6).proportion_ci(method="wilson")
+    expected = pytest.approx([interval.low, interval.high])
+    assert found["answers"]["quality"]["interval"] == expected
+    assert f"6 pairs of sets of 4 pictures, {base} and {run}" in capsys.readouterr().out
+
+    write_answers(key, tmp_path / "b.json", "b", {0: {"overall": run}})
+    with pytest.raises(SystemExit) as end:
+        run_here(monkeypatch, "tally", tmp_path / "b.json", *words[2:])
+    stderr = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and "b.json" in stderr and "overall" in stderr
+
+
+def test_a_page_of_before_there_were_sets_is_tallied(study, tmp_path, monkeypatch):
+    """Its key says neither what was asked nor of how many pictures."""
+    key, run = json.loads((study / "key.json").read_text()), "my-secret-run"
+    old = {name: key[name] for name in ("study", "models", "shuffle_seed", "pairs")}
+    (tmp_path / "key.json").write_text(json.dumps(old))
+    write_answers(old, tmp_path / "a.json", "a", {n: {"fidelity": run} for n in range(6)})
+    found = []
+    for folder in (tmp_path, study):
+        words = ["tally", tmp_path / "a.json", "--key", folder / "key.json"]
+        run_here(monkeypatch, *words, "--output", tmp_path / "out.json")
+        found.append(json.loads((tmp_path / "out.json").read_text()))
+    assert found[0] == found[1] and found[0]["answers"]["fidelity"]["preferred"][run] == 6
+    assert list(found[0]["answers"]) == [*QUESTIONS]
+
+
 def test_two_runs_against_each_other(tiny_sd, study, tmp_path, monkeypatch):
     """Without the base; the noise is that of the base's page, so the run's pictures are those."""
     run = study.parent / "runs/my-secret-run"
@@ -342,6 +505,17 @@ BUILD_WRONG = {
         "--images-per-prompt",
     ),
     "a page that is there": (["--evaluation", "PICTURES", "--output-dir", "STUDY"], "--output-dir"),
+    "sets of single pictures": (["--lora", "RUN", "--set-size", 4], "--questions sets"),
+    "no whole sets": (
+        ["--evaluation", "PICTURES", "--questions", "sets", "--images-per-prompt", 2],
+        "multiple of --set-size",
+    ),
+    "sets of nothing": (["--lora", "RUN", "--questions", "sets", "--set-size", 0], "--set-size"),
+    "fewer than the paper's": (
+        ["--evaluation", "PICTURES", "--questions", "skin_tone"],
+        "--images-per-prompt is 6",
+    ),
+    "questions of nobody": (["--lora", "RUN", "--questions", "beauty"], "--questions"),
     "unknown word": (["zooo"], "zooo"),
 }
 
