@@ -95,25 +95,32 @@ def write_page(folder: Path, names: list[str], pairs: dict, sets: list[np.ndarra
     for pictures in sets:
         study.update(pictures.tobytes())
     key = {"study": study.hexdigest()[:16], "models": names, **pairs}
-    # In the order in which they are shown, and nothing beside the pixels.
-    sides = [[as_data_uri(picture) for picture in pictures] for pictures in sets]
-    shown = [
-        {"prompt": pair["prompt"], "left": left, "right": right}
-        for pair, left, right in zip(pairs["pairs"], sides[::2], sides[1::2])
-    ]
     asked = QUESTIONNAIRES[pairs["questions"]]
     page = {
         "study": key["study"],
         "instructions": asked.instructions,
         "questions": asked.questions,
         "answers": ANSWERS,
-        "pairs": shown,
+        "prompts": [pair["prompt"] for pair in pairs["pairs"]],
     }
-    # "<" would end the script's element, or begin a comment, where a prompt has it.
-    content = json.dumps(page).replace("<", "\\u003c")
-    write_whole(folder / PAGE_NAME, PAGE.read_text(encoding="utf-8").replace("STUDY", content))
+    # In the order in which they are shown, and nothing beside the pixels. An element for each pair,
+    # as browsers have no strings of more than about 500 MB.
+    sides = [[as_data_uri(picture) for picture in pictures] for pictures in sets]
+    shown = [
+        element({"left": left, "right": right}) for left, right in zip(sides[::2], sides[1::2])
+    ]
+    before, after = PAGE.read_text(encoding="utf-8").split("STUDY")
+    write_whole(folder / PAGE_NAME, "".join([before, element(page, "study"), *shown, after]))
     # Last: where there is a key, all is there, and it is not overwritten.
     write_whole(folder / KEY_NAME, json.dumps(key, indent=2) + "\n")
+
+
+def element(content: dict, name: str = "") -> str:
+    """A script element of JSON, with an id where it has a `name`."""
+    # "<" would end the element, or begin a comment, where a prompt has it.
+    text = json.dumps(content).replace("<", "\\u003c")
+    attribute = f'id="{name}"' if name else 'class="pair"'
+    return f'<script type="application/json" {attribute}>{text}</script>\n'
 
 
 def as_data_uri(picture: np.ndarray) -> str:

@@ -75,8 +75,14 @@ def run_here(monkeypatch, *words) -> None:
 def read_page(study) -> dict:
     """What the page holds, as a rater who looks at its source sees it."""
     source = (study / "human_eval.html").read_text()
-    held = r'<script type="application/json" id="study">(.*?)</script>'
-    return json.loads(re.search(held, source, re.DOTALL)[1])
+    held = re.findall(r'<script type="application/json" (.*?)>(.*?)</script>', source, re.DOTALL)
+    assert [attribute for attribute, _ in held] == ['id="study"', *['class="pair"'] * 6]
+    page, *sides = [json.loads(content) for _, content in held]
+    assert all(list(pair) == ["left", "right"] for pair in sides)
+    page["pairs"] = [
+        {"prompt": prompt} | pair for prompt, pair in zip(page.pop("prompts"), sides, strict=True)
+    ]
+    return page
 
 
 def to_array(uri: str) -> np.ndarray:
@@ -176,7 +182,6 @@ def nothing_tells(study, size: int) -> None:
     for word in [*telling, "key.json", "seed", str(ROOT)]:
         assert word not in words, word
     assert set(page) == {"study", "instructions", "questions", "answers", "pairs"}
-    assert all(list(pair) == ["prompt", "left", "right"] for pair in page["pairs"])
     for pair in page["pairs"]:
         assert len(pair["left"]) == len(pair["right"]) == size
         for uri in pair["left"] + pair["right"]:
