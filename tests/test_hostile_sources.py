@@ -36,7 +36,7 @@ import dpok
 import large_scale_ppo
 from common.rewards import RewardError, check_spec, load_reward, parse_sum
 from common.rewards.base import PromptError
-from common.rewards.llava_bertscore import ask_server, describe_on_server, read_options
+from common.rewards.llava_bertscore import ask_vlm, describe_on_server, read_options
 from common.users_code import shortened
 from harness.pairs import ImageFolder, TarShards, open_pairs, take_pairs, to_tensor
 from harness.prompts import SourceError, cache_folder, identity, json_prompt, open_prompts, take
@@ -1158,7 +1158,7 @@ def test_no_thread_goes_on_reading(monkeypatch):
         before = {*threading.enumerate()}
         for number in range(len(endless)):
             with pytest.raises(RewardError, match=r"within 1 s|more than 1048576 bytes"):
-                ask_server(f"{url}/{number}/models", None, 1, 0)
+                ask_vlm(f"{url}/{number}/models", None, 1, 0)
         limit = time.monotonic() + 5
         while time.monotonic() < limit:
             readers = {*threading.enumerate()} - before
@@ -1186,7 +1186,7 @@ def test_the_key_follows_no_redirect(status, monkeypatch):
 def test_a_key_that_cannot_be_sent_is_not_quoted(key, monkeypatch):
     monkeypatch.setattr(os, "environ", {**os.environ, "OPENAI_API_KEY": key})
     with pytest.raises(RewardError) as error:
-        ask_server("http://127.0.0.1:9/models", None, 1, 0)
+        ask_vlm("http://127.0.0.1:9/models", None, 1, 0)
     is_one_line(error.value, "OPENAI_API_KEY")
     assert key not in str(error.value)
 

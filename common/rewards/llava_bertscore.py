@@ -3,21 +3,7 @@
 This is the reward of DDPO 5.3.
 """
 
-import base64
-import contextlib
-import io
-import json
-import os
-import re
-import socket
-import threading
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
-from concurrent import futures
-from http.client import HTTPException
-from urllib.parse import urlsplit
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from PIL import Image
@@ -34,22 +20,23 @@ from common.rewards.base import (
     load_model,
     to_pil,
 )
-from common.users_code import quoted, shortened
+from common.rewards.http_client import (
+    SERVER_NUMBERS,
+    ask_server,
+    base64_png,
+    bearer_token,
+    check_url,
+    is_url,
+    whole_numbers,
+)
+from common.users_code import shortened
 
 VLM = "llava-hf/llava-1.5-7b-hf"
 SCORER, LAYER = "microsoft/deberta-xlarge-mnli", 40
 """What `bert-score` recommends, and the layer that it takes of it."""
 TEXTS = {"question": "What is happening in this image?", "scorer": SCORER, "model": ""}
-NUMBERS = {
-    "layer": (0, LAYER, 1000),
-    "max_new_tokens": (1, 64, 100_000),
-    "timeout": (1, 60, 86_400),
-    "retries": (0, 5, 100),
-    "concurrency": (1, 8, 256),
-}
-"""Options: least, default and most; the last three and `model` are for a server, timeout in s."""
-LONGEST_ANSWER = 1 << 20
-"""Bytes; a description has hundreds, and a list of models some thousands."""
+NUMBERS = {"layer": (0, LAYER, 1000), "max_new_tokens": (1, 64, 100_000)} | SERVER_NUMBERS
+"""Options: least, default and most; those of SERVER_NUMBERS and `model` are for a server."""
 
 
 class BERTScore:
@@ -122,123 +109,17 @@ def describe_here(weights: str, question: str, max_new_tokens: int, device: str 
     return describe
 
 
-def within(seconds: float, call: Callable, close: Callable):
-    """What `call()` returns, or a TimeoutError; close() then ends what it waits for.
-
-    A socket's own time-out begins anew with every byte that comes.
-    """
-    future = futures.Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        return future.result(seconds)
-    except futures.TimeoutError:  # before Python 3.11 no OSError
-        close()
-        raise TimeoutError(f"no whole answer within {seconds} s") from None
-
-
-class NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect is an answer like any other fault: the key is for the named server alone."""
-
-    def redirect_request(self, *of_the_request):
-        return None
-
-
-def noting(handler: type, sockets: list, deadline: float) -> type:
-    """`handler` of urllib, which adds each connection's socket to `sockets`."""
-
-    class Noting(handler):
-        def do_open(self, http_class, request, **options):
-            class Connection(http_class):
-                def connect(self):
-                    super().connect()
-                    sockets.append(self.sock)
-                    if time.monotonic() > deadline:  # whoever closes them may have been here before
-                        self.close()
-                        raise TimeoutError
-
-            return super().do_open(Connection, request, **options)
-
-    return Noting
-
-
-def fetch(request: urllib.request.Request, seconds: float) -> tuple[int, str, bytes]:
-    """Status, reason and body of an answer, up to a byte more than LONGEST_ANSWER.
-
-    At the deadline the connection is closed, so that nothing goes on reading.
-    """
-    sockets, deadline = [], time.monotonic() + seconds
-    schemes = (urllib.request.HTTPHandler, urllib.request.HTTPSHandler)
-    handlers = [noting(handler, sockets, deadline) for handler in schemes]
-    opener = urllib.request.build_opener(NoRedirects, *handlers)
-
-    def call() -> tuple[int, str, bytes]:
-        try:
-            with opener.open(request, timeout=seconds) as response:
-                return response.status, response.reason, response.read(LONGEST_ANSWER + 1)
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, error.reason, error.read(LONGEST_ANSWER + 1)
-
-    def close() -> None:
-        for connection in sockets:
-            with contextlib.suppress(OSError):  # closed already
-                connection.shutdown(socket.SHUT_RDWR)
-
-    return within(seconds, call, close)
-
-
-def api_key() -> str:
-    """OPENAI_API_KEY, which a server may want; raises RewardError for one that cannot be sent."""
-    key = os.environ.get("OPENAI_API_KEY", "none").strip()
-    if not (key.isascii() and key.isprintable()):  # http.client's own error would quote it
-        raise RewardError("OPENAI_API_KEY has characters that no header can have; set it anew")
-    return key
-
-
-def ask_server(url: str, body: dict | None, timeout: float, retries: int):
-    """The JSON that an OpenAI-compatible server answers.
-
-    Tried again, ever later, after faults that may pass; raises RewardError when it stays down. The
-    key, if the server wants one, is read from OPENAI_API_KEY.
-    """
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {api_key()}"}
-    data = None if body is None else json.dumps(body).encode()
-    for attempt in range(retries + 1):
-        try:
-            status, reason, answer = fetch(urllib.request.Request(url, data, headers), timeout)
-            if status < 300 and len(answer) > LONGEST_ANSWER:
-                fault = f"an answer of more than {LONGEST_ANSWER} bytes"
-                break
-            if status < 300:
-                return json.loads(answer)
-            fault = (
-                f"HTTP {status} {shortened(reason)}: {shortened(answer.decode(errors='replace'))}"
-            )
-            if 300 <= status < 400:
-                fault += "; a redirect is not followed: name the server where it is"
-            if status < 500 and status not in (408, 409, 425, 429):
-                break
-        # No connection or a time-out, half an answer, not JSON or nested too deep.
-        except (OSError, HTTPException, ValueError, RecursionError) as error:
-            fault = shortened(str(error)) or type(error).__name__
-        if attempt < retries:
-            time.sleep(min(0.5 * 2**attempt, 30))
-    where = f"the VLM server {shortened(url)}"
-    raise RewardError(f"{where} failed {attempt + 1} times, at last with: {fault}")
+def ask_vlm(url: str, body: dict | None, timeout: float, retries: int):
+    """`ask_server` with OPENAI_API_KEY, or a key that servers take which want none."""
+    key = bearer_token("OPENAI_API_KEY") or "none"
+    return ask_server("the VLM server", url, body, timeout, retries, key)
 
 
 def describe_on_server(url: str, options: dict[str, str | int]):
     """A function from pictures to descriptions, by an OpenAI-compatible server (vLLM, SGLang)."""
     timeout, retries = options["timeout"], options["retries"]
     # With a named model too: is there a server?
-    models = ask_server(f"{url}/models", None, timeout, retries)
+    models = ask_vlm(f"{url}/models", None, timeout, retries)
     try:
         name = options["model"] or models["data"][0]["id"]
         if not isinstance(name, str):
@@ -248,16 +129,14 @@ def describe_on_server(url: str, options: dict[str, str | int]):
         raise RewardError(f"{fault}; name one with ?model=") from None
 
     def describe_one(picture: Image.Image) -> str:
-        buffer = io.BytesIO()
-        picture.save(buffer, format="PNG")
-        image = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        image = f"data:image/png;base64,{base64_png(picture)}"
         content = [
             {"type": "image_url", "image_url": {"url": image}},
             {"type": "text", "text": options["question"]},
         ]
         body = {"model": name, "messages": [{"role": "user", "content": content}]}
         body |= {"max_tokens": options["max_new_tokens"], "temperature": 0}
-        answer = ask_server(f"{url}/chat/completions", body, timeout, retries)
+        answer = ask_vlm(f"{url}/chat/completions", body, timeout, retries)
         try:
             said = answer["choices"][0]["message"]["content"]
             if isinstance(said, list):
@@ -270,7 +149,7 @@ def describe_on_server(url: str, options: dict[str, str | int]):
             raise RewardError(fault) from None
 
     def describe(pictures: list[Image.Image]) -> list[str]:
-        with futures.ThreadPoolExecutor(options["concurrency"]) as threads:
+        with ThreadPoolExecutor(options["concurrency"]) as threads:
             return list(threads.map(describe_one, pictures))
 
     return describe
@@ -279,38 +158,14 @@ def describe_on_server(url: str, options: dict[str, str | int]):
 def read_options(options: dict[str, str]) -> dict[str, str | int]:
     """All options, numbers as such; RewardError for one that is not known or makes no sense."""
     check_options("llava_bertscore", options, (*TEXTS, *NUMBERS))
-    numbers = {}
-    for option, (least, default, most) in NUMBERS.items():
-        text = options.get(option, str(default))
-        if not re.fullmatch(r"[0-9]{1,9}", text) or not least <= int(text) <= most:
-            what = f"{option}={shortened(text)} of llava_bertscore"
-            raise RewardError(
-                f"{what} must be a whole number of {least} or more, and at most {most}"
-            )
-        numbers[option] = int(text)
+    numbers = whole_numbers("llava_bertscore", options, NUMBERS)
     return TEXTS | options | numbers
-
-
-def is_url(weights: str | None) -> bool:
-    return weights is not None and weights.startswith(("http://", "https://"))
-
-
-def check_url(url: str) -> None:
-    """Raises RewardError for one that no request can be sent to."""
-    try:
-        parts = urlsplit(url)
-        ok = parts.hostname and parts.port != 0 and "@" not in parts.netloc and not parts.fragment
-        ok = ok and url.isascii() and url.isprintable() and " " not in url
-    except ValueError:  # a port that is no number, a bracket that is not closed
-        ok = False
-    if not ok:
-        raise RewardError(f"{quoted(url)} is no URL of a server; write http://HOST:PORT/v1")
 
 
 def check(name: str, weights: str | None, options: dict[str, str]) -> None:
     check_weights(read_options(options)["scorer"], *MODEL_FILES, TOKENIZER_FILES, owner=False)
     if is_url(weights):
-        check_url(weights)
+        check_url(weights, "http://HOST:PORT/v1")
     else:
         check_weights(weights, *MODEL_FILES, PROCESSOR_FILES, TOKENIZER_FILES)
 
