@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.lora import FILE_NAME
-from common.rewards import parse_spec, parse_sum
+from common.rewards import is_url, parse_spec, parse_sum
 from harness.checkpoint import write_tensors
 
 EXPORTED = "comfyui_a1111_lora.safetensors"
@@ -48,8 +48,11 @@ def rewards_of(args: dict) -> list[str]:
 
 def shared_reward(spec: str) -> str:
     """A reward without what is private: its options, servers and folders."""
-    terms = [(weight, parse_spec(term)[0]) for weight, term in parse_sum(spec)]
-    names = [(weight, Path(name).name) for weight, name in terms]
+
+    def name_of(term: str) -> str:
+        return "reward server" if is_url(term) else Path(parse_spec(term)[0]).name
+
+    names = [(weight, name_of(term)) for weight, term in parse_sum(spec)]
     if len(names) == 1:
         return names[0][1]
     return " + ".join(f"{weight:g}*{name}" for weight, name in names)

@@ -182,6 +182,7 @@ def test_export_refuses_what_it_cannot_read(tmp_path, monkeypatch, capsys):
         ("image_reward:/home/me/weights", "image_reward"),
         ("llava_bertscore:http://me:word@host:80/v1?model=x", "llava_bertscore"),
         ("/home/me/mine.py:score", "mine.py"),
+        ("https://my-machine:8000/score?timeout=5", "reward server"),
         (
             "0.5*image_reward:zoo/image_reward + 2*/home/me/mine.py:score",
             "0.5*image_reward + 2*mine.py",

@@ -40,7 +40,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from common.lora import add_lora
 from common.rewards import load_reward
-from common.rewards.image_reward import CLIP_MEAN, CLIP_STD, ImageReward
+from common.rewards.image_reward import ImageReward
+from common.rewards.pixels import CLIP_MEAN, CLIP_STD
 from zoo import judge as judging
 from zoo import world
 

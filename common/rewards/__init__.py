@@ -12,6 +12,9 @@ by default a group for each prompt. Specs:
     clip_score[:WEIGHTS]              cosine of CLIP's embeddings of picture and prompt
                                       (Fan et al. 2023, App. C)
     blip_score[:WEIGHTS]              the same of BLIP's
+    pick_score[:WEIGHTS]              PickScore: of a CLIP that was trained on preferences, times
+                                      about 100 (Kirstain et al. 2023)
+    hps_v2[:WEIGHTS]                  Human Preference Score v2: of another one (Wu et al. 2023)
     llava_bertscore[:WEIGHTS]         a VLM describes the picture; BERTScore recall of the prompt
                                       (Black et al., 5.3)
     llava_bertscore:http://HOST/v1    the same, the VLM on an OpenAI-compatible server
@@ -19,6 +22,7 @@ by default a group for each prompt. Specs:
                                       (Zhang et al. 2024, Eq. 13)
     statistical_parity[:WEIGHTS]      minus the distance of a prompt's classes from uniform
                                       (Zhang et al., Eq. 12)
+    http://HOST:PORT/PATH             your own on a server; https:// too
     path/to/file.py:function          your own: function(images, prompts) with the shapes above
     0.7*aesthetic+0.3*clip_score      a weighted sum of any of these
 
@@ -44,6 +48,7 @@ from urllib.parse import parse_qsl
 import torch
 
 from common.rewards.base import GradientError, PromptError, Reward, RewardError
+from common.rewards.http_client import is_url
 from common.users_code import load_users_function, quoted, shortened, users_code, what_was_raised
 
 __all__ = [
@@ -54,6 +59,7 @@ __all__ = [
     "Reward",
     "RewardError",
     "check_spec",
+    "is_url",
     "load_reward",
 ]
 
@@ -67,12 +73,24 @@ MODULES = {
     "jpeg_incompressibility": "jpeg",
     "clip_score": "similarity",
     "blip_score": "similarity",
+    "pick_score": "similarity",
+    "hps_v2": "hps_v2",
     "llava_bertscore": "llava_bertscore",
     "object_detection": "object_detection",
     "statistical_parity": "statistical_parity",
 }
 NAMES = tuple(MODULES)
-DIFFERENTIABLE = ("image_reward", "aesthetic", "clip_score", "blip_score", "object_detection")
+OTHERS = ("http://HOST:PORT/PATH", "path/to/file.py:function")
+"""Specs that begin with no name."""
+DIFFERENTIABLE = (
+    "image_reward",
+    "aesthetic",
+    "clip_score",
+    "blip_score",
+    "pick_score",
+    "hps_v2",
+    "object_detection",
+)
 TERM = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*(.+)", re.DOTALL)
 LONGEST_SPEC = 10_000
 """Characters of a spec; the time that it takes to read one grows with their square."""
@@ -279,9 +297,14 @@ def parse_sum(spec: str) -> list[tuple[float, str]]:
 
 
 def parse_spec(spec: str) -> tuple[str, str | None, dict[str, str]]:
-    """Name, weights or None, and options of one term. Raises RewardError."""
+    """Name, weights or None, and options of one term; of a URL its scheme, and all before the "?".
+
+    Raises RewardError.
+    """
     rest, _, query = spec.partition("?")
     name, _, weights = rest.partition(":")
+    if is_url(spec):
+        weights = rest
     given = parse_qsl(query, keep_blank_values=True)
     options = dict(given)
     if len(options) < len(given):
@@ -290,7 +313,13 @@ def parse_spec(spec: str) -> tuple[str, str | None, dict[str, str]]:
 
 
 def is_users_function(spec: str) -> bool:
-    return spec.rpartition(":")[0].endswith(".py") or spec.endswith(".py")
+    return not is_url(spec) and (spec.rpartition(":")[0].endswith(".py") or spec.endswith(".py"))
+
+
+def module_of(term: str):
+    """What checks and loads the reward of a term that is no user's function."""
+    name = "reward_server" if is_url(term) else MODULES[parse_spec(term)[0]]
+    return importlib.import_module(f"common.rewards.{name}")
 
 
 def check_spec(spec: str, differentiable: bool = False) -> None:
@@ -309,15 +338,15 @@ def check_spec(spec: str, differentiable: bool = False) -> None:
                 raise RewardError(f"there is no file {quoted(path)} (reward {quoted(term)})")
             continue
         name, weights, options = parse_spec(term)
-        if name not in NAMES:
+        if name not in NAMES and not is_url(term):
             hint = f"; {SYNTAX}" if re.search(r"[*+]", name) else ""
-            names = ", ".join((*NAMES, "path/to/file.py:function"))
+            names = ", ".join((*NAMES, *OTHERS))
             raise RewardError(f"there is no reward {quoted(name)}; there are: {names}{hint}")
         if differentiable and name not in DIFFERENTIABLE:
             names = ", ".join((*DIFFERENTIABLE, "path/to/file.py:function"))
             raise GradientError(f"reward {quoted(term)} has no gradient; these have: {names}")
         try:
-            importlib.import_module(f"common.rewards.{MODULES[name]}").check(name, weights, options)
+            module_of(term).check(name, weights, options)
         except RewardError as error:
             raise RewardError(f"{error} (reward {quoted(term)})") from None
 
@@ -327,9 +356,8 @@ def _load_term(term: str, device: str | torch.device, differentiable: bool) -> R
         return _users_function(term)
     name, weights, options = parse_spec(term)
     try:
-        module = importlib.import_module(f"common.rewards.{MODULES[name]}")
         asked = {"differentiable": True} if differentiable else {}
-        return module.load(name, weights, options, device, **asked)
+        return module_of(term).load(name, weights, options, device, **asked)
     except GradientError as error:
         raise GradientError(f"reward {quoted(term)} has no gradient: {error}") from None
     except ImportError as error:  # some of transformers' processors need more: OWLv2's scipy

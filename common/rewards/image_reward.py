@@ -20,7 +20,7 @@ from common.rewards.base import (
     reward_of_pixels,
     to_pil,
 )
-from common.rewards.pixels import normalised, pil_resize, resized
+from common.rewards.pixels import CLIP_MEAN, CLIP_STD, normalised, pil_resize, resized
 
 # The published model is BLIP's image encoder, BLIP's text encoder with cross-attention to the
 # image, and an MLP on the first text token. These are its sizes; a folder with its own config.json
@@ -50,8 +50,6 @@ IMAGE_REWARD_CONFIG = {
     "score_mean": 0.16717362830052426,
     "score_std": 1.0333394966054072,
 }
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ImageReward(torch.nn.Module):

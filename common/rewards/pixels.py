@@ -14,6 +14,8 @@ from PIL import Image
 
 from common.rewards.base import GradientError, to_pil
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 LARGEST_GAP = 2
 """Steps of 8 bits by which a pixel may differ from PIL's; 1.1 was measured (docs/rewards.md)."""
 
@@ -36,17 +38,24 @@ def owlv2_resize(n: int, m: int) -> np.ndarray:
 
 
 def resized(
-    images: torch.Tensor, height: int, width: int, matrix_of: Callable[[int, int], np.ndarray]
+    images: torch.Tensor,
+    height: int,
+    width: int,
+    matrix_of: Callable[[int, int], np.ndarray],
+    clamped: bool = True,
 ) -> torch.Tensor:
     """Float images (..., H, W) in [0, 1] at another size, in [0, 1].
 
     Bicubic weights overshoot at edges, by up to an eighth in each pass. As in PIL, each pass is
-    clamped: what is clamped passes no gradient, and would not change PIL's picture either.
+    clamped: what is clamped passes no gradient, and would not change PIL's picture either. Torch's
+    own resize of float images is not `clamped`.
     """
     H, W = images.shape[-2:]
     down, across = (
         torch.from_numpy(matrix_of(n, m)).to(images) for n, m in ((H, height), (W, width))
     )
+    if not clamped:
+        return down @ images @ across.T
     if H - height > max(0, 2 * (W - width)):  # the passes' order in Pillow 13
         return ((down @ images).clamp(0, 1) @ across.T).clamp(0, 1)
     return (down @ (images @ across.T).clamp(0, 1)).clamp(0, 1)

@@ -1,6 +1,7 @@
-"""Cosine of a picture's and its prompt's embedding: CLIP score and BLIP score.
+"""Cosine of a picture's and its prompt's embedding: CLIP score, BLIP score and PickScore.
 
-As in Fan et al. 2023, Table 2 and App. C.
+The first two as in Fan et al. 2023, Table 2 and App. C; PickScore (Kirstain et al. 2023) is a CLIP
+trained on what people chose, and multiplies the cosine by the scale that it has learned.
 """
 
 import torch
@@ -21,7 +22,10 @@ from common.rewards.pixels import tensor_pixels
 DEFAULTS = {
     "clip_score": "openai/clip-vit-large-patch14",
     "blip_score": "Salesforce/blip-itm-large-coco",
+    "pick_score": "yuvalkirstain/PickScore_v1",
 }
+PROCESSORS = {"yuvalkirstain/PickScore_v1": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
+"""Where the processor of weights is that of other weights, as in PickScore's own code."""
 
 
 def check(name: str, weights: str | None, options: dict[str, str]) -> None:
@@ -36,15 +40,15 @@ def load(
     device: str | torch.device,
     differentiable: bool = False,
 ) -> Reward:
-    """In float32, in [-1, 1].
+    """In float32, in [-1, 1]; PickScore is that times its scale, about 100.
 
     `weights`: a hub id or a folder of a CLIPModel, or of a BlipForImageTextRetrieval.
     """
     from transformers import AutoProcessor, BlipForImageTextRetrieval, CLIPModel
 
     weights = weights or DEFAULTS[name]
-    processor = AutoProcessor.from_pretrained(weights)
-    model_class = CLIPModel if name == "clip_score" else BlipForImageTextRetrieval
+    processor = AutoProcessor.from_pretrained(PROCESSORS.get(weights, weights))
+    model_class = BlipForImageTextRetrieval if name == "blip_score" else CLIPModel
     model = load_model(model_class, weights, device)
 
     of_pictures = processor.image_processor
@@ -55,9 +59,10 @@ def load(
     def score(pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         inputs = processor(text=list(prompts), padding=True, truncation=True, return_tensors="pt")
         inputs = {**inputs.to(device), "pixel_values": pixels.to(device)}
-        if name == "clip_score":
-            out = model(**inputs)
-            return (out.image_embeds * out.text_embeds).sum(-1)
-        return model(**inputs, use_itm_head=False).itm_score.diagonal()
+        if name == "blip_score":
+            return model(**inputs, use_itm_head=False).itm_score.diagonal()
+        out = model(**inputs)
+        cosine = (out.image_embeds * out.text_embeds).sum(-1)
+        return model.logit_scale.exp() * cosine if name == "pick_score" else cosine
 
     return reward_of_pixels(score, exact, tensor_pixels(of_pictures) if differentiable else None)
