@@ -33,7 +33,7 @@ from common.rewards import load_reward
 from common.rewards.image_reward import IMAGE_REWARD_CONFIG, ImageReward
 
 sys.path.append(str(ROOT / "tests"))
-from tiny_models import make_bert, make_blip, make_clip, make_detectors, make_llava
+from tiny_models import make_bert, make_blip, make_clip, make_detectors, make_hps, make_llava
 
 TEXT_L = {
     "hidden_size": 768,
@@ -47,6 +47,19 @@ VISION_L = {
     "num_attention_heads": 16,
     "num_hidden_layers": 24,
 }
+TEXT_H = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+}
+VISION_H = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 32,
+    "patch_size": 14,
+}
 # Sizes of the default weights, from their published configurations.
 REAL = {
     "image_reward": lambda: ImageReward(IMAGE_REWARD_CONFIG),
@@ -56,6 +69,9 @@ REAL = {
             vision_config=VISION_L | {"patch_size": 14},
             projection_dim=768,
         )
+    ),
+    "pick_score, hps_v2: CLIP ViT-H/14": lambda: CLIPModel(
+        CLIPConfig(text_config=TEXT_H, vision_config=VISION_H, projection_dim=1024)
     ),
     "blip_score: BLIP ITM large": lambda: BlipForImageTextRetrieval(
         BlipConfig(
@@ -104,7 +120,7 @@ PICTURES, TIMES = 64, 5
 
 def tiny_specs(folder: Path) -> dict[str, str]:
     """A spec for each reward with a model, on tiny models that are made in `folder`."""
-    for name in ("clip", "blip", "bert", "llava", "detectors"):
+    for name in ("clip", "blip", "hps", "bert", "llava", "detectors"):
         (folder / name).mkdir()
     clip, blip = make_clip(folder / "clip"), make_blip(folder / "blip")
     llava, bert = make_llava(folder / "llava"), make_bert(folder / "bert")
@@ -114,6 +130,8 @@ def tiny_specs(folder: Path) -> dict[str, str]:
         "aesthetic": f"aesthetic:{clip}",
         "clip_score": f"clip_score:{clip}",
         "blip_score": f"blip_score:{blip}",
+        "pick_score": f"pick_score:{clip}",
+        "hps_v2": f"hps_v2:{make_hps(folder / 'hps')}",
         "llava_bertscore": f"llava_bertscore:{llava}?scorer={bert}&layer=2&max_new_tokens=16",
         "statistical_parity": f"statistical_parity:{clip}?labels=a red cat,a green dog",
     }

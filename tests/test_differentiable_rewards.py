@@ -11,7 +11,7 @@ from conftest import ROOT
 from PIL import Image
 from test_image_reward import to_tensor
 from test_rewards import users
-from tiny_models import make_blip, make_clip, make_detectors, pictures
+from tiny_models import make_blip, make_clip, make_detectors, make_hps, pictures
 
 from common.rewards import (
     DIFFERENTIABLE,
@@ -28,7 +28,8 @@ from harness.rewards import load_reward_or_fail
 
 PROMPTS = ["a cat and a dog", "a cup", "a dog", "a cup near a cat"]
 SIZES = ((24, 24), (40, 56), (32, 32), (130, 90))  # the models' inputs are 32 or 64
-MODELS = ["image_reward", "aesthetic", "clip_score", "blip_score", "multi-label", "detr", "owlv2"]
+MODELS = ["image_reward", "aesthetic", "clip_score", "blip_score", "pick_score", "hps_v2"]
+MODELS += ["multi-label", "detr", "owlv2"]
 CUT = ["rt-detr", "grounding-dino"]
 """Detectors whose own code stops the gradient at the boxes that they begin with."""
 
@@ -42,6 +43,8 @@ def specs(tmp_path_factory):
         "aesthetic": f"aesthetic:{clip}",
         "clip_score": f"clip_score:{clip}",
         "blip_score": f"blip_score:{make_blip(blip)}",
+        "pick_score": f"pick_score:{clip}",
+        "hps_v2": f"hps_v2:{make_hps(tmp_path_factory.mktemp('hps'))}",
     }
 
 
@@ -239,14 +242,16 @@ def test_a_reward_without_gradient_is_refused_before_anything_is_loaded(name, sp
 
 def test_a_script_says_what_to_do_without_gradient(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["a_script.py"])
-    server, remedy = "llava_bertscore:http://localhost:1/v1", "another_script.py needs none"
-    check_reward(server)
+    remedy = "another_script.py needs none"
     check_reward("image_reward", without_gradient=remedy)
-    with pytest.raises(SystemExit) as end:
-        check_reward(server, without_gradient=remedy)
-    line = capsys.readouterr().err
-    assert end.value.code == 2 and line.count("\n") == 1
-    assert f"--reward: reward '{server}' has no gradient" in line and line.endswith(f"{remedy}\n")
+    for server in ("llava_bertscore:http://localhost:1/v1", "https://localhost:1/score"):
+        check_reward(server)
+        with pytest.raises(SystemExit) as end:
+            check_reward(server, without_gradient=remedy)
+        line = capsys.readouterr().err
+        assert end.value.code == 2 and line.count("\n") == 1
+        assert f"--reward: reward '{server}' has no gradient" in line
+        assert line.endswith(f"{remedy}\n")
 
 
 def test_a_processor_that_does_something_else_is_refused(specs, tmp_path):

@@ -31,6 +31,7 @@ from tiny_models import (
     make_clip,
     make_deberta,
     make_detectors,
+    make_hps,
     make_llava,
     pictures,
     randomise,
@@ -659,7 +660,12 @@ def test_parity_of_known_groups_with_repeated_prompts(clip_folder, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def specs(clip_folder, blip_folder, bert_folder, llava_folder, detector_folders):
+def hps_folder(tmp_path_factory):
+    return make_hps(tmp_path_factory.mktemp("hps"))
+
+
+@pytest.fixture(scope="module")
+def specs(clip_folder, blip_folder, hps_folder, bert_folder, llava_folder, detector_folders):
     """A spec for each reward that scores pictures one by one."""
     fixed = {name: f"object_detection:{detector_folders[name]}" for name in detector_folders}
     llava = f"llava_bertscore:{llava_folder}?scorer={bert_folder}"
@@ -670,6 +676,8 @@ def specs(clip_folder, blip_folder, bert_folder, llava_folder, detector_folders)
         "jpeg_incompressibility": "jpeg_incompressibility",
         "clip_score": f"clip_score:{clip_folder}",
         "blip_score": f"blip_score:{blip_folder}",
+        "pick_score": f"pick_score:{clip_folder}",
+        "hps_v2": f"hps_v2:{hps_folder}",
         "llava_bertscore": f"{llava}&layer=1&max_new_tokens=4",
         "sum": f"0.7*aesthetic:{clip_folder}+-2e-1*jpeg_incompressibility",
     }
@@ -677,7 +685,7 @@ def specs(clip_folder, blip_folder, bert_folder, llava_folder, detector_folders)
 
 SINGLE = ["owlv2", "grounding-dino", "detr", "rt-detr", "multi-label", "image_reward", "aesthetic"]
 SINGLE += ["jpeg_compressibility", "jpeg_incompressibility"]
-SINGLE += ["clip_score", "blip_score", "llava_bertscore", "sum"]
+SINGLE += ["clip_score", "blip_score", "pick_score", "hps_v2", "llava_bertscore", "sum"]
 
 
 @pytest.mark.parametrize("name", SINGLE)
@@ -720,6 +728,11 @@ def test_weighted_sum(clip_folder):
         (2.0, "x.py:f"),
         (3.0, "llava_bertscore:http://h:1/v1?question=a+b"),
     ]
+    url = "http://[::1]:80/a+b/x.py?timeout=5"
+    assert parse_sum(url) == [(1.0, url)]
+    spec = f"-0.5*{url} + 2e-1*https://h/score+3*pick_score"
+    assert parse_sum(spec) == [(-0.5, url), (0.2, "https://h/score"), (3.0, "pick_score")]
+    check_spec(spec)
 
 
 HALF_NAN = torch.stack([torch.zeros(3, 8, 8), torch.full((3, 8, 8), torch.nan)])
@@ -831,6 +844,14 @@ WRONG = {
     "mine.py": "write mine.py:FUNCTION",
     "mine.py:": "write mine.py:FUNCTION",
     "llava_bertscore:http://": "http://HOST:PORT/v1",
+    "http://": "http://HOST:PORT/PATH",
+    "https://localhost:port/score": "http://HOST:PORT/PATH",
+    "http://localhost:1/score?batch_size=0": "batch_size=0 of a reward server",
+    "0.5*aesthetic+0.5*http://localhost:1/score?model=x": "no option 'model'",
+    "ftp://localhost/score": "no reward 'ftp'",
+    "hps_v2?version=2": "there are: 2.0, 2.1",
+    "hps_v2:docs": "holds no HPS_v2_compressed.pt or model.safetensors",
+    "pick_score:docs": "'docs' holds no config.json",
     "llava_bertscore:http://localhost:port/v1": "http://HOST:PORT/v1",
     "llava_bertscore:http://local host/v1": "http://HOST:PORT/v1",
     "llava_bertscore:http://localhost:1/v1?retries=-1": "0 or more",

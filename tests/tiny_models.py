@@ -102,6 +102,56 @@ def make_clip(folder: Path) -> Path:
     return folder
 
 
+def open_clip_shapes(
+    vocabulary: int, length: int, text: tuple, vision: tuple, patches: int, patch: int, dim: int
+) -> dict[str, tuple[int, ...]]:
+    """The weights of a CLIP of open_clip by name; `text` and `vision` are widths and layers."""
+    shapes = {
+        "token_embedding.weight": (vocabulary, text[0]),
+        "positional_embedding": (length, text[0]),
+        "text_projection": (text[0], dim),
+        "logit_scale": (),
+        "visual.conv1.weight": (vision[0], 3, patch, patch),
+        "visual.class_embedding": (vision[0],),
+        "visual.positional_embedding": (patches + 1, vision[0]),
+        "visual.proj": (vision[0], dim),
+    }
+    norms = {"ln_final": text[0], "visual.ln_pre": vision[0], "visual.ln_post": vision[0]}
+    for begin, (width, layers) in (("", text), ("visual.", vision)):
+        for layer in range(layers):
+            block = f"{begin}transformer.resblocks.{layer}"
+            norms |= {f"{block}.ln_1": width, f"{block}.ln_2": width}
+            linear = {
+                "attn.in_proj_": (3 * width, width),
+                "attn.out_proj.": (width, width),
+                "mlp.c_fc.": (4 * width, width),
+                "mlp.c_proj.": (width, 4 * width),
+            }
+            for name, shape in linear.items():
+                shapes |= {f"{block}.{name}weight": shape, f"{block}.{name}bias": shape[:1]}
+    for name, width in norms.items():
+        shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+    return shapes
+
+
+def make_hps(folder: Path, file: str = "HPS_v2_compressed.pt", seed: int = 6) -> Path:
+    """A CLIP of open_clip as HPS v2 is published: 16 heads, its weights under "state_dict"."""
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "zoo/sd/tokenizer")
+    tokenizer.save_pretrained(folder)
+    generator, state = torch.Generator().manual_seed(seed), {}
+    shapes = open_clip_shapes(len(tokenizer), 24, (32, 2), (48, 2), patches=16, patch=8, dim=12)
+    for name, shape in shapes.items():
+        noise = torch.randn(shape, generator=generator)
+        if len(shape) > 1:
+            state[name] = noise * 1.5 * noise[0].numel() ** -0.5
+        else:
+            state[name] = noise * 0.2 + name.endswith("weight")
+    torch.save({"epoch": 1, "state_dict": state}, folder / file)
+    return folder
+
+
 def make_blip(folder: Path) -> Path:
     from transformers import (
         BertTokenizer,
