@@ -35,13 +35,13 @@ def ask_scores(
     body = {"images": [base64_png(picture) for picture in pictures], "prompts": list(prompts)}
     answer = ask_server("the reward server", url, body, timeout, retries, bearer_token(KEY))
     scores = answer.get("scores") if isinstance(answer, dict) else None
-    if not isinstance(scores, list) or len(scores) != len(pictures):
-        fault = f"without {len(pictures)} scores"
-    elif any(type(score) not in (int, float) for score in scores):  # true is an int
-        fault = "with scores that are no numbers"
-    else:
-        return scores
-    raise RewardError(f"the reward server {shortened(url)} answered {fault}: {shortened(answer)}")
+    # true is an int to Python.
+    numbers = isinstance(scores, list) and all(type(score) in (int, float) for score in scores)
+    if not numbers or len(scores) != len(pictures):
+        expected = f'{{"scores": [{len(pictures)} numbers]}}'
+        what = f"should answer {expected}, and answered {shortened(answer)}"
+        raise RewardError(f"the reward server {shortened(url)} {what}")
+    return scores
 
 
 def check(name: str, weights: str | None, options: dict[str, str]) -> None:
