@@ -230,7 +230,11 @@ def test_a_reward_says_whether_it_can_be_differentiated(specs):
     check_spec(f"0.5*image_reward+0.5*{__file__}:f", differentiable=True)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in DIFFERENTIABLE])
+WITHOUT_GRADIENT = [name for name in NAMES if name not in DIFFERENTIABLE]
+WITHOUT_GRADIENT += ["http://localhost:1/score"]
+
+
+@pytest.mark.parametrize("name", WITHOUT_GRADIENT)
 @pytest.mark.parametrize("spec", ["{}", "0.5*image_reward+-0.1*{}"])
 def test_a_reward_without_gradient_is_refused_before_anything_is_loaded(name, spec):
     check_spec(spec.format(name))

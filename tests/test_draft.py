@@ -197,7 +197,7 @@ def test_plain_ddim_has_no_noise_and_no_kl(tiny_sd, tmp_path, monkeypatch, small
     [
         "jpeg_compressibility",
         "llava_bertscore:http://localhost:1/v1",
-        "1*image_reward+1*http://localhost:1/score",
+        "http://localhost:1/score",
     ],
 )
 def test_a_reward_without_gradient_is_refused_in_one_line(reward, monkeypatch, capsys):

@@ -170,7 +170,7 @@ def test_a_run_learns_and_leaves_what_it_promises(tmp_path):
     [
         "jpeg_compressibility",
         "llava_bertscore:http://localhost:1/v1",
-        "1*image_reward+1*http://localhost:1/score",
+        "http://localhost:1/score",
     ],
 )
 def test_a_reward_without_gradient_is_refused_in_one_line(reward, monkeypatch, capsys):
