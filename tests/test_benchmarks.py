@@ -7,7 +7,7 @@ import shlex
 import pytest
 from conftest import ROOT
 
-from benchmarks import report, run
+from benchmarks import comparison, pages, report, run
 from harness.args import parse_args
 
 FILES = sorted((ROOT / "benchmarks/commands").glob("*.sh"))
@@ -103,3 +103,24 @@ def test_runner_refuses_a_command_without_a_folder(tmp_path):
     (tmp_path / "commands.sh").write_text("python -c pass\n")
     with pytest.raises(SystemExit, match="no --output-dir"):
         run.main(run.Args(tmp_path / "commands.sh"))
+
+
+def test_a_page_is_filled_between_its_markers(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A\n\n<!-- one -->\nold\n<!-- end -->\n\n<!-- two -->\n<!-- end -->\nB\n")
+    table = pages.markdown_table(["a", "b"], [["1", "2"]])
+    pages.fill(page, {"one": table})
+    filled = (
+        "# A\n\n<!-- one -->\n| a | b |\n| --- | --- |\n| 1 | 2 |\n<!-- end -->\n\n<!-- two -->\n"
+    )
+    assert page.read_text() == f"{filled}<!-- end -->\nB\n"
+    with pytest.raises(ValueError, match="0 places for three"):
+        pages.fill(page, {"three": table})
+
+
+def test_comparison_has_the_committed_results_on_its_page():
+    """Every table of results/comparison.json is the one that docs/comparison.md shows."""
+    results = json.loads((ROOT / "benchmarks/results/comparison.json").read_text())
+    page = (ROOT / "docs/comparison.md").read_text()
+    for name in comparison.TABLES.keys() & results.keys():
+        assert comparison.markdown_of(name, results[name]) in page
