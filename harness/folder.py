@@ -104,7 +104,10 @@ class RunFolder:
                 self.writer.close()
 
     def log(self, metrics: dict[str, float], values: dict[str, torch.Tensor]) -> None:
-        """Append one iteration's numbers everywhere; the trackers get histograms of `values`."""
+        """Append one iteration's numbers everywhere; the trackers get histograms of `values`.
+
+        Values from 1e20 on, which TensorBoard's histograms have no bin for, are left out of them.
+        """
         self.history.append(metrics)
         with saving(self.path):
             if self.rank == 0:
@@ -112,6 +115,8 @@ class RunFolder:
                     file.write(json.dumps(metrics) + "\n")
         if self.rank > 0:
             return
+        values = {key: value[value.abs() < 1e20] for key, value in values.items()}
+        values = {key: value for key, value in values.items() if len(value)}
         with warning_if_not_written(Path(self.writer.log_dir)):
             for key, value in metrics.items():
                 self.writer.add_scalar(key, value, metrics["iteration"])
