@@ -25,6 +25,8 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+"""Those that this process may use, of all that there are."""
 
 
 @dataclass
@@ -104,7 +106,7 @@ def run_command(command: str, jobs: int) -> bool:
     command_now = resumed(command)
     print(f"$ {command_now}", flush=True)
     env = os.environ | {
-        "OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs)),
+        "OMP_NUM_THREADS": str(max(1, CORES // jobs)),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # its python
     }
     start, load = time.time(), os.getloadavg()[0]
@@ -115,7 +117,7 @@ def run_command(command: str, jobs: int) -> bool:
     wall_time = {
         "seconds": before["seconds"] + time.time() - start,
         "jobs_side_by_side": jobs,
-        "cores": os.cpu_count(),
+        "cores": CORES,
         "load_before": load,
         "finished": before["finished"] + [command] * done,
     }

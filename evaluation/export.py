@@ -21,7 +21,7 @@ from harness.card import EVALUATION, describe_run
 from harness.folder import read_metrics
 from harness.guard import command
 from harness.hub import check_push, push_or_end
-from harness.resume import PROJECT
+from harness.project import PROJECT
 from harness.stored import read_stored, read_text
 
 IN_ALL = "## In all\n", "## Prompt by prompt"

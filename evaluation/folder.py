@@ -7,10 +7,9 @@ import zipfile
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
-from typing import get_type_hints
+from typing import NotRequired, TypedDict, get_type_hints
 
 import numpy as np
-from typing_extensions import NotRequired, TypedDict  # typing has it from Python 3.11 on
 
 from evaluation.models import BASE, NAME, Model
 from evaluation.places import check_place, write_whole

@@ -3,9 +3,7 @@
 import os
 from pathlib import Path
 from statistics import NormalDist
-from typing import Literal
-
-from typing_extensions import NotRequired, TypedDict  # typing has it from Python 3.11 on
+from typing import Literal, NotRequired, TypedDict
 
 from evaluation.models import NAME
 from evaluation.page import ANSWERS, KEY_NAME, QUESTIONNAIRES

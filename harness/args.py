@@ -17,7 +17,8 @@ import tyro
 
 from common.rewards import GradientError, RewardError, check_spec
 from harness.hub import check_push
-from harness.resume import check_same, of_project, resume_after_restart, stored_args
+from harness.project import INSTALLED, found, of_project
+from harness.resume import check_same, resume_after_restart, stored_args
 from harness.stop import Ended, fail, require
 
 LARGEST = 10**9
@@ -87,10 +88,10 @@ def parse_args(
     flags = {word.split("=")[0].replace("_", "-") for word in words}
     if "--resume" in words[:-1]:
         folder = Path(words[words.index("--resume") + 1])
-        default = of_project(stored_args(folder, default, MAY_CHANGE, flags))
+        default = stored_args(folder, default, MAY_CHANGE, flags)
     several = [f.name.replace("_", "-") for f in fields(default) if "tuple" in str(f.type)]
     words = join_repeated(words, [f"--{name}" for name in several])
-    args = read_words(type(default), words, description, default=default)
+    args = found(read_words(type(default), words, description, default=default))
     if {"--prompt", "--prompts-file"} <= flags:
         fail("--prompt and --prompts-file are both given; choose one")
     if "--prompt" in flags:
@@ -113,6 +114,8 @@ def parse_args(
 def read_words(args_class, words: Sequence[str], description: str, **options):
     """tyro.cli, whose error is one line."""
     said = io.StringIO()
+    if INSTALLED:
+        options["prog"] = Path(sys.argv[0]).stem
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(args_class, args=words, description=description, **options)

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import NoReturn
 
 from common import UserError
 from common.stable_diffusion import ModelError
+from harness.project import call_of
 from harness.stop import Ended, end_alone, fail, one_line
 
 FLAG, VARIABLE = "--traceback", "CLEAN_DIFFUSION_TRACEBACK"
@@ -70,7 +72,7 @@ def end(error: BaseException) -> NoReturn:
 def described(error: BaseException) -> str:
     """Fault and remedy, in one line."""
     if isinstance(error, ModelError):
-        remedy = f"the embedded model: python {Path(sys.argv[0]).name} zoo"
+        remedy = f"the embedded model: {shlex.join(call_of(Path(sys.argv[0]).stem))} zoo"
         return f"--model {error}; check the name and the network, or try {remedy}"
     if isinstance(error, UserError):
         return str(error)

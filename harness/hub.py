@@ -1,11 +1,13 @@
 """A run's folder on the Hugging Face Hub."""
 
+import shlex
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from harness.project import call_of_export
 from harness.stop import end_run, fail
 
 FILES = (
@@ -45,5 +47,5 @@ def push_or_end(run: Path, repo: str) -> None:
     try:
         print(f"on the hub: {push(run, repo)}")
     except Exception as error:  # the hub's client and its transport raise many kinds
-        later = f"python -m evaluation.export {run} --push-to-hub {repo}"
+        later = shlex.join([*call_of_export(), str(run), "--push-to-hub", repo])
         end_run(f"{run} is whole, but was not pushed ({str(error)[:200]}); later: {later}")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shlex
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
@@ -12,10 +11,9 @@ from typing import TypedDict, get_type_hints
 from common import UserError
 from common.rewards import RewardError, parse_sum
 from harness.checkpoint import PUT_BACK, check_checkpoint, sha256
+from harness.project import PROJECT, of_project, place
 from harness.stop import fail
 from harness.stored import checked, read_stored
-
-PROJECT = Path(__file__).resolve().parent.parent
 
 
 class Kept(TypedDict):
@@ -57,12 +55,6 @@ def code_files(value) -> set[Path]:
     return {path for path in found if path.is_file()}
 
 
-def place(path: Path) -> str:
-    """The name of a file, wherever the project lies."""
-    path = path.resolve()
-    return str(path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path)
-
-
 def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -75,22 +67,6 @@ def contents_of_files(args) -> dict[str, str]:
             contents[flag_of(name)] = sha256(value)
         contents |= {place(path): sha256(path) for path in code_files(value)}
     return contents
-
-
-def of_project(args):
-    """A preset's paths, from whatever folder the script is called: they belong to the project."""
-    return replace(args, **{name: path_of_project(value) for name, value in vars(args).items()})
-
-
-def path_of_project(value):
-    """The value of an argument, in which zoo/ and prompts/ are the project's."""
-    if Path.cwd() == PROJECT:
-        return value
-    if isinstance(value, tuple):
-        return tuple(map(path_of_project, value))
-    if not isinstance(value, str | Path):
-        return value
-    return type(value)(re.sub(r"(?<![\w./-])(zoo|prompts)/", rf"{PROJECT}/\1/", str(value)))
 
 
 def resume_after_restart(words: list[str]) -> list[str]:
@@ -113,8 +89,9 @@ def stored_args(folder: Path, default, may_change: set[str], flags: set[str]):
         check_checkpoint(folder)
         stored = read_stored(folder / "args.json", dict, PUT_BACK)
         kept = read_stored(folder / "checkpoint" / "args.json", Kept, PUT_BACK)
-        args = typed(stored, default, folder / "args.json")
+        args = of_project(typed(stored, default, folder / "args.json"))
         saved = typed(kept["arguments"], default, folder / "checkpoint" / "args.json")
+        saved = of_project(saved)
     except (UserError, OSError) as error:
         fail(f"--resume {str(folder)[:200]}: {error}")
     given = vars(args)
@@ -122,7 +99,7 @@ def stored_args(folder: Path, default, may_change: set[str], flags: set[str]):
         if given[name] != value and name not in may_change:
             fault = f"{name} of its args.json was edited; it was {value}"
             fail(f"--resume {folder}: {fault}: put it back, or start a run of its own")
-        flag, value = flag_of(name), path_of_project(value)
+        flag = flag_of(name)
         if flag in kept["contents"]:
             check_unchanged(folder, flag, value, kept["contents"][flag])
         for path in code_files(value) if flag not in flags else ():

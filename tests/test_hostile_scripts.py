@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_metrics
+from conftest import ROOT, read_metrics
 from hostile import Case, ends_in_one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,7 +23,7 @@ from scripts import SCRIPTS, TABLE
 from short_runs import COMMON, SHORT, finish, iteration_of, start
 
 from common.rewards import parse_sum
-from harness import Run, guard, parse_args, resume
+from harness import Run, guard, parse_args, project, resume
 from harness.checkpoint import lock, new_checkpoint, sha256
 from harness.folder import made_anew
 from harness.resume import code_files
@@ -562,6 +562,36 @@ def test_presets_belong_to_the_project(tmp_path, monkeypatch, capsys):
     assert code == 0 and len(read_metrics(tmp_path / "run")) == 2, stderr
 
 
+def test_own_files_come_before_the_projects(tmp_path, monkeypatch, capsys):
+    """And mean the same where the run is resumed, in a folder with other files of their names."""
+    begun, resumed = tmp_path / "begun", tmp_path / "resumed"
+    for folder, prompt in ((begun, "a cat\n"), (resumed, "a dog\n")):
+        (folder / "prompts").mkdir(parents=True)
+        (folder / "prompts/zoo.txt").write_text(prompt)
+    monkeypatch.chdir(begun)
+    flags = ["--prompts-file", "prompts/zoo.txt", "--output-dir", "run"]
+    code, stderr = here(monkeypatch, capsys, *SMALL, *flags)
+    assert code == 0, stderr
+    stored = json.loads((begun / "run/args.json").read_text())
+    assert stored["prompts_file"] == str(begun / "prompts/zoo.txt")
+    assert stored["model"] == str(ROOT / "zoo/sd")
+    monkeypatch.chdir(resumed)
+    code, stderr = here(monkeypatch, capsys, "--resume", begun / "run", "--num-iterations", 2)
+    assert code == 0 and len(read_metrics(begun / "run")) == 2, stderr
+
+
+def test_a_run_of_the_projects_folder_resumes_elsewhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    flags = ["--prompts-file", "prompts/zoo.txt", "--output-dir", tmp_path / "run"]
+    code, stderr = here(monkeypatch, capsys, *SMALL, *flags)
+    assert code == 0, stderr
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts/zoo.txt").write_text("a cat\n")
+    monkeypatch.chdir(tmp_path)
+    code, stderr = here(monkeypatch, capsys, "--resume", "run", "--num-iterations", 2)
+    assert code == 0 and len(read_metrics(tmp_path / "run")) == 2, stderr
+
+
 REWARD = """
 import pathlib
 pathlib.Path(__file__).with_name("imported").touch()
@@ -618,7 +648,8 @@ def test_code_in_half_a_quote_is_found(tmp_path, monkeypatch):
 
 def test_code_of_the_project_is_run_while_it_is_unchanged(tmp_path, monkeypatch):
     """Outside the run's folder and what lies beside it, where it could have come with the run."""
-    monkeypatch.setattr(resume, "PROJECT", tmp_path)
+    for module in (resume, project):
+        monkeypatch.setattr(module, "PROJECT", tmp_path)
     monkeypatch.chdir(tmp_path)
     for name in ("rewards/mine.py", "runs/a/mine.py", "runs/b/mine.py"):
         (tmp_path / name).parent.mkdir(parents=True)

@@ -16,7 +16,7 @@ from benchmarks import sft_weights, zoo_eval
 SCRIPTS = {file.removesuffix(".py") for file in FILES_OF_SCRIPTS}
 COMMANDS = {"evaluate", "human_eval"}
 FOLDERS = ("common", "harness", "evaluation", "zoo", "benchmarks")
-IN_ROOT = {path.stem for path in ROOT.glob("*.py")}
+IN_ROOT = {path.stem for path in ROOT.glob("*.py")} - {"installed"}
 
 
 def files(*folders: str) -> list[str]:
