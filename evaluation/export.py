@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from evaluation.models import read_run_args
 from evaluation.places import write_whole
 from harness.args import fail, read_words
 from harness.card import EVALUATION, describe_run
+from harness.export import EXPORTED
 from harness.folder import read_metrics
 from harness.guard import command
 from harness.hub import check_push, push_or_end
@@ -38,6 +39,17 @@ class Args:
     """Repository of the Hugging Face Hub to upload it to, OWNER/NAME."""
 
 
+def script_of(run: Path) -> str:
+    """The name of a run's script: as its exported LoRA has it, else the first part of its own.
+
+    Raises SafetensorError for a file that is none.
+    """
+    if (run / EXPORTED).exists():
+        with safe_open(run / EXPORTED, "pt") as file:
+            return Path((file.metadata() or {}).get("script", "")).name
+    return run.absolute().name.partition("__")[0]
+
+
 @command
 def main() -> None:
     args = read_words(Args, sys.argv[1:], __doc__)
@@ -51,8 +63,8 @@ def main() -> None:
     if args.evaluation:
         table = read_text(args.evaluation / "table.md", "give the folder of a finished evaluation")
         write_whole(run / EVALUATION, table.partition(IN_ALL[0])[2].partition(IN_ALL[1])[0])
-    script = PROJECT / f"{run.absolute().name.partition('__')[0]}.py"
     try:
+        script = PROJECT / f"{script_of(run)}.py"
         history = read_metrics(metrics, count)
         describe_run(run, stored, script if script.exists() else None, history)
     except (OSError, SafetensorError, ValueError) as error:

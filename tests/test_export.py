@@ -138,6 +138,9 @@ def test_a_run_leaves_it_and_says_what_it_is(tiny_sd, tmp_path, monkeypatch, cap
     code, said = export(monkeypatch, capsys, run)
     assert code == 0 and str(run) in said
     assert contents(run) == about
+    renamed = run.rename(tmp_path / "renamed")
+    assert export(monkeypatch, capsys, renamed)[0] == 0
+    assert contents(renamed) == about | {"ss_output_name": "renamed"}, "the script is known"
 
 
 def contents(run) -> dict[str, str]:
