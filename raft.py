@@ -127,10 +127,10 @@ PRESETS = {
     ),
     "zoo": Args(
         model="zoo/sd",
-        prompts_file=Path("prompts/zoo.txt"),
+        prompts_file=Path("prompts/zoo_preference.txt"),
         reward="image_reward:zoo/image_reward",
-        num_iterations=30,
-        samples_per_iteration=80,
+        num_iterations=22,
+        samples_per_iteration=96,
         images_per_prompt=8,
         acceptance=1 / 8,
         ranking="local",

@@ -44,6 +44,7 @@ TABLES = {
 COLUMNS = {
     "image_reward:zoo/image_reward": "ImageReward ↑",
     "benchmarks/zoo_rewards.py:kinds": "kind is there ↑",
+    "benchmarks/zoo_rewards.py:colours": "colour is right ↑",
     "object_detection:zoo/detector": "detection score ↑",
     "statistical_parity:zoo/skin_tone": "statistical parity ↓",
     "success": "success ↑",

@@ -124,10 +124,11 @@ TABLE = {
     ),
 }
 SCRIPTS = tuple(TABLE)
-IN_FAULTS = ("dpok.py", "ddpo.py", "rwr.py", "sft_kl.py", "large_scale_ppo.py")
-"""What tests/faults runs: every way in which a script uses the harness, in its minutes.
+KILLED = ("dpok.py", "rwr.py", "sft_kl.py", "large_scale_ppo.py")
+"""What tests/faults kills, which takes a minute each: every way in which a script keeps its state.
 
-raft.py and draft.py use it as ddpo.py does, reward_weighted.py and refl.py as sft_kl.py does.
+ddpo.py, raft.py and draft.py keep nothing that dpok.py does not; reward_weighted.py and refl.py
+have units in an iteration as sft_kl.py has.
 """
 PROMPT = "A green colored rabbit"
 

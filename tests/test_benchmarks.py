@@ -3,12 +3,16 @@
 import importlib
 import json
 import shlex
+from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
-from benchmarks import comparison, pages, report, run
+from benchmarks import comparison, pages, report, run, zoo_rewards
 from harness.args import parse_args
+from zoo import world
 
 FILES = sorted((ROOT / "benchmarks/commands").glob("*.sh"))
 PARAGRAPHS = [(file.name, commands) for file in FILES for commands in run.read_commands(file)]
@@ -124,3 +128,23 @@ def test_comparison_has_the_committed_results_on_its_page():
     page = (ROOT / "docs/comparison.md").read_text()
     for name in comparison.TABLES.keys() & results.keys():
         assert comparison.markdown_of(name, results[name]) in page
+
+
+@pytest.mark.parametrize("prompt", ["a green rabbit", "a red cat", "a blue pig", "a yellow wolf"])
+def test_colours_are_those_of_the_render(prompt):
+    scene = replace(world.parse(prompt), place="plain")
+    [thing] = scene.groups
+    scores = {}
+    for color in world.COLORS:
+        drawn = replace(scene, groups=[replace(thing, color=color)])
+        images = [world.render(drawn, np.random.default_rng(i)) for i in range(4)]
+        images = torch.stack([torch.from_numpy(np.array(image)) for image in images])
+        images = images.permute(0, 3, 1, 2) / 255
+        scores[color] = zoo_rewards.colours(images, [prompt] * 4)
+        assert scores[color].shape == (4,) and scores[color].max() <= 1
+    right = scores.pop(thing.color).min()
+    assert right > 0.35 and max(score.max() for score in scores.values()) < 0.2
+
+
+def test_colours_of_an_empty_picture():
+    assert zoo_rewards.colours(torch.full((1, 3, 8, 8), 0.7), ["a red cat"]).tolist() == [0.0]

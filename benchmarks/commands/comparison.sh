@@ -49,7 +49,6 @@ python draft.py \
             ../../equal_time/draft__preference__$SEED)
 
 python raft.py zoo \
-    --prompts-file prompts/zoo_preference.txt --samples-per-iteration 96 \
     --num-iterations 15 --seed $SEED \
     --output-dir runs/benchmark-comparison/runs/raft__preference__$SEED \
     && mkdir -p runs/benchmark-comparison/equal_queries/raft__preference__$SEED \
@@ -65,8 +64,6 @@ python raft.py \
             ../../equal_time/raft__preference__$SEED)
 
 python reward_weighted.py zoo \
-    --prompts-file prompts/zoo_preference.txt --samples-per-iteration 96 --watched-prompts 2 \
-    --pretrain-beta 0.1 --gradient-steps 8 \
     --num-iterations 12 --seed $SEED \
     --output-dir runs/benchmark-comparison/runs/reward_weighted__preference__$SEED \
     && mkdir -p runs/benchmark-comparison/equal_time/reward_weighted__preference__$SEED \

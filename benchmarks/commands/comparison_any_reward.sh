@@ -10,13 +10,11 @@ python large_scale_ppo.py zoo \
 
 python raft.py zoo \
     --prompts-file prompts/zoo_composition.txt --reward object_detection:zoo/detector \
-    --samples-per-iteration 96 \
     --num-iterations 22 --seed $SEED \
     --output-dir runs/benchmark-comparison/composition/raft__composition__$SEED
 
 python reward_weighted.py zoo \
     --prompts-file prompts/zoo_composition.txt --reward object_detection:zoo/detector \
-    --samples-per-iteration 96 --watched-prompts 2 --pretrain-beta 0.1 --gradient-steps 8 \
     --num-iterations 12 --seed $SEED \
     --output-dir runs/benchmark-comparison/composition/reward_weighted__composition__$SEED
 
@@ -29,13 +27,12 @@ python large_scale_ppo.py zoo \
 
 python raft.py zoo \
     --prompts-file prompts/zoo_portraits.txt --reward statistical_parity:zoo/skin_tone \
-    --samples-per-iteration 96 --images-per-prompt 4 --ranking global \
+    --images-per-prompt 4 --ranking global \
     --num-iterations 22 --seed $SEED \
     --output-dir runs/benchmark-comparison/portraits/raft__portraits__$SEED
 
 python reward_weighted.py zoo \
     --prompts-file prompts/zoo_portraits.txt --reward statistical_parity:zoo/skin_tone \
-    --samples-per-iteration 96 --images-per-prompt 4 --watched-prompts 4 \
-    --pretrain-beta 0.1 --gradient-steps 8 \
+    --images-per-prompt 4 --watched-prompts 4 \
     --num-iterations 12 --seed $SEED \
     --output-dir runs/benchmark-comparison/portraits/reward_weighted__portraits__$SEED

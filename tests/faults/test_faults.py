@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, read_metrics
-from scripts import IN_FAULTS, TABLE, reward_flags
+from scripts import SCRIPTS, TABLE, reward_flags
 from short_runs import (
     COMMON,
     SHORT,
@@ -94,7 +94,7 @@ def resume(script: str, folder: Path):
 KINDS = {"raises": "the scorer is gone", "hangs": "no answer in 3 s", "nan": "returned nan"}
 
 
-@pytest.mark.parametrize("script", IN_FAULTS)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_reward_that_fails_or_hangs(script, tmp_path):
     """What was done is saved though no checkpoint is due.
 
@@ -333,7 +333,7 @@ def test_there_is_always_a_whole_checkpoint(tmp_path):
     assert code == 0 and operations > 9 and seen == {b"before", b"after"}
 
 
-@pytest.mark.parametrize("script", IN_FAULTS)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_memory_and_files_do_not_grow(script, tiny_sd, tmp_path):
     """100 iterations of the smallest setting: memory and open files after the first 20.
 

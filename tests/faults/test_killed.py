@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import read_metrics
 from safetensors.torch import load_file
-from scripts import IN_FAULTS
+from scripts import KILLED
 from short_runs import (
     COMMON,
     FINAL,
@@ -23,8 +23,7 @@ from short_runs import (
 )
 
 
-# What ddpo.py keeps, dpok.py keeps too: it has no test of its own here.
-@pytest.fixture(scope="module", params=[script for script in IN_FAULTS if script != "ddpo.py"])
+@pytest.fixture(scope="module", params=KILLED)
 def undisturbed(request, tmp_path_factory):
     """Script, flags, folder of a run that nobody disturbs, and its seconds after all is loaded."""
     folder, flags = tmp_path_factory.mktemp("undisturbed") / "run", (*COMMON, *SHORT[request.param])
