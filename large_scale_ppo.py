@@ -142,8 +142,8 @@ def check(args: Args) -> None:
     """What cannot work, refused before anything is loaded."""
     K, T = args.training_timesteps, args.num_inference_steps
     require(K <= T, f"--training-timesteps is {K}; it can be at most --num-inference-steps, {T}")
-    check_pretraining(args)
     check_sampler(args)
+    check_pretraining(args)
 
 
 # --- same in every script: policy

@@ -152,11 +152,11 @@ def check(args: Args) -> None:
     require(m % G == 0, f"--images-per-prompt is {G}; it must divide --samples-per-iteration, {m}")
     require(0 < share <= 1, f"--acceptance is {share}; it must be above 0 and at most 1")
     check_share("--samples-per-iteration", m)
+    check_sampler(args)
     check_memory("--samples-per-iteration", args.model, m, pictures=m)
     k = len(accepted_samples(args, torch.zeros(m)))
     check_share(f"--acceptance {share:.3g}: the accepted samples are", k)
     check_pretraining(args)
-    check_sampler(args)
     check_reward(args.reward)
 
 

@@ -154,8 +154,8 @@ def check(args: Args) -> None:
     require(T2 <= T, f"--most-steps-left is {T2}; it can be at most --num-inference-steps, {T}")
     m = args.samples_per_iteration
     check_share("--samples-per-iteration", m)
-    check_pretraining(args)
     check_sampler(args, needs_noise=args.monitor_kl)
+    check_pretraining(args)
     # Of each picture its gradient, too.
     check_memory("--samples-per-iteration", args.model, m * (T + 1), pictures=2 * m)
     check_reward(args.reward, without_gradient=WITHOUT_GRADIENT)

@@ -146,9 +146,9 @@ def check(args: Args) -> None:
     require(m % G == 0, f"--images-per-prompt is {G}; it must divide --samples-per-iteration, {m}")
     check_share("--samples-per-iteration", m)
     check_share("--watched-prompts: its samples are", min(m, watched * G))
+    check_sampler(args)
     check_memory("--samples-per-iteration", args.model, m, pictures=m)
     check_pretraining(args)
-    check_sampler(args)
     check_reward(args.reward)
 
 

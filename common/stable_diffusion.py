@@ -1,6 +1,8 @@
 """Stable Diffusion as the scripts train it: the networks around the denoising step."""
 
 import copy
+import json
+import os
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
@@ -9,10 +11,12 @@ import diffusers
 import torch
 import transformers
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch.utils.checkpoint import checkpoint
 
 from common import UserError
-from common.lora import add_lora, load_weights, save_weights, sharing_weights
+from common.lora import FILE_NAME, add_lora, load_weights, save_weights, sharing_weights
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PIXELS_AT_ONCE = 2 * 512 * 512
@@ -21,6 +25,10 @@ PIXELS_AT_ONCE = 2 * 512 * 512
 
 class ModelError(UserError):
     """A model that is not to be had, or not this one; the message is one line for the user."""
+
+
+class OtherModelError(ModelError):
+    """What is no Stable Diffusion of these layouts; the message says what works instead."""
 
 
 class StableDiffusion:
@@ -135,14 +143,61 @@ def load_stable_diffusion(args, device, keep_pretrained: bool = True) -> StableD
 
 def load_pipeline(model: str) -> StableDiffusionPipeline:
     """The pretrained pipeline, float32, without safety checker. Raises ModelError."""
+    check_layout(model)
     for logging in (diffusers.utils.logging, transformers.utils.logging):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-    no_checker = {"safety_checker": None, "requires_safety_checker": False}
+    without = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    with loading(model):
+        return StableDiffusionPipeline.from_pretrained(model, **without)
+
+
+def check_layout(model: str) -> None:
+    """Refuse what is no text-to-image Stable Diffusion 1.x or 2.x, before its weights are loaded.
+
+    `model` is a hub id, of which two small files are downloaded, or a folder. Raises
+    OtherModelError, and ModelError where these files are not to be had.
+    """
+    works = "this works with Stable Diffusion 1.x and 2.x, a hub id or a folder in diffusers format"
+    if os.path.isfile(model):
+        convert = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+        raise OtherModelError(f"{model!r} is a file; {works}: {convert} makes one of a checkpoint")
+
+    def config(name: str) -> dict:
+        path = Path(model, name) if os.path.isdir(model) else Path(hf_hub_download(model, name))
+        if not path.is_file():
+            raise FileNotFoundError(f"it has no file {name}")
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+    with loading(model):
+        try:
+            index = config("model_index.json")
+        except LocalEntryNotFoundError:  # the hub cannot be asked
+            raise
+        except (FileNotFoundError, EntryNotFoundError):
+            loras = (FILE_NAME, "adapter_model.safetensors")
+            is_lora = any(os.path.isfile(os.path.join(model, name)) for name in loras)
+            fault = "is a LoRA, which is no whole model" if is_lora else "has no model_index.json"
+            raise OtherModelError(f"{model!r} {fault}; {works}") from None
+        kind = str(index.get("_class_name", "pipeline without a name"))[:100]
+        if kind != StableDiffusionPipeline.__name__:
+            raise OtherModelError(f"{model!r} is a {kind}; {works}")
+        unet = config("unet/config.json")
+        takes, gives = (unet.get(f"{way}_channels", 4) for way in ("in", "out"))
+        if takes != gives:  # it is for inpainting, depth or editing
+            fault = f"has a UNet that takes {takes} channels and gives {gives}"
+            raise OtherModelError(f"{model!r} {fault}; {works}")
+
+
+@contextmanager
+def loading(model: str):
+    """A block whose faults, of many kinds, are each a ModelError."""
     try:
-        return StableDiffusionPipeline.from_pretrained(model, **no_checker)
-    except Exception as error:  # the hub's client and the loaders raise many kinds
-        where = "loaded" if Path(model).is_dir() else "had from the hub, nor is it a folder"
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        where = "loaded" if os.path.isdir(model) else "had from the hub, nor is it a folder"
         raise ModelError(f"{model!r} cannot be {where} ({str(error)[:100]} ...)") from error
 
 

@@ -16,6 +16,7 @@ import torch
 import tyro
 
 from common.rewards import GradientError, RewardError, check_spec
+from common.stable_diffusion import check_layout
 from harness.hub import check_push
 from harness.project import INSTALLED, found, of_project
 from harness.resume import check_same, resume_after_restart, stored_args
@@ -224,13 +225,12 @@ def check_folder(flag: str, folder: Path) -> None:
 
 
 def check_model(model: str) -> None:
-    """Refuse a folder that is not in diffusers format; whether a hub id exists is known later."""
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model)
-    if not is_hub_id and not Path(model).is_dir():
+    """Refuse a file or folder that is no Stable Diffusion; what a hub id is, loading it tells."""
+    if os.path.exists(model):
+        check_layout(model)
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
         remedy = "give a folder in diffusers format or a hub id"
         fail(f"--model: there is no folder {model!r}; {remedy}")
-    if Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
-        fail(f"--model: {model!r} has no model_index.json; give a folder in diffusers format")
 
 
 def check_memory(flag: str, model: str, latents: int, pictures: int = 0) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from common import UserError
-from common.stable_diffusion import ModelError
+from common.stable_diffusion import ModelError, OtherModelError
 from harness.project import call_of
 from harness.stop import Ended, end_alone, fail, one_line
 
@@ -71,6 +71,8 @@ def end(error: BaseException) -> NoReturn:
 
 def described(error: BaseException) -> str:
     """Fault and remedy, in one line."""
+    if isinstance(error, OtherModelError):
+        return f"--model: {error}"
     if isinstance(error, ModelError):
         remedy = f"the embedded model: {shlex.join(call_of(Path(sys.argv[0]).stem))} zoo"
         return f"--model {error}; check the name and the network, or try {remedy}"
