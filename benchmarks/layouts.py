@@ -1,8 +1,8 @@
 """Models with the shape of real ones and random weights, made on the spot.
 
-A layout is the name of a shape: "zoo" is the embedded model's, "tiny" is SD v1.5's, shrunk, for
-tests and golden runs. `--model random/LAYOUT` has a meaning in the benchmarks alone, which put
-`in_place_of` where a script loads its model.
+A layout is the name of a shape: "zoo" is the embedded model's; "tiny" is SD v1.5's, shrunk, for
+tests and golden runs, and "tiny-v2" that of SD v2 for 768 px. `--model random/LAYOUT` has a meaning
+in the benchmarks alone, which put `in_place_of` where a script loads its model.
 """
 
 import json
@@ -55,6 +55,31 @@ SD_SCHEDULE = {
     "skip_prk_steps": True,
     "steps_offset": 1,
 }
+TINY = {
+    "unet": {
+        "sample_size": 8,
+        "block_out_channels": (8, 16, 16, 16),
+        "layers_per_block": 2,
+        "cross_attention_dim": 32,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+    },
+    "vae": {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (4, 8, 8, 8),
+        "norm_num_groups": 4,
+        "sample_size": 64,
+    },
+    "text_encoder": {
+        "vocab_size": 719,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 24,
+    },
+}
 LAYOUTS = {
     "sd-v1-5": {
         "unet": SD_V1_5,
@@ -79,30 +104,25 @@ LAYOUTS = {
             "hidden_act": "gelu",
         },
     },
-    "tiny": {
-        "unet": {
-            "sample_size": 8,
-            "block_out_channels": (8, 16, 16, 16),
-            "layers_per_block": 2,
-            "cross_attention_dim": 32,
-            "attention_head_dim": 2,
-            "norm_num_groups": 4,
+    "tiny": TINY,
+    "tiny-v2": {
+        "unet": TINY["unet"]
+        | {
+            "sample_size": 12,
+            "block_out_channels": (8, 16, 32, 32),
+            "attention_head_dim": (1, 2, 4, 4),
+            "use_linear_projection": True,
         },
-        "vae": {
-            "down_block_types": ("DownEncoderBlock2D",) * 4,
-            "up_block_types": ("UpDecoderBlock2D",) * 4,
-            "block_out_channels": (4, 8, 8, 8),
-            "norm_num_groups": 4,
-            "sample_size": 64,
+        "vae": TINY["vae"] | {"sample_size": 96},
+        "text_encoder": TINY["text_encoder"]
+        | {
+            "intermediate_size": 128,
+            "num_hidden_layers": 23,
+            "num_attention_heads": 4,
+            "projection_dim": 16,
+            "hidden_act": "gelu",
         },
-        "text_encoder": {
-            "vocab_size": 719,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "max_position_embeddings": 24,
-        },
+        "tokenizer": {"pad_token": "!"},
     },
     "zoo": {
         part: json.loads((ROOT / "zoo/sd" / part / "config.json").read_text())
@@ -112,9 +132,10 @@ LAYOUTS = {
 
 
 def make_tokenizer(layout: str) -> CLIPTokenizer:
-    """The zoo's, for texts as long as this layout's encoder takes."""
-    length = LAYOUTS[layout]["text_encoder"]["max_position_embeddings"]
-    return CLIPTokenizer.from_pretrained(ROOT / "zoo/sd/tokenizer", model_max_length=length)
+    """The zoo's, for texts as long as this layout's encoder takes, padded as this layout's are."""
+    settings = {"model_max_length": LAYOUTS[layout]["text_encoder"]["max_position_embeddings"]}
+    settings |= LAYOUTS[layout].get("tokenizer", {})
+    return CLIPTokenizer.from_pretrained(ROOT / "zoo/sd/tokenizer", **settings)
 
 
 def make_text_encoder(layout: str) -> CLIPTextModel:
@@ -134,7 +155,7 @@ def make_vae(layout: str) -> AutoencoderKL:
 
 def make_image_reward(layout: str) -> ImageReward:
     """The published one's shape; beside the small layouts that of the zoo's."""
-    if layout in ("zoo", "tiny"):
+    if layout == "zoo" or layout.startswith("tiny"):
         return ImageReward(json.loads((ROOT / "zoo/image_reward/config.json").read_text()))
     return ImageReward(IMAGE_REWARD_CONFIG)
 
