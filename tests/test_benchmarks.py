@@ -14,7 +14,7 @@ from benchmarks import comparison, pages, report, run, zoo_rewards
 from harness.args import parse_args
 from zoo import world
 
-FILES = sorted((ROOT / "benchmarks/commands").glob("*.sh"))
+FILES = sorted((ROOT / "benchmarks").glob("c*/*.sh"))  # commands and claims
 PARAGRAPHS = [(file.name, commands) for file in FILES for commands in run.read_commands(file)]
 COMMANDS = [command for _, commands in PARAGRAPHS for command in commands]
 
