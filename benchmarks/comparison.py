@@ -37,6 +37,7 @@ ANY_REWARD = ("large_scale_ppo", "raft", "reward_weighted")
 TABLES = {
     "equal_time": ("preference", METHODS),
     "equal_queries": ("preference", METHODS),
+    "longer": ("preference", ("raft",)),
     "composition": ("composition", ANY_REWARD),
     "portraits": ("portraits", ANY_REWARD),
 }

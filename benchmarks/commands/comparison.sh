@@ -5,7 +5,8 @@
 # python -m benchmarks.comparison
 #
 # Weights and metrics of a run are copied twice: after 1440 reward queries (DRaFT-LV makes three of
-# a sample), and when it has trained as long as the others, about six minutes on one core.
+# a sample), and when it has trained as long as the others, about six minutes on one core. RAFT,
+# which is said to diverge, goes on three times as long.
 
 python large_scale_ppo.py zoo \
     --tasks "image_reward:zoo/image_reward prompts/zoo_preference.txt 12x3" \
@@ -62,6 +63,13 @@ python raft.py \
     && (cd runs/benchmark-comparison/runs/raft__preference__$SEED \
         && cp args.json metrics.jsonl pytorch_lora_weights.safetensors \
             ../../equal_time/raft__preference__$SEED)
+python raft.py \
+    --num-iterations 66 \
+    --resume runs/benchmark-comparison/runs/raft__preference__$SEED \
+    && mkdir -p runs/benchmark-comparison/longer/raft__preference__$SEED \
+    && (cd runs/benchmark-comparison/runs/raft__preference__$SEED \
+        && cp args.json metrics.jsonl pytorch_lora_weights.safetensors \
+            ../../longer/raft__preference__$SEED)
 
 python reward_weighted.py zoo \
     --num-iterations 12 --seed $SEED \

@@ -14,6 +14,12 @@ python evaluate.py zoo --prompts-file prompts/zoo_preference_held_out.txt --imag
     --lora runs/benchmark-comparison/equal_queries/*__preference__* \
     --output-dir runs/benchmark-comparison/evaluations/equal_queries
 
+python evaluate.py zoo --prompts-file prompts/zoo_preference_held_out.txt --images-per-prompt 16 \
+    --rewards image_reward:zoo/image_reward \
+        benchmarks/zoo_rewards.py:kinds benchmarks/zoo_rewards.py:colours \
+    --lora runs/benchmark-comparison/longer/*__preference__* \
+    --output-dir runs/benchmark-comparison/evaluations/longer
+
 python evaluate.py zoo --prompts-file prompts/zoo_composition_held_out.txt --images-per-prompt 4 \
     --rewards object_detection:zoo/detector image_reward:zoo/image_reward \
     --lora runs/benchmark-comparison/composition/*__composition__* \
