@@ -46,6 +46,7 @@ from evaluation.settings import SHARD_SIZE, check_size, check_world_size, read_s
 from evaluation.tally import check_output, tables, tally
 from harness.args import check_dtype, check_numbers, parse_args, read_words
 from harness.guard import command
+from harness.project import program
 from harness.stop import fail
 
 
@@ -200,8 +201,7 @@ def main():
     if what == "build":
         build(parse_args(PRESETS, __doc__, words=words))
     elif what == "tally":
-        prog = "human_eval.py tally"
-        args = read_words(TallyArgs, words, __doc__, prog=prog)
+        args = read_words(TallyArgs, words, __doc__, prog=f"{program()} tally")
         check_text(args)
         check_output(args.output, (*args.answers, args.key))
         results = tally(args.answers, args.key)

@@ -15,4 +15,7 @@ def main() -> None:
     """Run the script that the command is named after."""
     name = Path(sys.argv[0]).stem
     sys.path.insert(0, str(HERE))
+    from harness import project
+
+    project.called_as = name
     runpy.run_path(str(HERE / FILES.get(name, f"{name}.py")), run_name="__main__")

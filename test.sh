@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs, and passes the tests; words are pytest's: ./test.sh tests/test_scheduler.py
 set -euo pipefail
-cd "$(dirname "$0")"
+cd -- "$(dirname -- "$0")" >/dev/null
 ./install.sh requirements-test.txt
 export HF_HUB_OFFLINE=1
 set -x

@@ -45,6 +45,6 @@ def share(image: torch.Tensor, color: int) -> torch.Tensor:
     pixels = image.flatten(1).T
     drawn = pixels[(pixels - border.median(dim=1).values).norm(dim=1) > FROM_BACKGROUND]
     if len(drawn) == 0:
-        return torch.tensor(0.0)
+        return image.new_tensor(0.0)
     nearest = torch.cdist(drawn, COLORS.to(drawn)).argmin(dim=1)
     return (nearest == color).float().mean()

@@ -11,6 +11,7 @@ from pathlib import Path
 from common.rewards import is_users_function, parse_spec, parse_sum
 from harness.args import fail
 from harness.checkpoint import sha256
+from harness.project import portable
 
 PIPELINE = ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler")
 """What diffusers loads of a model's folder; beside it may lie the same in other formats."""
@@ -49,7 +50,7 @@ def score_keys(specs: tuple[str, ...]) -> dict[str, str]:
     for spec in specs:
         places = list(local_files(spec))
         digest = or_fail("--rewards", spec, places)[:16] if places else ""
-        keys[spec] = f"{spec} sha256:{digest}" if digest else spec
+        keys[spec] = f"{portable(spec)} sha256:{digest}" if digest else spec
     return keys
 
 

@@ -8,6 +8,7 @@ A run writes both files itself; this is for older runs, and for what is known la
 """
 
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,14 +41,11 @@ class Args:
 
 
 def script_of(run: Path) -> str:
-    """The name of a run's script: as its exported LoRA has it, else the first part of its own.
-
-    Raises SafetensorError for a file that is none.
-    """
-    if (run / EXPORTED).exists():
-        with safe_open(run / EXPORTED, "pt") as file:
-            return Path((file.metadata() or {}).get("script", "")).name
-    return run.absolute().name.partition("__")[0]
+    """The name of a run's script: as its exported LoRA has it, else the first part of its own."""
+    stored = ""
+    with suppress(OSError, SafetensorError), safe_open(run / EXPORTED, "pt") as file:
+        stored = Path((file.metadata() or {}).get("script", "")).name
+    return stored or run.absolute().name.partition("__")[0]
 
 
 @command
@@ -63,8 +61,8 @@ def main() -> None:
     if args.evaluation:
         table = read_text(args.evaluation / "table.md", "give the folder of a finished evaluation")
         write_whole(run / EVALUATION, table.partition(IN_ALL[0])[2].partition(IN_ALL[1])[0])
+    script = PROJECT / f"{script_of(run)}.py"
     try:
-        script = PROJECT / f"{script_of(run)}.py"
         history = read_metrics(metrics, count)
         describe_run(run, stored, script if script.exists() else None, history)
     except (OSError, SafetensorError, ValueError) as error:

@@ -16,6 +16,7 @@ from evaluation.places import check_place, write_whole
 from evaluation.settings import Settings
 from harness.args import fail
 from harness.folder import run_name
+from harness.project import portable
 from harness.prompts import tag_of
 from harness.stored import StoredError, is_text, read_stored
 
@@ -35,7 +36,7 @@ class Description(TypedDict):
 def describe(settings: Settings, models: list[Model]) -> Description:
     """The settings and the digests of an evaluation of `models`, of which the first is the base."""
     return {
-        "settings": asdict(settings),
+        "settings": portable(asdict(settings)),
         "pretrained": models[0].digest,
         "models": {model.name: model.digest for model in models},
     }
@@ -86,7 +87,7 @@ def default_folder(script: str, args, settings: Settings, models: list[Model]) -
     `args` has prompt, prompts_file, seed and rewards.
     """
     name = run_name(script, tag_of(args), args.seed).rpartition("__")[0]  # without the time
-    everything = json.dumps([describe(settings, models), sorted(args.rewards)]).encode()
+    everything = json.dumps([describe(settings, models), sorted(portable(args.rewards))]).encode()
     return Path("runs") / f"{name}__{hashlib.sha256(everything).hexdigest()[:8]}"
 
 

@@ -16,6 +16,7 @@ from common.lora import FILE_NAME, add_lora, load_lora, lora_rank
 from common.rewards import RewardError, parse_sum
 from evaluation.digests import digest_of, digest_of_model
 from harness.args import fail
+from harness.project import portable
 from harness.stored import StoredError, checked, read_stored
 
 BASE = "base"
@@ -88,7 +89,8 @@ def read_models(args) -> list[Model]:
         models.append(Model(name, path, weights_digest(path, place), rewards_of(run) or None))
         keys = ("model", "num_inference_steps", "guidance_scale", "eta")
         keys = [key for key in keys if key in run]
-        differ = [f"--{k.replace('_', '-')} {run[k]}" for k in keys if run[k] != getattr(args, k)]
+        differ = [k for k in keys if portable(run[k]) != portable(getattr(args, k))]
+        differ = [f"--{k.replace('_', '-')} {run[k]}" for k in differ]
         if differ and int(os.environ.get("RANK", 0)) == 0:
             flags = ", ".join(differ)
             warning = f"warning: {name} was trained with {flags}, and is evaluated otherwise"
@@ -162,14 +164,15 @@ def rewards_of(run: StoredRun) -> list[str]:
 
 
 def reward_terms(spec: str) -> set[str]:
-    """The rewards that a sum is made of, local paths absolute, so that two spellings compare."""
+    """The rewards that a sum is made of, with one spelling of a local path, to compare."""
 
-    def absolute(part: str) -> str:
-        return os.path.realpath(part) if "/" in part and os.path.exists(part) else part
+    def spelled(part: str) -> str:
+        there = "/" in part and os.path.exists(part)
+        return portable(os.path.realpath(part) if there else part)
 
     terms = [term.partition("?") for _, term in parse_sum(spec)]
     return {
-        ":".join(map(absolute, source.split(":"))) + mark + options
+        ":".join(map(spelled, source.split(":"))) + mark + options
         for source, mark, options in terms
     }
 

@@ -15,6 +15,7 @@ from evaluation.settings import Settings, shards_of
 from evaluation.sheet import comparison
 from evaluation.statistics import compare, diversity, mean_and_error
 from evaluation.tables import markdown_table
+from harness.project import portable
 
 
 class Measured(NamedTuple):
@@ -60,7 +61,7 @@ def report(
 
     everything = describe(settings, models)["settings"] | {"rewards": specs}
     everything = {"settings": everything, "models": results}
-    write_whole(folder / "results.json", to_json(everything))
+    write_whole(folder / "results.json", to_json(portable(everything)))
     sheet, file = comparison(shown, settings.prompts, list(results)), io.BytesIO()
     sheet.save(file, "PNG")
     write_whole(folder / "comparison.png", file.getvalue())
@@ -73,8 +74,8 @@ def report(
     ]
     by_prompt = markdown_table(by_prompt, specs, models)
     text = f"{head(settings)}\n## In all\n\n{in_all}\n## Prompt by prompt\n\n{by_prompt}"
-    write_whole(folder / "table.md", text)
-    return in_all
+    write_whole(folder / "table.md", portable(text))
+    return portable(in_all)
 
 
 def measure(

@@ -18,7 +18,7 @@ import tyro
 from common.rewards import GradientError, RewardError, check_spec
 from common.stable_diffusion import check_layout
 from harness.hub import check_push
-from harness.project import INSTALLED, found, of_project
+from harness.project import found, of_project, program
 from harness.resume import check_same, resume_after_restart, stored_args
 from harness.stop import Ended, fail, require
 
@@ -113,10 +113,9 @@ def parse_args(
 
 
 def read_words(args_class, words: Sequence[str], description: str, **options):
-    """tyro.cli, whose error is one line."""
+    """tyro.cli with its options, whose error is one line."""
+    options = {"prog": program()} | options
     said = io.StringIO()
-    if INSTALLED:
-        options["prog"] = Path(sys.argv[0]).stem
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(args_class, args=words, description=description, **options)

@@ -11,7 +11,7 @@ from common.lora import FILE_NAME
 from harness.args import RunArgs
 from harness.checkpoint import write_text
 from harness.export import EXPORTED, export_lora, rewards_of, shared_path
-from harness.project import call_of, place
+from harness.project import call_of
 
 LICENSES = {
     "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
@@ -60,8 +60,7 @@ def grids(run: Path) -> list[Path]:
 def summary(run: Path, args: dict, history: list[dict]) -> str:
     """For the terminal, at the end of a run: what came of it, where it is, and what to do next."""
     command = call_of("evaluate")
-    is_zoo = place(Path(args["model"])) == "zoo/sd"
-    command += ["zoo"] if is_zoo else ["--model", args["model"]]
+    command += ["zoo"] if args["model"] == "zoo/sd" else ["--model", args["model"]]
     command += ["--lora", str(run)]
     for name in ("prompts_file", "prompt"):
         if args.get(name):

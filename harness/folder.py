@@ -22,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from harness.card import describe_run, summary
 from harness.checkpoint import PUT_BACK, lock, saving, write_text
 from harness.hub import push_or_end
+from harness.project import portable
 from harness.resume import stored_form
 from harness.stored import StoredError, checked, parse_json, read_text
 
@@ -94,7 +95,7 @@ class RunFolder:
             import wandb
 
             self.wandb = wandb
-            wandb.init(project="clean-diffusion-rl", name=path.name, config=asdict(args))
+            wandb.init(project="clean-diffusion-rl", name=path.name, config=portable(asdict(args)))
 
     def close(self) -> None:
         """Let go of the lock and of the events' file; whoever still has the run keeps neither."""
@@ -180,14 +181,14 @@ class RunFolder:
     def describe(self, script: str) -> None:
         """The LoRA for other tools and the model card, README.md; for rank 0."""
         if self.history:
-            describe_run(self.path, vars(self.args), Path(script), self.history)
+            describe_run(self.path, portable(vars(self.args)), Path(script), self.history)
 
     def finish(self) -> None:
         """The end of a run: what came of it, where it is, and what to do next; to the hub with it.
 
         For rank 0.
         """
-        print(summary(self.path, vars(self.args), self.history), flush=True)
+        print(summary(self.path, portable(vars(self.args)), self.history), flush=True)
         if self.args.push_to_hub:
             push_or_end(self.path, self.args.push_to_hub)
 

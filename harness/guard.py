@@ -74,7 +74,9 @@ def described(error: BaseException) -> str:
     if isinstance(error, OtherModelError):
         return f"--model: {error}"
     if isinstance(error, ModelError):
-        remedy = f"the embedded model: {shlex.join(call_of(Path(sys.argv[0]).stem))} zoo"
+        name = Path(sys.argv[0]).stem
+        words = [*call_of(name), *(["build"] if name == "human_eval" else []), "zoo"]
+        remedy = f"the embedded model: {shlex.join(words)}"
         return f"--model {error}; check the name and the network, or try {remedy}"
     if isinstance(error, UserError):
         return str(error)

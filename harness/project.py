@@ -1,26 +1,37 @@
 """Where the project's own files are, and how its commands are called, from whatever folder."""
 
+import os
 import re
+import shlex
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
-INSTALLED = not (PROJECT / "pyproject.toml").exists()
-"""Whether pip has put the project beside other packages, and its commands on the PATH."""
-OWN = re.compile(r"(?<![\w./-])(zoo|prompts)/[\w./-]*")
-NO_PATHS, PLACES = {"prompt"}, {"output_dir", "resume"}
-"""Arguments that name no file, and those that name a folder of the user's."""
+BEGINS = r"(?<![\w./-])"
+"""No letter of a path is before it."""
+OWN = re.compile(BEGINS + r"(zoo|prompts)/[\w./-]*")
+NOT_READ = {"prompt", "output_dir", "resume", "push_to_hub"}
+"""Arguments that name nothing that is read from a folder of this name."""
+
+called_as: str | None = None
+"""The name of a command that pip has installed, where one is running (installed.py)."""
 
 
 def of_project(args):
     """The arguments of a preset or a run: under zoo/ and prompts/ comes what the project has."""
-    return replaced(args, lambda path: PROJECT / path)
+    return args if Path.cwd() == PROJECT else replaced(args, lambda path: PROJECT / path)
 
 
 def found(args):
     """The arguments of a command line: a file of this folder comes before one of the project."""
-    return replaced(args, lambda path: (Path() if path.exists() else PROJECT).absolute() / path)
+
+    def absolute(path: Path) -> Path:
+        return Path.cwd() / path if os.path.exists(path) else PROJECT / path
+
+    return args if Path.cwd() == PROJECT else replaced(args, absolute)
 
 
 def replaced(args, absolute: Callable[[Path], Path]):
@@ -28,22 +39,43 @@ def replaced(args, absolute: Callable[[Path], Path]):
 
     So they mean the same in every folder. What the project does not have stays as it is.
     """
-    if Path.cwd() == PROJECT:
-        return args
 
-    def of_match(match: re.Match) -> str:
-        path = Path(match[0])
-        return str(absolute(path)) if (PROJECT / path).exists() else match[0]
-
-    def of_value(value):
+    def of_value(value, quote: Callable[[str], str]):
         if isinstance(value, tuple):
-            return tuple(map(of_value, value))
+            return tuple(of_value(part, quote) for part in value)
         if not isinstance(value, str | Path):
             return value
-        return type(value)(OWN.sub(of_match, str(value)))
+        if os.path.exists(value) and not OWN.fullmatch(str(value)):  # such as "zoo/sd copy"
+            return value
+        return type(value)(OWN.sub(lambda match: of_match(match[0], quote), str(value)))
 
-    named = {name: value for name, value in vars(args).items() if name not in NO_PATHS | PLACES}
-    return replace(args, **{name: of_value(value) for name, value in named.items()})
+    def of_match(path: str, quote: Callable[[str], str]) -> str:
+        return quote(str(absolute(Path(path)))) if os.path.exists(PROJECT / path) else path
+
+    read = {name: value for name, value in vars(args).items() if name not in NOT_READ}
+    # A task is a text of words between blanks, as a shell has them.
+    quoting = {name: shlex.quote if name == "tasks" else str for name in read}
+    return replace(args, **{name: of_value(read[name], quoting[name]) for name in read})
+
+
+def portable(value):
+    """Arguments, settings or a text in which the project's files are zoo/... and prompts/... alone.
+
+    So they are stored, compared and shown, wherever the project lies. `value` may be a path, a
+    text, or a dict, tuple or list of them.
+    """
+    if isinstance(value, dict):
+        return {portable(key): portable(of_key) for key, of_key in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(map(portable, value))
+    if not isinstance(value, str | Path):
+        return value
+    text = str(value)
+    for start in (shlex.quote(f"{PROJECT}/"), f"{PROJECT}/"):  # as in a task, and bare
+        end = "'" if start.endswith("'") else ""
+        pattern = rf"{BEGINS}{re.escape(start.removesuffix(end))}((?:zoo|prompts)/[\w./-]*){end}"
+        text = re.sub(pattern, r"\1", text)
+    return type(value)(text)
 
 
 def place(path: Path) -> str:
@@ -52,14 +84,30 @@ def place(path: Path) -> str:
     return str(path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path)
 
 
+def program() -> str:
+    """What the running command is called, for its help: "dpok.py", or "dpok" of pip's."""
+    return called_as or Path(sys.argv[0]).name
+
+
 def call_of(command: str) -> list[str]:
     """The words that call a command, such as "dpok", from the current folder."""
-    if INSTALLED:
+    if called_as:
         return [command]
     script = f"{command}.py"
-    return ["python", script if Path.cwd() == PROJECT else str(PROJECT / script)]
+    return [python(), script if Path.cwd() == PROJECT else str(PROJECT / script)]
 
 
 def call_of_export() -> list[str]:
-    """The words that call evaluation/export.py."""
-    return ["export_run"] if INSTALLED else ["python", "-m", "evaluation.export"]
+    """The words that call evaluation/export.py from the current folder."""
+    if called_as:
+        return ["export_run"]
+    words = [python(), "-m", "evaluation.export"]
+    return words if Path.cwd() == PROJECT else ["env", f"PYTHONPATH={PROJECT}", *words]
+
+
+def python() -> str:
+    """This Python, as short as it can be called from the current folder."""
+    running = Path(sys.executable)
+    if shutil.which("python") == sys.executable:
+        return "python"
+    return str(running.relative_to(Path.cwd()) if running.is_relative_to(Path.cwd()) else running)

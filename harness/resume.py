@@ -11,7 +11,7 @@ from typing import TypedDict, get_type_hints
 from common import UserError
 from common.rewards import RewardError, parse_sum
 from harness.checkpoint import PUT_BACK, check_checkpoint, sha256
-from harness.project import PROJECT, of_project, place
+from harness.project import PROJECT, of_project, place, portable
 from harness.stop import fail
 from harness.stored import checked, read_stored
 
@@ -25,12 +25,12 @@ class Kept(TypedDict):
 
 def stored_form(args) -> str:
     """The text of a run's args.json."""
-    return json.dumps(asdict(args), indent=2, default=str) + "\n"
+    return json.dumps(portable(asdict(args)), indent=2, default=str) + "\n"
 
 
 def checkpoint_form(args, contents: dict[str, str]) -> str:
     """The text of a checkpoint's args.json."""
-    kept = {"arguments": asdict(args), "contents": contents}
+    kept = {"arguments": portable(asdict(args)), "contents": contents}
     return json.dumps(kept, indent=2, default=str) + "\n"
 
 
@@ -150,7 +150,7 @@ def check_same(args, default, may_change: set[str]) -> None:
     """Refuse arguments that must agree with those of the run, and do not."""
     differ = []
     for name, stored in vars(default).items():
-        if vars(args)[name] != stored and name not in may_change:
+        if portable(vars(args)[name]) != portable(stored) and name not in may_change:
             differ.append(f"{flag_of(name)} (there {stored})")
     if differ:
         fail(f"--resume {args.resume}: the run has other {', '.join(differ)}; leave them out")

@@ -14,7 +14,8 @@ from benchmarks import comparison, pages, report, run, zoo_rewards
 from harness.args import parse_args
 from zoo import world
 
-FILES = sorted((ROOT / "benchmarks").glob("c*/*.sh"))  # commands and claims
+FOLDERS = ROOT / "benchmarks/commands", ROOT / "benchmarks/claims"
+FILES = [file for folder in FOLDERS for file in sorted(folder.glob("*.sh"))]
 PARAGRAPHS = [(file.name, commands) for file in FILES for commands in run.read_commands(file)]
 COMMANDS = [command for _, commands in PARAGRAPHS for command in commands]
 

@@ -118,7 +118,7 @@ def test_without_the_hub_nothing_is_lost(finished, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     result = export(finished, "--push-to-hub", "me/rabbit")
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1, result.stderr
-    assert f"python -m evaluation.export {finished} --push-to-hub me/rabbit" in result.stderr
+    assert f" -m evaluation.export {finished} --push-to-hub me/rabbit" in result.stderr
     assert (finished / "README.md").exists()
 
 

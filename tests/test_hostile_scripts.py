@@ -574,7 +574,7 @@ def test_own_files_come_before_the_projects(tmp_path, monkeypatch, capsys):
     assert code == 0, stderr
     stored = json.loads((begun / "run/args.json").read_text())
     assert stored["prompts_file"] == str(begun / "prompts/zoo.txt")
-    assert stored["model"] == str(ROOT / "zoo/sd")
+    assert stored["model"] == "zoo/sd", "the project's, wherever it lies"
     monkeypatch.chdir(resumed)
     code, stderr = here(monkeypatch, capsys, "--resume", begun / "run", "--num-iterations", 2)
     assert code == 0 and len(read_metrics(begun / "run")) == 2, stderr
@@ -590,6 +590,13 @@ def test_a_run_of_the_projects_folder_resumes_elsewhere(tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     code, stderr = here(monkeypatch, capsys, "--resume", "run", "--num-iterations", 2)
     assert code == 0 and len(read_metrics(tmp_path / "run")) == 2, stderr
+    # And back again, by the first command.
+    monkeypatch.chdir(ROOT)
+    flags = [*SMALL[:-1], 3, *flags, "--resume", tmp_path / "run"]
+    code, stderr = here(monkeypatch, capsys, *flags)
+    assert code == 0 and len(read_metrics(tmp_path / "run")) == 3, stderr
+    stored = json.loads((tmp_path / "run/args.json").read_text())
+    assert stored["model"] == "zoo/sd" and stored["prompts_file"] == "prompts/zoo.txt"
 
 
 REWARD = """

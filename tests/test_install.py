@@ -1,6 +1,7 @@
 """The package that pip makes of the project, and its commands, tried from another folder."""
 
 import configparser
+import json
 import os
 import shutil
 import subprocess
@@ -21,7 +22,8 @@ FLAGS += ["--gradient-steps", "1", "--value-batch-size", "2", "--num-iterations"
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """A folder into which pip has installed the project, without what it depends on."""
-    folder = tmp_path_factory.mktemp("install")
+    folder = tmp_path_factory.mktemp("install") / "with a blank"
+    folder.mkdir()
     shutil.copytree(ROOT, folder / "copy", ignore=LEFT_OUT)
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
     pip += ["--no-index", "--target", folder / "site", folder / "copy"]
@@ -73,15 +75,29 @@ def test_commands_train_evaluate_and_export_in_any_folder(site, tmp_path):
     flags += ["--num-inference-steps", "2", "--output-dir", "evaluation"]
     done = called(site, tmp_path, *next_command[:4], *flags)
     assert done.returncode == 0, done.stderr
-    assert "a green rabbit" in (tmp_path / "evaluation/table.md").read_text()
+    table = (tmp_path / "evaluation/table.md").read_text()
+    assert "a green rabbit" in table and "`image_reward:zoo/image_reward` (trained on)" in table
+    assert "warning" not in done.stderr or "was trained with --model" not in done.stderr
     (run / "README.md").unlink()
     done = called(site, tmp_path, "export_run", f"runs/{run.name}", "--evaluation", "evaluation")
     assert done.returncode == 0, done.stderr
-    assert "dpok.py" in (run / "README.md").read_text()
+    card = (run / "README.md").read_text()
+    assert "dpok.py" in card and "| `--model` | zoo/sd |" in card and str(site) not in card
+
+
+def test_tasks_have_the_files_of_the_package(site, tmp_path):
+    flags = ["--num-inference-steps", "2", "--training-timesteps", "1", "--num-iterations", "1"]
+    flags += ["--pretrain-batch-size", "2", "--output-dir", "run"]
+    tasks = ["image_reward:zoo/image_reward prompts/zoo.txt 1x2"]
+    done = called(site, tmp_path, "large_scale_ppo", "zoo", *flags, "--tasks", *tasks)
+    assert done.returncode == 0, done.stderr
+    stored = (tmp_path / "run/args.json").read_text()
+    assert json.dumps(tasks[0]) in stored and '"zoo/pairs.py:biased"' in stored
 
 
 def test_a_fault_names_the_command_that_was_called(site, tmp_path):
     done = called(site, tmp_path, "dpok", "--model", "nobody/nothing", "--prompt", "a dog")
     assert done.returncode == 2 and ": dpok zoo" in done.stderr, done.stderr
-    done = called(site, tmp_path, "dpok", "--no-such-flag")
-    assert done.returncode == 2 and "run dpok --help" in done.stderr, done.stderr
+    for command in ("dpok", "export_run"):
+        done = called(site, tmp_path, command, "--no-such-flag")
+        assert done.returncode == 2 and f"run {command} --help" in done.stderr, done.stderr
