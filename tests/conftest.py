@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hostile import Case, ends_in_one_line
 
 from benchmarks.layouts import make_pipeline
 
@@ -88,3 +89,15 @@ def smooth(tmp_path):
         "    return 1 + 10 * (left - right).mean((1, 2))\n"
     )
     return f"{tmp_path}/mine.py:f"
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """Holds a case of a script to its line; presets are found from any folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def refuse(script: str, case: Case):
+        main = importlib.import_module(script.removesuffix(".py")).main
+        ends_in_one_line(case, main, script, tmp_path, monkeypatch, capsys)
+
+    return refuse

@@ -3,7 +3,6 @@
 They are folders with their configuration alone: what loads weights finds none, and ends otherwise.
 """
 
-import importlib
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import run_script
-from hostile import Case, ends_in_one_line
+from hostile import Case
 from test_hostile_scripts import LARGE
 
 WORKS = "works with Stable Diffusion 1.x and 2.x"
@@ -63,18 +62,6 @@ COMMANDS = {
     "evaluate.py": "zoo --model",
     "human_eval.py": "build zoo --lora zoo/sd --model",
 }
-
-
-@pytest.fixture
-def refused(tmp_path, monkeypatch, capsys):
-    """Holds a case of a script to its line."""
-    monkeypatch.chdir(tmp_path)
-
-    def refuse(script: str, case: Case):
-        main = importlib.import_module(script.removesuffix(".py")).main
-        ends_in_one_line(case, main, script, tmp_path, monkeypatch, capsys)
-
-    return refuse
 
 
 @pytest.mark.parametrize("name", MODELS)

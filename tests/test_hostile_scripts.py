@@ -101,18 +101,6 @@ LARGE_CASES = [
 ]
 
 
-@pytest.fixture
-def refused(tmp_path, monkeypatch, capsys):
-    """Holds a case of a script to its line; presets are found from any folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def refuse(script: str, case: Case):
-        main = importlib.import_module(script.removesuffix(".py")).main
-        ends_in_one_line(case, main, script, tmp_path, monkeypatch, capsys)
-
-    return refuse
-
-
 @pytest.mark.parametrize("script, case", NUMBERS + LARGE_CASES, ids=str)
 def test_number_that_cannot_be(script, case, refused):
     refused(script, case)
