@@ -1,0 +1,48 @@
+# Judges the runs of this folder: 128 pictures of each prompt that was trained on, 64 of each that
+# was not.
+#
+# python -m benchmarks.run benchmarks/claims/evaluate.sh --jobs 2
+
+python evaluate.py zoo --prompt "A green colored rabbit" --images-per-prompt 128 \
+    --lora runs/claims-single/*__a-green-colored-rabbit__* \
+    --output-dir runs/claims-evaluations/single__a-green-colored-rabbit
+python evaluate.py zoo --prompt "A green colored cat" --images-per-prompt 64 \
+    --lora runs/claims-single/dpok__a-green-colored-rabbit__* \
+    --output-dir runs/claims-evaluations/unseen__a-green-colored-rabbit
+
+python evaluate.py zoo --prompt "A cat and a dog" --images-per-prompt 128 \
+    --lora runs/claims-single/*__a-cat-and-a-dog__* \
+    --output-dir runs/claims-evaluations/single__a-cat-and-a-dog
+python evaluate.py zoo --prompt "A cat and a cup" --images-per-prompt 64 \
+    --lora runs/claims-single/dpok__a-cat-and-a-dog__* \
+    --output-dir runs/claims-evaluations/unseen__a-cat-and-a-dog
+
+python evaluate.py zoo --prompt "Four wolves in the park" --images-per-prompt 128 \
+    --lora runs/claims-single/*__four-wolves-in-the-park__* \
+    --output-dir runs/claims-evaluations/single__four-wolves-in-the-park
+python evaluate.py zoo --prompt "Four birds in the park" --images-per-prompt 64 \
+    --lora runs/claims-single/dpok__four-wolves-in-the-park__* \
+    --output-dir runs/claims-evaluations/unseen__four-wolves-in-the-park
+
+python evaluate.py zoo --prompt "A dog on the moon" --images-per-prompt 128 \
+    --lora runs/claims-single/*__a-dog-on-the-moon__* \
+    --output-dir runs/claims-evaluations/single__a-dog-on-the-moon
+python evaluate.py zoo --prompt "A lion on the moon" --images-per-prompt 64 \
+    --lora runs/claims-single/dpok__a-dog-on-the-moon__* \
+    --output-dir runs/claims-evaluations/unseen__a-dog-on-the-moon
+
+python evaluate.py zoo --prompt "A green colored rabbit" --images-per-prompt 128 \
+    --lora runs/claims-gamma/kl-* \
+    --output-dir runs/claims-evaluations/gamma
+
+python evaluate.py zoo --prompt "Four roses" --images-per-prompt 128 \
+    --lora runs/claims-roses/dpok__* \
+    --output-dir runs/claims-evaluations/roses
+
+python evaluate.py zoo --prompts-file prompts/zoo.txt --images-per-prompt 32 \
+    --lora runs/claims-many/dpok* \
+    --output-dir runs/claims-evaluations/many
+
+python evaluate.py zoo --prompts-file prompts/dpok_unseen.txt --images-per-prompt 64 \
+    --lora runs/claims-many/dpok* \
+    --output-dir runs/claims-evaluations/many_unseen
