@@ -1,8 +1,10 @@
 """Models with the shape of real ones and random weights, made on the spot.
 
 A layout is the name of a shape: "zoo" is the embedded model's; "tiny" is SD v1.5's, shrunk, for
-tests and golden runs, and "tiny-v2" that of SD v2 for 768 px. `--model random/LAYOUT` has a meaning
-in the benchmarks alone, which put `in_place_of` where a script loads its model.
+tests and golden runs, and "tiny-v2" that of SD v2 for 768 px. "tiny-loop" has two of the four
+resolutions, for tests of the algorithms, to which the depth of the model is all the same.
+`--model random/LAYOUT` has a meaning in the benchmarks alone, which put `in_place_of` where a
+script loads its model.
 """
 
 import json
@@ -105,6 +107,16 @@ LAYOUTS = {
         },
     },
     "tiny": TINY,
+    "tiny-loop": TINY
+    | {
+        "unet": TINY["unet"]
+        | {
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "block_out_channels": (8, 16),
+            "layers_per_block": 1,
+        },
+    },
     "tiny-v2": {
         "unet": TINY["unet"]
         | {

@@ -165,6 +165,7 @@ class RunFolder:
         """learning_curve.png: reward (mean, std) and KL against reward queries, as far as known."""
         from matplotlib.figure import Figure
 
+        gc.freeze()  # the search below is for the figure alone
         figure = Figure(figsize=(9, 3.5), layout="constrained")
         left, right = figure.subplots(1, 2)
         samples, mean, std = map(self.column, ("samples", "reward/mean", "reward/std"))
@@ -177,6 +178,7 @@ class RunFolder:
             figure.savefig(path, dpi=110)
         del figure, left, right
         gc.collect()  # a figure is a knot of references: 3 MB with every checkpoint
+        gc.unfreeze()
 
     def describe(self, script: str) -> None:
         """The LoRA for other tools and the model card, README.md; for rank 0."""

@@ -2,8 +2,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["DIFFUSERS_VERBOSITY"] = "error"
-if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each process
-    os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads cost more than they save
 
 import importlib
 import json
@@ -33,12 +32,20 @@ def pytest_collection_modifyitems(config, items):
         if "undisturbed" in item.fixturenames:
             group = f"undisturbed run of {item.callspec.params['undisturbed']}"
         if group == "test_scripts":
-            if "default_run" not in item.fixturenames:
+            if "default_run" in item.fixturenames:
+                group = f"default run of {item.callspec.params['default_run']}"
+            elif "on_ranks" in item.fixturenames:
+                group = "on ranks"
+            else:
                 continue
-            group = f"default run of {item.callspec.params['default_run']}"
         if group == "test_faults" and "short_run" not in item.fixturenames:
             continue
         item.add_marker(pytest.mark.xdist_group(group))
+
+
+def plain_environment() -> dict[str, str]:
+    """Of a process that has no more than a plain install."""
+    return os.environ | {"PYTHONPATH": str(ROOT / "tests/plain")}
 
 
 def run_script(*args, ranks: int = 1, timeout: int = 300) -> subprocess.CompletedProcess:
@@ -46,27 +53,60 @@ def run_script(*args, ranks: int = 1, timeout: int = 300) -> subprocess.Complete
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}  # tiny models: threads cost more than they save
     return subprocess.run(
         [*launcher, *map(str, args)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=timeout,
-        env=env,
+        env=plain_environment(),
     )
+
+
+ONE_AFTER_THE_OTHER = """
+import importlib, json, os, sys
+sys.path.insert(0, os.getcwd())
+for number, (script, *words) in enumerate(json.load(open(sys.argv[1]))):
+    sys.argv = [script, *words]
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # each has a store of its own
+    importlib.import_module(script.removesuffix(".py")).main()
+"""
+
+
+def run_together(commands: list, ranks: int, folder: Path) -> None:
+    """Run commands one after the other in the same `ranks` processes, which import but once.
+
+    A command is a list of a script and its flags.
+    """
+    words = [[*map(str, command)] for command in commands]
+    (folder / "commands.json").write_text(json.dumps(words))
+    (folder / "together.py").write_text(ONE_AFTER_THE_OTHER)
+    files = folder / "together.py", folder / "commands.json"
+    result = run_script(*files, ranks=ranks, timeout=1200)
+    assert result.returncode == 0, result.stderr
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="session")
-def tiny_sd(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny-sd")
-    make_pipeline("tiny").save_pretrained(folder)
+def saved_layout(layout: str, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(layout)
+    make_pipeline(layout).save_pretrained(folder)
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory) -> Path:
+    """For what holds for a model of any depth: the loop of a script."""
+    yield from saved_layout("tiny-loop", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def shrunk_sd(tmp_path_factory) -> Path:
+    """For what depends on SD v1.5's layers: the names of the weights, what other tools load."""
+    yield from saved_layout("tiny", tmp_path_factory)
 
 
 def run_here(monkeypatch, script: str, *flags) -> None:
@@ -76,19 +116,23 @@ def run_here(monkeypatch, script: str, *flags) -> None:
     importlib.import_module(script.removesuffix(".py")).main()
 
 
-@pytest.fixture
-def smooth(tmp_path):
+def write_smooth_reward(folder: Path) -> str:
     """A smooth reward, where the size of a JPEG jumps with the last bit of a pixel.
 
     Its spread is far above rounding, which it is not for the brightness of whole pictures: their
     advantages would be rounding in their fourth digit.
     """
-    (tmp_path / "mine.py").write_text(
+    (folder / "mine.py").write_text(
         "def f(images, prompts):\n"
         "    left, right = images[:, 0].double().chunk(2, dim=2)\n"
         "    return 1 + 10 * (left - right).mean((1, 2))\n"
     )
-    return f"{tmp_path}/mine.py:f"
+    return f"{folder}/mine.py:f"
+
+
+@pytest.fixture
+def smooth(tmp_path):
+    return write_smooth_reward(tmp_path)
 
 
 @pytest.fixture

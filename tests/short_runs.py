@@ -1,12 +1,11 @@
 """Short runs of every script on the zoo, in processes that can be killed, for tests/faults."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from conftest import ROOT, read_metrics
+from conftest import ROOT, plain_environment, read_metrics
 from safetensors.torch import load_file
 from scripts import TABLE, reward_flags
 
@@ -33,7 +32,7 @@ def start(
     return subprocess.Popen(
         [*launcher, script, *map(str, flags)],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=plain_environment(),
         stdout=subprocess.DEVNULL,
         stderr=stderr,
         text=True,

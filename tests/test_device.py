@@ -42,10 +42,10 @@ def test_first_ratio_is_1(tiny_sd, tmp_path, smooth, script, dtype, monkeypatch)
     assert_first_ratios_are_1(tmp_path / "run")
 
 
-@pytest.mark.parametrize("dtype, script", [*zip(["fp32", "bf16", "fp16"], POLICY_GRADIENT)])
-def test_first_ratio_is_1_on_three_ranks(tiny_sd, tmp_path, smooth, script, dtype):
-    flags = [*odd_flags(script, tmp_path, smooth, dtype), "--model", tiny_sd]
-    result = run_script(script, *flags, "--output-dir", tmp_path / "run", ranks=3)
+def test_first_ratio_is_1_on_three_ranks(tiny_sd, tmp_path, smooth):
+    """In bf16; tests/test_scripts.py has the other dtypes."""
+    flags = [*odd_flags("large_scale_ppo.py", tmp_path, smooth, "bf16"), "--model", tiny_sd]
+    result = run_script("large_scale_ppo.py", *flags, "--output-dir", tmp_path / "run", ranks=3)
     assert result.returncode == 0, result.stderr
     assert_first_ratios_are_1(tmp_path / "run")
 
@@ -168,9 +168,9 @@ def test_nothing_is_compiled_after_the_second_iteration(
     monkeypatch.setattr("harness.run.Run.log", log_and_count)
     torch._dynamo.reset()
     counters.clear()
-    flags = [*odd_flags(script, tmp_path, smooth, "fp32"), "--num-iterations", 4, "--compile"]
+    flags = [*odd_flags(script, tmp_path, smooth, "fp32"), "--num-iterations", 3, "--compile"]
     run_here(monkeypatch, script, *flags, "--model", tiny_sd, "--output-dir", tmp_path / "run")
-    assert counts[0] > 0 and counts[1:] == [counts[1]] * 3, counts
+    assert counts[0] > 0 and counts[1:] == [counts[1]] * 2, counts
     assert counters["stats"]["unique_graphs"] == counts[1]  # the grid of samples is none more
     assert not counters["graph_break"], counters["graph_break"]
 

@@ -299,7 +299,6 @@ def test_stopped_in_the_middle_it_goes_on(evaluation, work, tiny_sd, tmp_path, m
     words = [*map(str, [*words, "--lora", work / "bare.safetensors"])]
     first = tmp_path / "out/samples/base/00000.npz"
     monkeypatch.setenv("SLOW", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     command = [sys.executable, "evaluate.py", *words]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     try:

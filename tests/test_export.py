@@ -78,19 +78,19 @@ def test_comfyui_loads_every_key(config):
 
 
 @pytest.fixture
-def state(tiny_sd):
-    unet = UNet2DConditionModel.from_pretrained(tiny_sd / "unet")
+def state(shrunk_sd):
+    unet = UNet2DConditionModel.from_pretrained(shrunk_sd / "unet")
     generator = torch.Generator().manual_seed(0)
     for weight in add_lora(unet, 3):
         weight.data.normal_(std=0.1, generator=generator)
     return lora_state_dict(unet)
 
 
-def test_comfyui_applies_the_update_that_was_trained(tiny_sd, state, tmp_path):
+def test_comfyui_applies_the_update_that_was_trained(shrunk_sd, state, tmp_path):
     """The UNet with the weights that ComfyUI makes predicts what the UNet with the LoRA does."""
     updates, not_loaded = comfyui_updates(exported_names(state))
     assert not not_loaded
-    plain, trained = (UNet2DConditionModel.from_pretrained(tiny_sd / "unet") for _ in range(2))
+    plain, trained = (UNet2DConditionModel.from_pretrained(shrunk_sd / "unet") for _ in range(2))
     own_names = {layer: name for name, layer in comfyui_map().items()}
     layers = {
         "lora_unet_" + name.replace(".", "_"): module for name, module in plain.named_modules()
@@ -120,16 +120,16 @@ def test_diffusers_names_and_reads_it_alike(state, tmp_path):
     assert not read
 
 
-def test_a_run_leaves_it_and_says_what_it_is(tiny_sd, tmp_path, monkeypatch, capsys):
+def test_a_run_leaves_it_and_says_what_it_is(shrunk_sd, tmp_path, monkeypatch, capsys):
     """A run writes it; the command writes the same of a run that has none."""
     run = tmp_path / "dpok__rabbit__0__20260101"
     reward = "2*jpeg_compressibility + 1*jpeg_incompressibility"
     flags = ["--prompt", "a rabbit", "--reward", reward, "--num-iterations", 1]
     flags += ["--num-inference-steps", 3, "--samples-per-iteration", 4, "--output-dir", run]
-    result = run_script("dpok.py", "--model", tiny_sd, *flags)
+    result = run_script("dpok.py", "--model", shrunk_sd, *flags)
     assert result.returncode == 0, result.stderr
     about = contents(run)
-    assert about["base_model"] == tiny_sd.name  # of a folder no more than its name
+    assert about["base_model"] == shrunk_sd.name  # of a folder no more than its name
     assert about["script"] == "dpok" and about["prompt"] == "a rabbit" and about["seed"] == "0"
     assert about["reward"] == "2*jpeg_compressibility + 1*jpeg_incompressibility"
     assert about["rank"] == about["ss_network_dim"] == "4" and about["ss_output_name"] == run.name

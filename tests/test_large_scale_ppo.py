@@ -63,7 +63,7 @@ def test_gradients_of_the_policy_are_those_of_eq_7(tiny_sd, tmp_path, monkeypatc
     One timestep each, all samples, log-probs of the rollout; the ratios are 1 at the first and
     leave the band on either side later.
     """
-    clip, T, m = 3e-4, 4, 10
+    clip, T, m = 1e-4, 4, 10
     rollouts = record_rollouts(monkeypatch, large_scale_ppo)
     rewards, advantages = [], large_scale_ppo.per_batch_advantages
     recorded_advantages = lambda r: rewards.append(r) or advantages(r)
@@ -202,7 +202,7 @@ def test_groups_are_places_in_the_batch(tmp_path, monkeypatch, small):
     assert sorted(prompts.count(prompt) for prompt in set(prompts)) == [4, 8]
 
 
-def test_shares_of_a_parity_group_on_several_ranks(tmp_path):
+def test_shares_of_a_parity_group_on_several_ranks(tmp_path, monkeypatch):
     """Two tasks on one process and on two.
 
     Of the two, one has two images of a group of five and the other three.
@@ -211,10 +211,9 @@ def test_shares_of_a_parity_group_on_several_ranks(tmp_path):
     tasks += ["image_reward:zoo/image_reward prompts/zoo_preference.txt 2x2"]
     flags = ["zoo", "--tasks", *tasks, "--num-inference-steps", 4]
     flags += ["--training-timesteps", 2, "--num-iterations", 2]
-    for ranks in (1, 2):
-        words = [*flags, "--output-dir", tmp_path / str(ranks)]
-        result = run_script("large_scale_ppo.py", *words, ranks=ranks)
-        assert result.returncode == 0, result.stderr
+    run_here(monkeypatch, *flags, "--output-dir", tmp_path / "1")
+    result = run_script("large_scale_ppo.py", *flags, "--output-dir", tmp_path / "2", ranks=2)
+    assert result.returncode == 0, result.stderr
     for a, b in zip(read_metrics(tmp_path / "1"), read_metrics(tmp_path / "2"), strict=True):
         parity = "reward/statistical_parity/mean"
         assert a[parity] == pytest.approx(b[parity], abs=1e-6)
@@ -255,7 +254,7 @@ def test_killed_and_resumed_run_sees_every_prompt_once(tiny_sd, tmp_path, monkey
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     env = os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    env |= {"OMP_NUM_THREADS": "1", "SEEN": str(tmp_path / "before")}
+    env |= {"SEEN": str(tmp_path / "before")}
     # Without torchrun, whose workers outlive it when it is killed.
     options = {"cwd": ROOT, "stderr": subprocess.DEVNULL}
     ranks = [subprocess.Popen(command, env=env | {"RANK": rank}, **options) for rank in "01"]

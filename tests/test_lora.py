@@ -24,8 +24,8 @@ def randomise(parameters, seed=0):
 
 
 @pytest.fixture
-def unet(tiny_sd):
-    return UNet2DConditionModel.from_pretrained(tiny_sd / "unet").eval()
+def unet(shrunk_sd):
+    return UNet2DConditionModel.from_pretrained(shrunk_sd / "unet").eval()
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_float32_weights_under_half_precision(unet, inputs):
 
 
 @pytest.mark.parametrize("rank", [1, 4])
-def test_picture_of_plain_diffusers_equals_our_own(tiny_sd, tmp_path, rank):
+def test_picture_of_plain_diffusers_equals_our_own(shrunk_sd, tmp_path, rank):
     """`pipe.load_lora_weights(run_dir)` in a fresh pipeline.
 
     It gives the picture that the script's UNet gives.
@@ -157,26 +157,26 @@ def test_picture_of_plain_diffusers_equals_our_own(tiny_sd, tmp_path, rank):
         settings = {"num_inference_steps": 4, "output_type": "pt"}
         return pipeline("a cat", generator=torch.Generator().manual_seed(0), **settings).images
 
-    ours = StableDiffusionPipeline.from_pretrained(tiny_sd)
+    ours = StableDiffusionPipeline.from_pretrained(shrunk_sd)
     base = picture(ours)
     randomise(add_lora(ours.unet, rank))
     save_lora(ours.unet, tmp_path)
-    plain = StableDiffusionPipeline.from_pretrained(tiny_sd)
+    plain = StableDiffusionPipeline.from_pretrained(shrunk_sd)
     plain.load_lora_weights(tmp_path)
     assert (picture(ours) - base).abs().max() > 1e-2
     torch.testing.assert_close(picture(plain), picture(ours), atol=1e-4, rtol=0)
 
 
-def test_save_and_load(unet, tiny_sd, tmp_path):
+def test_save_and_load(unet, shrunk_sd, tmp_path):
     randomise(add_lora(unet, 4))
     save_lora(unet, tmp_path)
-    other = UNet2DConditionModel.from_pretrained(tiny_sd / "unet")
+    other = UNet2DConditionModel.from_pretrained(shrunk_sd / "unet")
     add_lora(other, 4)
     load_lora(other, tmp_path)
     expected, loaded = lora_state_dict(unet), lora_state_dict(other)
     assert (tmp_path / FILE_NAME).is_file()
     assert all(torch.equal(expected[key], loaded[key]) for key in expected)
-    third = UNet2DConditionModel.from_pretrained(tiny_sd / "unet")
+    third = UNet2DConditionModel.from_pretrained(shrunk_sd / "unet")
     add_lora(third, 2)
     with pytest.raises(ValueError, match="another model or rank"):
         load_lora(third, tmp_path)

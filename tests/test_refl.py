@@ -23,7 +23,7 @@ def f(images, prompts):
     left, right = images.chunk(2, dim=3)
     return 2 + 20 * (left - right).square().mean((1, 2, 3)) - {offset}
 """
-OFFSET = 1.1
+OFFSET = 0.8
 """Puts the rewards of some pictures above 2, and of others below."""
 
 

@@ -20,7 +20,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, read_metrics, run_script
+from conftest import ROOT, read_metrics, run_here, run_script
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_models import (
@@ -339,7 +339,7 @@ def test_a_vlm_server_that_fails_at_the_start_is_one_line(
 
 
 def test_a_vlm_server_that_stays_down_stops_the_run_and_the_state_is_saved(
-    vision_server, bert_folder, tiny_sd, tmp_path
+    vision_server, bert_folder, tiny_sd, tmp_path, monkeypatch
 ):
     """The server fails for good in the second iteration.
 
@@ -357,8 +357,7 @@ def test_a_vlm_server_that_stays_down_stops_the_run_and_the_state_is_saved(
     assert lines[0].startswith("error:"), result.stderr
     assert "iteration 1" in lines[0] and "503" in lines[0] and str(run) in lines[0]
     VisionServer.faults = []
-    result = run_script("dpok.py", "--resume", run, ranks=2)
-    assert result.returncode == 0, result.stderr
+    run_here(monkeypatch, "dpok.py", "--resume", run)
     assert [line["iteration"] for line in read_metrics(run)] == [0, 1, 2]
 
 
@@ -629,34 +628,36 @@ from tiny_models import pictures
 from common.rewards import load_reward
 from harness.rewards import everybodys
 
-rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-folder = os.path.dirname(__file__)
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 reward = load_reward("SPEC", gather=everybodys)
-if world > 1:
-    dist.init_process_group("gloo")
-# "a nurse" is there three times: groups of five of her pictures, not one of fifteen.
-prompts, groups = ["a nurse", "a chef", "a nurse", "a nurse"], [i // 5 for i in range(20)]
+dist.init_process_group("gloo")
+prompts, groups = NURSES, [i // 5 for i in range(20)]
 own = list(range(20 * rank // world, 20 * (rank + 1) // world))
 groups = [groups[i] for i in own]
 scores = reward(pictures(20)[own], [prompts[group] for group in groups], groups)
-torch.save(scores, f"{folder}/{world}-{rank}.pt")
-if world > 1:
-    dist.destroy_process_group()
+torch.save(scores, f"{os.path.dirname(__file__)}/{rank}.pt")
+dist.destroy_process_group()
 """
+NURSES = ["a nurse", "a chef", "a nurse", "a nurse"]
+"""She is there three times: groups of five of her pictures, not one of fifteen."""
 
 
 def test_parity_of_known_groups_with_repeated_prompts(clip_folder, tmp_path):
-    """Each group's value is that of its own five pictures, on one, two and three processes."""
+    """Each group's value is that of its own five pictures, on three processes too."""
     spec = f"statistical_parity:{clip_folder}?labels={LABELS}"
-    (tmp_path / "script.py").write_text(GROUPS_SCRIPT.replace("SPEC", spec))
+    (tmp_path / "script.py").write_text(
+        GROUPS_SCRIPT.replace("SPEC", spec).replace("NURSES", f"{NURSES}")
+    )
     alone = load_reward(spec)
     expected = [alone(pictures(20)[k : k + 5], ["a nurse"] * 5) for k in range(0, 20, 5)]
     assert len(torch.cat(expected).unique()) > 1
-    for ranks in (1, 2, 3):
-        result = run_script(tmp_path / "script.py", ranks=ranks)
-        assert result.returncode == 0, result.stderr
-        scores = torch.cat([torch.load(tmp_path / f"{ranks}-{rank}.pt") for rank in range(ranks)])
-        assert torch.equal(scores, torch.cat(expected))
+    groups = [i // 5 for i in range(20)]
+    scores = alone(pictures(20), [NURSES[group] for group in groups], groups)
+    assert torch.equal(scores, torch.cat(expected))
+    result = run_script(tmp_path / "script.py", ranks=3)
+    assert result.returncode == 0, result.stderr
+    scores = torch.cat([torch.load(tmp_path / f"{rank}.pt") for rank in range(3)])
+    assert torch.equal(scores, torch.cat(expected))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, read_metrics, run_here, run_script
+from conftest import ROOT, read_metrics, run_here, run_script, run_together, write_smooth_reward
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -27,7 +27,7 @@ from harness.folder import run_name
 
 @pytest.fixture(scope="module", params=SCRIPTS)
 def default_run(request, tiny_sd, tmp_path_factory):
-    """No preset, on SD v1.5's layout shrunk: 2 iterations of 10 samples, the JPEG's size."""
+    """No preset, on a tiny model: 2 iterations of 10 samples, the JPEG's size."""
     folder = tmp_path_factory.mktemp("default") / "run"
     flags = ten_samples(request.param, "jpeg_compressibility", "prompts/zoo.txt")
     flags += ["--num-iterations", 2]
@@ -59,9 +59,7 @@ def test_default_run_leaves_what_it_promises(default_run, request):
 
 
 def assert_all_trained(before: dict, after: dict) -> None:
-    """Every weight but queries and keys of a self-attention over one pixel: no gradient there."""
-    same = [key for key in before if after[key].equal(before[key])]
-    assert all("attn1.to_q" in key or "attn1.to_k" in key for key in same), same
+    assert not [key for key in before if after[key].equal(before[key])]
 
 
 def test_weights_of_a_run_load_in_plain_diffusers(default_run, tiny_sd):
@@ -117,28 +115,31 @@ def test_all_weights(tiny_sd, tmp_path, script, monkeypatch):
     assert not list((tmp_path / "whole").glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("script, rank", [("dpok.py", 4), ("ddpo.py", 0)])
-def test_fp16_where_ranks_have_no_transitions(tiny_sd, tmp_path, smooth, script, rank):
+def test_fp16_where_ranks_have_no_transitions(tiny_sd, tmp_path, smooth):
     """Three processes and one transition, or sample, an update: two of them have none.
 
     In the first update of a run, and of a resumed one.
     """
-    flags = [*tiny(script, tmp_path, smooth), "--model", tiny_sd, "--lora-rank", rank]
-    flags += ["--dtype", "fp16", "--num-inference-steps", 2, "--samples-per-iteration", 6]
-    of_dpok = "--batch-size 1 --gradient-steps 3 --value-function --value-batch-size 1"
-    of_ddpo = "--gradient-steps 6 --min-count 2"
-    flags += {"dpok.py": of_dpok, "ddpo.py": of_ddpo}[script].split()
-    flags += ["--output-dir", tmp_path / "run", "--learning-rate", 1e-4]
-    result = run_script(script, *flags, "--num-iterations", 1, ranks=3)
-    assert result.returncode == 0, result.stderr
-    words = ["--resume", tmp_path / "run", "--num-iterations", 2, "--reward", smooth]
-    result = run_script(script, *words, ranks=3)
-    assert result.returncode == 0, result.stderr
-    lines = read_metrics(tmp_path / "run")
-    assert len(lines) == 2
-    # The scaler finds its scale by skipping: it begins where float16 may overflow.
-    assert all(line["updates/skipped"] < 3 and line["grad_norm"] > 0 for line in lines)
-    assert all(line["ratio/first_max_deviation"] < 1e-5 for line in lines)
+    runs = {
+        "dpok.py": "--lora-rank 4 --batch-size 1 --gradient-steps 3 --value-function "
+        "--value-batch-size 1",
+        "ddpo.py": "--lora-rank 0 --gradient-steps 6 --min-count 2",
+    }
+    commands = []
+    for script, own in runs.items():
+        flags = [*tiny(script, tmp_path, smooth), "--model", tiny_sd, *own.split()]
+        flags += ["--dtype", "fp16", "--num-inference-steps", 2, "--samples-per-iteration", 6]
+        flags += ["--learning-rate", 1e-4, "--output-dir", tmp_path / script]
+        commands.append([script, *flags, "--num-iterations", 1])
+        resume = ["--resume", tmp_path / script, "--num-iterations", 2, "--reward", smooth]
+        commands.append([script, *resume])
+    run_together(commands, 3, tmp_path)
+    for script in runs:
+        lines = read_metrics(tmp_path / script)
+        assert len(lines) == 2
+        # The scaler finds its scale by skipping: it begins where float16 may overflow.
+        assert all(line["updates/skipped"] < 4 and line["grad_norm"] > 0 for line in lines)
+        assert all(line["ratio/first_max_deviation"] < 1e-5 for line in lines)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -182,30 +183,39 @@ def test_prompts_are_encoded_once_and_few_are_kept(tiny_sd):
     assert encode.encode_one.cache_info().misses == 30
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_ranks_do_not_change_the_result(tiny_sd, tmp_path, smooth, script, monkeypatch):
-    """10 samples on 1 and 3 processes, whose shares are uneven, dpok.py on 2 too.
+@pytest.fixture(scope="module")
+def on_ranks(tiny_sd, tmp_path_factory):
+    """Short runs of all scripts on 1 and 3 processes, whose shares are uneven, dpok.py on 2 too.
 
-    The same metrics and LoRA.
+    By script and number of processes, SCRIPT-N, in one folder.
     """
-    # With much smaller steps the KL is a difference of nearly equal numbers; with larger ones, and
-    # with the default guidance of 7.5, rounding is amplified.
-    flags = [*tiny_and_own(script, tmp_path, smooth), "--num-iterations", 2]
-    flags += ["--learning-rate", 2e-3, "--guidance-scale", 2, "--lora-rank", 4, "--model", tiny_sd]
-    run_here(monkeypatch, script, *flags, "--output-dir", tmp_path / "1")
-    several = (2, 3) if script == "dpok.py" else (3,)
-    for ranks in several:
-        result = run_script(script, *flags, "--output-dir", tmp_path / str(ranks), ranks=ranks)
-        assert result.returncode == 0, result.stderr
-    one = load_file(tmp_path / "1/pytorch_lora_weights.safetensors")
-    for ranks in map(str, several):
-        for a, b in zip(read_metrics(tmp_path / "1"), read_metrics(tmp_path / ranks), strict=True):
-            for key in a:
-                if not key.startswith(("time/", "ratio/first")):
-                    assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), key
-        many = load_file(tmp_path / ranks / "pytorch_lora_weights.safetensors")
-        difference = sum((one[key] - many[key]).square().sum() for key in one) ** 0.5
-        assert difference < 1e-4 * sum(value.square().sum() for value in one.values()) ** 0.5
+    folder = tmp_path_factory.mktemp("ranks")
+    smooth = write_smooth_reward(folder)
+    for ranks, scripts in ((1, SCRIPTS), (2, ("dpok.py",)), (3, SCRIPTS)):
+        commands = []
+        for script in scripts:
+            # With much smaller steps the KL is a difference of nearly equal numbers; with larger
+            # ones, and with the default guidance of 7.5, rounding is amplified.
+            flags = [*tiny_and_own(script, folder, smooth), "--num-iterations", 2]
+            flags += ["--learning-rate", 2e-3, "--guidance-scale", 2, "--lora-rank", 4]
+            flags += ["--model", tiny_sd, "--output-dir", folder / f"{script}-{ranks}"]
+            commands.append([script, *flags])
+        run_together(commands, ranks, folder)
+    return folder
+
+
+@pytest.mark.parametrize("script, ranks", [*((script, 3) for script in SCRIPTS), ("dpok.py", 2)])
+def test_ranks_do_not_change_the_result(on_ranks, script, ranks):
+    """The same metrics and LoRA."""
+    one, many = (on_ranks / f"{script}-{number}" for number in (1, ranks))
+    for a, b in zip(read_metrics(one), read_metrics(many), strict=True):
+        assert b.get("ratio/first_max_deviation", 0) < 1e-6
+        for key in a:
+            if not key.startswith(("time/", "ratio/first")):
+                assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), key
+    one, many = (load_file(run / "pytorch_lora_weights.safetensors") for run in (one, many))
+    difference = sum((one[key] - many[key]).square().sum() for key in one) ** 0.5
+    assert difference < 1e-4 * sum(value.square().sum() for value in one.values()) ** 0.5
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -234,6 +244,14 @@ def test_resumed_run_equals_an_undisturbed_one(tiny_sd, tmp_path, script, monkey
     with pytest.raises(SystemExit) as end:
         run_here(monkeypatch, script, "--resume", tmp_path / "parts", "--weight-decay", 3)
     assert end.value.code == 2 and "--weight-decay" in capsys.readouterr().err
+
+
+def test_scripts_run_without_what_the_tests_need(tmp_path):
+    (tmp_path / "sees.py").write_text(
+        "from importlib.util import find_spec\nimport sys\n"
+        "sys.exit(any(map(find_spec, ('accelerate', 'bert_score', 'peft', 'scipy'))))\n"
+    )
+    assert run_script(tmp_path / "sees.py").returncode == 0
 
 
 def test_unknown_words_are_named(tmp_path):

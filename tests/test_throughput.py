@@ -3,7 +3,6 @@
 import gc
 import importlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -169,11 +168,8 @@ def test_live_bytes():
 
 
 def run_module(name: str, *words, seconds: int = 300) -> str:
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", name, *map(str, words)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=seconds
-    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, read_metrics
+from conftest import ROOT, read_metrics, run_here
 from scripts import SCRIPTS, TABLE, reward_flags
 from short_runs import (
     COMMON,
@@ -85,17 +85,16 @@ def with_reward(script: str, folder: Path, kind: str, call: int) -> list:
     return [*COMMON, *TABLE[script].short.split(), *reward_flags(script, spec, "2x2")]
 
 
-def resume(script: str, folder: Path):
-    """The run of `with_reward` in folder/run, with its code named again."""
-    named_again = reward_flags(script, f"{folder}/mine.py:f", "2x2")
-    return start(script, "--resume", folder / "run", *named_again)
+def resume(script: str, folder: Path) -> list:
+    """Flags that go on with the run of `with_reward` in folder/run: its code is named again."""
+    return ["--resume", folder / "run", *reward_flags(script, f"{folder}/mine.py:f", "2x2")]
 
 
 KINDS = {"raises": "the scorer is gone", "hangs": "no answer in 3 s", "nan": "returned nan"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_reward_that_fails_or_hangs(script, tmp_path):
+def test_reward_that_fails_or_hangs(script, tmp_path, monkeypatch):
     """What was done is saved though no checkpoint is due.
 
     With a reward that is well the run ends as if undisturbed.
@@ -112,13 +111,13 @@ def test_reward_that_fails_or_hangs(script, tmp_path):
         ends_in_one_line(process, 1, KINDS[kind], str(folder / "run"))
         assert iteration_of(folder / "run") == 2
         (folder / "fault").unlink()
-        finish(resume(script, folder))
-    finish(start(script, *flags, "--output-dir", tmp_path / "whole"))
+        run_here(monkeypatch, script, *resume(script, folder))
+    run_here(monkeypatch, script, *flags, "--output-dir", tmp_path / "whole")
     for run in tmp_path.glob("*/run"):
         assert_same_run(tmp_path / "whole", run)
 
 
-def test_reward_of_a_later_task_that_fails(tmp_path):
+def test_reward_of_a_later_task_that_fails(tmp_path, monkeypatch):
     """The iteration's first task has been learned from already: it is not learned from again."""
     flags = with_reward("large_scale_ppo.py", tmp_path, "raises", 1)
     flags = [*flags[:-1], "image_reward:zoo/image_reward prompts/zoo.txt 2x2", flags[-1]]
@@ -127,8 +126,8 @@ def test_reward_of_a_later_task_that_fails(tmp_path):
     assert iteration_of(tmp_path / "run") == 1
     (tmp_path / "fault").unlink()
     named_again = flags[flags.index("--tasks") :]
-    finish(start("large_scale_ppo.py", "--resume", tmp_path / "run", *named_again))
-    finish(start("large_scale_ppo.py", *flags, "--output-dir", tmp_path / "whole"))
+    run_here(monkeypatch, "large_scale_ppo.py", "--resume", tmp_path / "run", *named_again)
+    run_here(monkeypatch, "large_scale_ppo.py", *flags, "--output-dir", tmp_path / "whole")
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
@@ -136,7 +135,7 @@ def test_reward_of_a_later_task_that_fails(tmp_path):
     "script, ranks",
     [("dpok.py", 1), ("dpok.py", 2), ("rwr.py", 1), ("sft_kl.py", 1), ("large_scale_ppo.py", 1)],
 )
-def test_disk_that_is_full(script, ranks, tmp_path):
+def test_disk_that_is_full(script, ranks, tmp_path, monkeypatch):
     """From the second iteration on no file can grow over 2 kB.
 
     The checkpoint stays whole, and the run goes on later.
@@ -150,7 +149,7 @@ def test_disk_that_is_full(script, ranks, tmp_path):
     (tmp_path / "fault").unlink()
     ends_in_one_line(process, 1, "cannot be written", "--resume")
     assert iteration_of(tmp_path / "run") == 1
-    finish(resume(script, tmp_path))
+    run_here(monkeypatch, script, *resume(script, tmp_path))
     assert len(read_metrics(tmp_path / "run")) == 3
 
 
@@ -159,7 +158,7 @@ def test_two_processes_never_write_one_run(tmp_path):
     flags = with_reward("dpok.py", tmp_path, "waits", 1)
     process = start("dpok.py", *flags, "--output-dir", tmp_path / "run")
     wait_for((tmp_path / "waiting").exists, process)
-    second = resume("dpok.py", tmp_path)
+    second = start("dpok.py", *resume("dpok.py", tmp_path))
     ends_in_one_line(second, 1, "another process is still writing it")
     (tmp_path / "fault").unlink()
     finish(process)
