@@ -1,0 +1,346 @@
+"""What the papers claim, and whether it holds on the zoo: the table of docs/claims.md.
+
+python -m benchmarks.run benchmarks/claims/FILE.sh --seeds 0 1 2 --jobs 2
+python -m benchmarks.run benchmarks/claims/evaluate.sh --jobs 2
+python -m benchmarks.verdicts --claims 1 2 3        benchmarks/results/claims.json, docs/claims.md
+
+benchmarks/claims/README.md has the settings of the runs and the rule of the verdicts, which were
+fixed before them. Claims whose runs are not there stay as they are in the results.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+from benchmarks.pages import fill, markdown_table
+from benchmarks.report import metrics_of, save_results
+from benchmarks.zoo_eval import ROOT, weights_digest
+from evaluation.judge import load_judge
+
+EVALUATIONS = ROOT / "runs/claims-evaluations"
+REWARD = "image_reward:zoo/image_reward"
+SINGLE = {
+    "A green colored rabbit": "A green colored cat",
+    "A cat and a dog": "A cat and a cup",
+    "Four wolves in the park": "Four birds in the park",
+    "A dog on the moon": "A lion on the moon",
+}
+"""The paper's four prompts, each with the one of its kind that was not trained on."""
+GAMMAS = ("0.1", "1", "2", "5")
+FEWEST_RIGHT = 8
+"""Right pictures below which a set has no distance of its own."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that a claim asserts: that `differences` are above 0, each of a prompt and seed.
+
+    Where `bounded` it asserts that they are not above 0.
+    """
+
+    what: str
+    differences: Sequence[float]
+    bounded: bool = False
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.differences))
+
+    @property
+    def standard_error(self) -> float:
+        return float(np.std(self.differences, ddof=1) / len(self.differences) ** 0.5)
+
+    @property
+    def verdict(self) -> str:
+        above = self.mean > 2 * self.standard_error
+        if self.bounded:
+            return "does not hold" if above else "holds"
+        if above:
+            return "holds"
+        below = self.mean < -2 * self.standard_error
+        return "does not hold" if below else "cannot be told"
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.mean:+.3g} ± {self.standard_error:.2g}: {self.verdict}"
+
+
+def verdict_of(parts: Sequence[Part]) -> str:
+    """Of a claim: it holds if all of its parts do."""
+    verdicts = {part.verdict for part in parts}
+    for word in ("does not hold", "cannot be told"):
+        if word in verdicts:
+            return word
+    return "holds"
+
+
+def slug(prompt: str) -> str:
+    return prompt.lower().replace(" ", "-")
+
+
+@cache
+def evaluated(name: str) -> dict:
+    """The models of an evaluation, by the names of their runs' folders."""
+    return json.loads((EVALUATIONS / name / "results.json").read_text())["models"]
+
+
+def figure(name: str, model: str, key: str, prompt: str) -> float:
+    """Reward, success or distance to real renders of a model's pictures of a prompt."""
+    of_prompt = evaluated(name)[model]["prompts"][prompt]
+    if key == "distance":
+        return of_prompt["image_quality"]
+    if key == "success":
+        return of_prompt["success"]["mean"]
+    return of_prompt["rewards"][REWARD]["mean"]
+
+
+@cache
+def right_distances(name: str) -> dict[str, float] | None:
+    """By model the distance of right pictures alone, equally many of each: the fewest that one has.
+
+    Of an evaluation of one prompt; None where a model has less than `FEWEST_RIGHT`.
+    """
+    judge, right = load_judge(str(ROOT / "zoo/sd")), {}
+    (prompt,) = next(iter(evaluated(name).values()))["prompts"]
+    for model in evaluated(name):
+        stored = np.load(EVALUATIONS / name / "samples" / model / "00000.npz")["images"]
+        images = torch.from_numpy(stored).permute(0, 3, 1, 2).float() / 255
+        right[model] = images[torch.from_numpy(judge.success(images, prompt)[0]) > 0]
+    fewest = min(map(len, right.values()))
+    if fewest < FEWEST_RIGHT:
+        return None
+    return {model: judge.image_quality(images[:fewest]) for model, images in right.items()}
+
+
+def of_single(value: Callable[[str, str, Callable], float | None], seeds) -> list[float]:
+    """`value` of each of the four prompts and each seed, as far as there is one.
+
+    It is given the evaluation, the prompt and a function from a method to its run.
+    """
+    values = []
+    for prompt in SINGLE:
+        for seed in seeds:
+            run = lambda method: f"{method}__{slug(prompt)}__{seed}" if method != "base" else "base"
+            values.append(value(f"single__{slug(prompt)}", prompt, run))
+    return [value for value in values if value is not None]
+
+
+def single(key: str, first: str, second: str, seeds) -> list[float]:
+    """Differences of a figure between two methods on the four prompts."""
+    return of_single(
+        lambda name, prompt, run: (
+            figure(name, run(first), key, prompt) - figure(name, run(second), key, prompt)
+        ),
+        seeds,
+    )
+
+
+def single_right(first: str, second: str, seeds) -> list[float]:
+    """Differences of the distance of right pictures alone."""
+
+    def value(name, prompt, run):
+        distances = right_distances(name)
+        return distances and distances[run(first)] - distances[run(second)]
+
+    return of_single(value, seeds)
+
+
+def dpok_beats_sft(seeds) -> list[Part]:
+    pairs = {"DPOK - SFT": ("dpok", "sft"), "DPOK - base": ("dpok", "base")}
+    pairs["SFT - base"] = "sft", "base"
+    return [Part(f"reward, {name}", single("reward", *pair, seeds)) for name, pair in pairs.items()]
+
+
+def sft_costs_quality(seeds) -> list[Part]:
+    parts = []
+    for name, differences in (
+        ("distance", lambda *pair: single("distance", *pair, seeds)),
+        ("distance of right pictures", lambda *pair: single_right(*pair, seeds)),
+    ):
+        parts += [
+            Part(f"{name}, SFT - base", differences("sft", "base")),
+            Part(f"{name}, SFT - DPOK", differences("sft", "dpok")),
+            Part(f"{name}, DPOK - base", differences("dpok", "base"), bounded=True),
+        ]
+    return parts
+
+
+def kl_keeps_quality(seeds) -> list[Part]:
+    gain = np.array(single("reward", "dpok-without-kl", "base", seeds))
+    loss = np.array(single("reward", "dpok-without-kl", "dpok", seeds))
+    distance = single("distance", "dpok-without-kl", "dpok", seeds)
+    return [
+        Part("distance, without the KL - with", distance),
+        Part("a tenth of the gain - the reward that the KL costs", gain / 10 - loss),
+    ]
+
+
+def kl_o_repairs_more(seeds) -> list[Part]:
+    prompt, parts = "A green colored rabbit", []
+    for key in ("distance", "reward"):
+        differences = {
+            gamma: [
+                figure("gamma", f"kl-d-{gamma}__{seed}", key, prompt)
+                - figure("gamma", f"kl-o-{gamma}__{seed}", key, prompt)
+                for seed in seeds
+            ]
+            for gamma in GAMMAS
+        }
+        parts += [
+            Part(f"{key}, KL-D - KL-O at {gamma}", found) for gamma, found in differences.items()
+        ]
+        growth = np.subtract(differences[GAMMAS[-1]], differences[GAMMAS[0]])
+        parts.append(Part(f"{key}, the same at {GAMMAS[-1]} less at {GAMMAS[0]}", growth))
+    return parts
+
+
+def bias_goes(seeds) -> list[Part]:
+    success = lambda model: figure("roses", model, "success", "Four roses")
+    gains = [success(f"dpok__{seed}") - success("base") for seed in seeds]
+    return [Part('success on "Four roses", DPOK - base', gains)]
+
+
+def many(key: str, name: str, first: str, second: str, seeds) -> list[float]:
+    """Differences of a figure between two methods over the prompts of an evaluation, and seeds."""
+    run = lambda method, seed: "base" if method == "base" else f"{method}__{seed}"
+    return [
+        figure(name, run(first, seed), key, prompt) - figure(name, run(second, seed), key, prompt)
+        for prompt in evaluated(name)["base"]["prompts"]
+        for seed in seeds
+    ]
+
+
+def mean_training_reward(run: Path) -> float:
+    return float(np.mean([line["reward/mean"] for line in metrics_of(run)]))
+
+
+def value_function_helps(seeds) -> list[Part]:
+    training = lambda method, seed: mean_training_reward(
+        ROOT / f"runs/claims-many/{method}__{seed}"
+    )
+    without = "dpok-without-value"
+    while_training = [training("dpok", seed) - training(without, seed) for seed in seeds]
+    return [
+        Part("reward, with - without", single("reward", "dpok", without, seeds)),
+        Part(
+            "reward on many prompts, with - without",
+            many("reward", "many", "dpok", without, seeds),
+        ),
+        Part("mean training reward on many prompts, with - without", while_training),
+    ]
+
+
+def many_prompts_at_equal_quality(seeds) -> list[Part]:
+    base = [
+        figure("many", "base", "distance", prompt)
+        for prompt in evaluated("many")["base"]["prompts"]
+        for _ in seeds
+    ]
+    cost = many("distance", "many", "dpok", "base", seeds)
+    return [
+        Part("reward, DPOK - base", many("reward", "many", "dpok", "base", seeds)),
+        Part("a tenth of the base's distance - what DPOK adds", np.array(base) / 10 - cost),
+    ]
+
+
+def unseen_prompts_gain(seeds) -> list[Part]:
+    parts = []
+    for key in ("reward", "success"):
+        gains = [
+            figure(name, f"dpok__{slug(prompt)}__{seed}", key, unseen)
+            - figure(name, "base", key, unseen)
+            for prompt, unseen in SINGLE.items()
+            for name in [f"unseen__{slug(prompt)}"]
+            for seed in seeds
+        ]
+        parts.append(Part(f"{key} on the unseen prompt of the kind, trained - base", gains))
+        gains = many(key, "many_unseen", "dpok", "base", seeds)
+        parts.append(Part(f"{key} on unseen prompts after many, trained - base", gains))
+    return parts
+
+
+@dataclass(frozen=True)
+class Claim:
+    text: str
+    place: str
+    """In the papers."""
+    parts: Callable[[Sequence[int]], list[Part]]
+    """What it asserts, from the runs of some seeds."""
+
+
+CLAIMS = {
+    "1": Claim("DPOK beats SFT, both beat the base", "DPOK Fig. 3a", dpok_beats_sft),
+    "2": Claim("SFT costs quality where DPOK does not", "DPOK Fig. 3b", sft_costs_quality),
+    "3": Claim(
+        "with the KL DPOK has the quality, at about the reward, of DPOK without",
+        "DPOK 5.3, Fig. 4",
+        kl_keeps_quality,
+    ),
+    "4": Claim(
+        "KL-O repairs SFT more than KL-D and costs reward, as gamma grows",
+        "DPOK Fig. 8, 9",
+        kl_o_repairs_more,
+    ),
+    "5": Claim('"Four roses": the bias goes', "DPOK 5.4, Fig. 5", bias_goes),
+    "6": Claim(
+        "the value function raises the final reward and speeds up many prompts",
+        "DPOK A.5, Fig. 6, 7",
+        value_function_helps,
+    ),
+    "7": Claim(
+        "many prompts: reward up at equal quality", "DPOK Table 1", many_prompts_at_equal_quality
+    ),
+    "8": Claim("unseen prompts gain too", "DPOK Fig. 10, DDPO Fig. 6", unseen_prompts_gain),
+}
+"""By the number of the claim in benchmarks/claims/README.md."""
+
+
+@dataclass
+class Args:
+    claims: tuple[str, ...] = tuple(CLAIMS)
+    """Those to judge anew."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of the runs."""
+
+
+def main(args: Args) -> None:
+    path = ROOT / "benchmarks/results/claims.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results["weights"] = weights_digest()
+    for number in args.claims:
+        parts = CLAIMS[number].parts(args.seeds)
+        results[number] = {"verdict": verdict_of(parts), "seeds": args.seeds}
+        results[number]["parts"] = {
+            part.what: {
+                "differences": [*map(float, part.differences)],
+                "mean": part.mean,
+                "standard_error": part.standard_error,
+                "verdict": part.verdict,
+            }
+            for part in parts
+        }
+        print(number, verdict_of(parts), *map(str, parts), sep="\n    ")
+    save_results("claims", results)
+    fill(ROOT / "docs/claims.md", {"verdicts": markdown_of(results)})
+
+
+def markdown_of(results: dict) -> str:
+    rows = []
+    for number, claim in CLAIMS.items():
+        if number in results:
+            figures = "; ".join(
+                f"{what} {part['mean']:+.3g} ± {part['standard_error']:.2g}"
+                for what, part in results[number]["parts"].items()
+            )
+            verdict = f"**{results[number]['verdict']}**"
+            rows.append([number, f"{claim.text} ({claim.place})", figures, verdict])
+    return markdown_table(["", "claim", "difference ± standard error", ""], rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
