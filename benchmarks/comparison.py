@@ -44,7 +44,6 @@ TABLES = {
 """By the name of the evaluation's folder: what the runs were trained for, and their scripts."""
 COLUMNS = {
     "image_reward:zoo/image_reward": "ImageReward ↑",
-    "benchmarks/zoo_rewards.py:kinds": "kind is there ↑",
     "benchmarks/zoo_rewards.py:colours": "colour is right ↑",
     "object_detection:zoo/detector": "detection score ↑",
     "statistical_parity:zoo/skin_tone": "statistical parity ↓",
@@ -114,7 +113,7 @@ def markdown_of(name: str, table: dict) -> str:
             values = sign[key] * np.array([numbers[key] for numbers in row["runs"]])
             spread = f" ± {values.std():.2f}" if len(values) > 1 else ""
             cells.append(f"{values.mean():.2f}{spread}")
-        cells += [f"{np.mean(row['queries']):.0f}", f"{np.mean(row['minutes']):.1f}"]
+        cells += [f"{np.mean(row['queries']):.0f}", f"{np.median(row['minutes']):.1f}"]
         rows.append([*cells, "yes" if script in ANY_REWARD else "no"])
     return markdown_table(["", *(COLUMNS[key] for key in keys), *last], rows)
 
@@ -124,15 +123,14 @@ def plot_curves(seeds: Sequence[int]) -> Figure:
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     by_minutes, by_queries = figure.subplots(1, 2, sharey=True)
     for number, (script, label) in enumerate(METHODS.items()):
-        for seed in seeds:
-            run = folder_of("equal_time", "preference", script, seed)
-            lines = metrics_of(run)
-            rewards = np.array([line["reward/mean"] for line in lines])
-            seconds = [sum(v for k, v in line.items() if k.startswith("time/")) for line in lines]
-            queries = queries_of(script, run) / len(lines) * np.arange(1, len(lines) + 1)
+        runs = [folder_of("equal_time", "preference", script, seed) for seed in seeds]
+        minutes = np.median([minutes_of(run) for run in runs])
+        for seed, run in zip(seeds, runs):
+            rewards = np.array([line["reward/mean"] for line in metrics_of(run)])
+            done = np.arange(1, len(rewards) + 1) / len(rewards)
             style = {"color": f"C{number}", "alpha": 0.7, "label": label if seed == 0 else None}
-            by_minutes.plot(np.cumsum(seconds) / 60, smooth(rewards), **style)
-            by_queries.plot(queries, smooth(rewards), **style)
+            by_minutes.plot(minutes * done, smooth(rewards), **style)
+            by_queries.plot(queries_of(script, run) * done, smooth(rewards), **style)
     by_minutes.set(xlabel="minutes of training", ylabel="training reward (mean of five)")
     by_queries.set(xlabel="reward queries")
     by_minutes.legend(fontsize=8)

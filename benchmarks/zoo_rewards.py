@@ -1,30 +1,16 @@
-"""Rewards of the zoo for figures alone: nothing is trained on them.
+"""A reward of the zoo for figures alone: nothing is trained on it.
 
---rewards benchmarks/zoo_rewards.py:kinds benchmarks/zoo_rewards.py:colours
+--rewards benchmarks/zoo_rewards.py:colours
 """
-
-from functools import cache
 
 import torch
 
-from common.rewards import load_reward
 from zoo import world
 
 FROM_BACKGROUND = 0.2
 """Distance in RGB from the background above which a pixel is drawn."""
 COLORS = torch.tensor([*world.COLORS.values(), (0, 0, 0)]) / 255
 """The world's colours, and that of outlines."""
-
-
-@cache
-def detector():
-    return load_reward("object_detection:zoo/detector")
-
-
-def kinds(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    """The detector's mean confidence in the kinds that each prompt names, whatever their colour."""
-    named = [[group.kind for group in world.parse(prompt).groups] for prompt in prompts]
-    return detector()(images, [" and ".join(of_prompt) for of_prompt in named])
 
 
 def colours(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
