@@ -183,7 +183,7 @@ def test_prompts_are_encoded_once_and_few_are_kept(tiny_sd):
     assert encode.encode_one.cache_info().misses == 30
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def on_ranks(tiny_sd, tmp_path_factory):
     """Short runs of all scripts on 1 and 3 processes, whose shares are uneven, dpok.py on 2 too.
 
