@@ -5,4 +5,4 @@ cd -- "$(dirname -- "$0")" >/dev/null
 ./install.sh requirements-test.txt
 export HF_HUB_OFFLINE=1
 set -x
-.venv/bin/python -m pytest -n auto --dist loadgroup "$@"
+.venv/bin/python -m pytest -n auto "$@"

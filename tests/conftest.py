@@ -19,28 +19,40 @@ from benchmarks.layouts import make_pipeline
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
-def pytest_collection_modifyitems(config, items):
-    """For --dist loadgroup: tests that share a fixture run in one process.
+SHARING = {
+    "default run": (
+        "test_default_run_leaves_what_it_promises",
+        "test_weights_of_a_run_load_in_plain_diffusers",
+    ),
+    "runs on ranks": ("test_ranks_do_not_change_the_result",),
+    "short run": ("test_checkpoint_cut_in_half", "test_formats_of_checkpoints"),
+}
+"""Tests that share a fixture, in the files whose tests are shared out among the processes."""
 
-    Those of test_scripts.py and test_faults.py run in any.
-    """
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        group = item.path.stem
-        if "undisturbed" in item.fixturenames:
-            group = f"undisturbed run of {item.callspec.params['undisturbed']}"
-        if group == "test_scripts":
-            if "default_run" in item.fixturenames:
-                group = f"default run of {item.callspec.params['default_run']}"
-            elif "on_ranks" in item.fixturenames:
-                group = "on ranks"
-            else:
-                continue
-        if group == "test_faults" and "short_run" not in item.fixturenames:
-            continue
-        item.add_marker(pytest.mark.xdist_group(group))
+
+def group_of(nodeid: str) -> str:
+    """Tests of one group run in one process: those of a file, but where a file takes minutes."""
+    file, _, test = nodeid.partition("::")
+    name, _, parameters = test.partition("[")
+    if Path(file).name == "test_killed.py":
+        return f"{file} {parameters}"  # an undisturbed run of each script
+    if Path(file).name not in ("test_scripts.py", "test_faults.py"):
+        return file
+    for fixture, tests in SHARING.items():
+        if name in tests:
+            return f"{fixture} {parameters}" if fixture == "default run" else fixture
+    return nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return ByGroup(config, log)
 
 
 def plain_environment() -> dict[str, str]:

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SHARING
 from diffusers import DDPMScheduler
 from scripts import SCRIPTS as FILES_OF_SCRIPTS
 
@@ -195,3 +195,10 @@ def test_weights_of_the_benchmark_are_those_of_sft_kl():
     for weighting, found in sft_weights.step_weights(scheduler.alphas_cumprod.double(), t).items():
         expected = sft_kl.step_weights(scheduler, t, weighting)
         torch.testing.assert_close(found.float(), expected, rtol=1e-6, atol=0)
+
+
+def test_groups_name_tests_that_are_there():
+    files = ROOT / "tests/test_scripts.py", ROOT / "tests/faults/test_faults.py"
+    text = "".join(file.read_text() for file in files)
+    for tests in SHARING.values():
+        assert all(f"def {name}(" in text for name in tests)
