@@ -3,6 +3,7 @@
 python -m benchmarks.run benchmarks/claims/FILE.sh --seeds 0 1 2 --jobs 2
 python -m benchmarks.run benchmarks/claims/evaluate.sh --jobs 2
 python -m benchmarks.verdicts --claims 1 2 3        benchmarks/results/claims.json, docs/claims.md
+                                                    and its pictures
 
 benchmarks/claims/README.md has the settings of the runs and the rule of the verdicts, which were
 fixed before them. Claims whose runs are not there stay as they are in the results.
@@ -11,30 +12,24 @@ fixed before them. Claims whose runs are not there stay as they are in the resul
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import numpy as np
-import torch
 import tyro
 
+from benchmarks.claim_pictures import PICTURES
+from benchmarks.claim_runs import (
+    GAMMAS,
+    SINGLE,
+    core_hours,
+    evaluated,
+    figure,
+    right_distances,
+    slug,
+    training_rewards,
+)
 from benchmarks.pages import fill, markdown_table
-from benchmarks.report import metrics_of, save_results
+from benchmarks.report import save_results
 from benchmarks.zoo_eval import ROOT, weights_digest
-from evaluation.judge import load_judge
-
-EVALUATIONS = ROOT / "runs/claims-evaluations"
-REWARD = "image_reward:zoo/image_reward"
-SINGLE = {
-    "A green colored rabbit": "A green colored cat",
-    "A cat and a dog": "A cat and a cup",
-    "Four wolves in the park": "Four birds in the park",
-    "A dog on the moon": "A lion on the moon",
-}
-"""The paper's four prompts, each with the one of its kind that was not trained on."""
-GAMMAS = ("0.1", "1", "2", "5")
-FEWEST_RIGHT = 8
-"""Right pictures below which a set has no distance of its own."""
 
 
 @dataclass(frozen=True)
@@ -77,44 +72,6 @@ def verdict_of(parts: Sequence[Part]) -> str:
         if word in verdicts:
             return word
     return "holds"
-
-
-def slug(prompt: str) -> str:
-    return prompt.lower().replace(" ", "-")
-
-
-@cache
-def evaluated(name: str) -> dict:
-    """The models of an evaluation, by the names of their runs' folders."""
-    return json.loads((EVALUATIONS / name / "results.json").read_text())["models"]
-
-
-def figure(name: str, model: str, key: str, prompt: str) -> float:
-    """Reward, success or distance to real renders of a model's pictures of a prompt."""
-    of_prompt = evaluated(name)[model]["prompts"][prompt]
-    if key == "distance":
-        return of_prompt["image_quality"]
-    if key == "success":
-        return of_prompt["success"]["mean"]
-    return of_prompt["rewards"][REWARD]["mean"]
-
-
-@cache
-def right_distances(name: str) -> dict[str, float] | None:
-    """By model the distance of right pictures alone, equally many of each: the fewest that one has.
-
-    Of an evaluation of one prompt; None where a model has less than `FEWEST_RIGHT`.
-    """
-    judge, right = load_judge(str(ROOT / "zoo/sd")), {}
-    (prompt,) = next(iter(evaluated(name).values()))["prompts"]
-    for model in evaluated(name):
-        stored = np.load(EVALUATIONS / name / "samples" / model / "00000.npz")["images"]
-        images = torch.from_numpy(stored).permute(0, 3, 1, 2).float() / 255
-        right[model] = images[torch.from_numpy(judge.success(images, prompt)[0]) > 0]
-    fewest = min(map(len, right.values()))
-    if fewest < FEWEST_RIGHT:
-        return None
-    return {model: judge.image_quality(images[:fewest]) for model, images in right.items()}
 
 
 def of_single(value: Callable[[str, str, Callable], float | None], seeds) -> list[float]:
@@ -215,14 +172,8 @@ def many(key: str, name: str, first: str, second: str, seeds) -> list[float]:
     ]
 
 
-def mean_training_reward(run: Path) -> float:
-    return float(np.mean([line["reward/mean"] for line in metrics_of(run)]))
-
-
 def value_function_helps(seeds) -> list[Part]:
-    training = lambda method, seed: mean_training_reward(
-        ROOT / f"runs/claims-many/{method}__{seed}"
-    )
+    training = lambda method, seed: np.mean(training_rewards(f"many/{method}__{seed}"))
     without = "dpok-without-value"
     while_training = [training("dpok", seed) - training(without, seed) for seed in seeds]
     return [
@@ -325,8 +276,13 @@ def main(args: Args) -> None:
             for part in parts
         }
         print(number, verdict_of(parts), *map(str, parts), sep="\n    ")
+        picture = ROOT / f"docs/images/claim_{number}.png"
+        PICTURES[number](args.seeds).savefig(picture, dpi=100)
+    results["core_hours"] = results.get("core_hours", {}) | core_hours()
     save_results("claims", results)
-    fill(ROOT / "docs/claims.md", {"verdicts": markdown_of(results)})
+    hours = sum(results["core_hours"].values())
+    parts = {"verdicts": markdown_of(results), "core-hours": f"{hours:.1f} core-hours\n"}
+    fill(ROOT / "docs/claims.md", parts)
 
 
 def markdown_of(results: dict) -> str:

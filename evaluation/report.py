@@ -108,7 +108,12 @@ def measure(
             if j < shown_prompts:
                 shown.append(images[:shown_images])
     scores = {key: np.concatenate(parts) for key, parts in scores.items()}
-    of_all = {"image_quality": judge.image_quality(torch.cat(drawn))} if judge else {}
+    of_all = {}
+    if judge:
+        alone = len(of_prompts) == 1  # the distance takes its time
+        of_all["image_quality"] = (
+            of_prompts[0]["image_quality"] if alone else judge.image_quality(torch.cat(drawn))
+        )
     return Measured(scores, of_prompts, of_all, shown)
 
 

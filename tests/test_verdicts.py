@@ -1,6 +1,7 @@
 """What benchmarks/verdicts.py makes of the runs and evaluations that the claims' commands leave."""
 
 import json
+import os
 import shlex
 from fnmatch import fnmatch
 
@@ -10,7 +11,9 @@ import torch
 from conftest import ROOT
 from scipy import stats
 
-from benchmarks import run, verdicts
+from benchmarks import claim_runs, rates, run, verdicts
+from benchmarks.claim_pictures import PICTURES
+from evaluation.judge import load_judge
 from zoo import judge as judging
 from zoo import world
 
@@ -60,7 +63,7 @@ def figures(tmp_path, monkeypatch):
             model: {
                 "prompts": {
                     prompt: {
-                        "rewards": {verdicts.REWARD: {"mean": of["reward"]}},
+                        "rewards": {claim_runs.REWARD: {"mean": of["reward"]}},
                         "success": {"mean": of["success"]},
                         "image_quality": of["distance"],
                     }
@@ -70,16 +73,22 @@ def figures(tmp_path, monkeypatch):
             for model, drawn in of_models.items()
         }
         (folder / "results.json").write_text(json.dumps({"models": written}))
+        for model, drawn in of_models.items():
+            samples = folder / "samples" / model
+            samples.mkdir(parents=True)
+            of_prompts = np.arange(len(drawn), dtype=np.uint8).repeat(2)
+            images = np.broadcast_to(of_prompts[:, None, None, None], (2 * len(drawn), 4, 4, 3))
+            np.savez(samples / "00000.npz", images=images)
     for folder in runs_of_the_commands():
         if "claims-many" in folder:
             (tmp_path / folder).mkdir(parents=True)
             lines = [json.dumps({"reward/mean": value}) for value in rng.random(4)]
             (tmp_path / folder / "metrics.jsonl").write_text("\n".join(lines))
-    monkeypatch.setattr(verdicts, "ROOT", tmp_path)
-    monkeypatch.setattr(verdicts, "EVALUATIONS", tmp_path / "runs/claims-evaluations")
-    verdicts.evaluated.cache_clear()
+    monkeypatch.setattr(claim_runs, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(claim_runs, "EVALUATIONS", tmp_path / "runs/claims-evaluations")
+    claim_runs.evaluated.cache_clear()
     yield figures
-    verdicts.evaluated.cache_clear()
+    claim_runs.evaluated.cache_clear()
 
 
 def test_every_claim_finds_its_runs(figures, monkeypatch):
@@ -111,6 +120,30 @@ def test_figures_are_those_of_the_prompt_method_and_seed(figures, monkeypatch):
     assert gained.differences == [a["reward"] - b["reward"] for a, b in pairs]
     expected = [b["distance"] / 10 - (a["distance"] - b["distance"]) for a, b in pairs]
     assert np.allclose(equal.differences, expected)
+
+
+def test_every_claim_has_its_picture(figures, tmp_path):
+    assert PICTURES.keys() == verdicts.CLAIMS.keys()
+    for number, draw in PICTURES.items():
+        draw(SEEDS).savefig(tmp_path / f"{number}.png")
+        assert os.path.getsize(tmp_path / f"{number}.png") > 3000
+
+
+def test_pictures_are_those_of_the_prompt(figures):
+    of_prompts = claim_runs.drawn("many", "dpok__1")
+    assert [*of_prompts] == (ROOT / "prompts/zoo.txt").read_text().splitlines()
+    assert [images.mean() for images in of_prompts.values()] == [*range(len(of_prompts))]
+
+
+def test_core_hours_are_those_of_the_commands(tmp_path, monkeypatch):
+    """A command has its share of the cores that its jobs had together."""
+    monkeypatch.setattr(claim_runs, "RUNS", tmp_path)
+    for name, seconds, jobs, cores in (("a", 1800, 2, 2), ("b", 900, 1, 2), ("c", 60, 3, 2)):
+        folder = tmp_path / "claims-many" / name
+        folder.mkdir(parents=True)
+        wall_time = {"seconds": seconds, "jobs_side_by_side": jobs, "cores": cores}
+        (folder / "wall_time.json").write_text(json.dumps(wall_time))
+    assert claim_runs.core_hours() == {"claims-many": pytest.approx(0.5 + 0.5 + 1 / 60)}
 
 
 @pytest.mark.parametrize(
@@ -145,20 +178,56 @@ def test_right_pictures_are_compared_equally_many(tmp_path, monkeypatch):
         ]
     )
     right, wrong = render(prompt, 10), render("A blue dog", 5)
-    judge = verdicts.load_judge(str(ROOT / "zoo/sd"))
+    judge = load_judge(str(ROOT / "zoo/sd"))
     models = {"base": right, "other": np.concatenate([wrong, right[:9]])}
-    monkeypatch.setattr(verdicts, "EVALUATIONS", tmp_path)
+    monkeypatch.setattr(claim_runs, "EVALUATIONS", tmp_path)
     evaluated = {model: {"prompts": {prompt: {}}} for model in models}
-    monkeypatch.setattr(verdicts, "evaluated", lambda name: evaluated)
+    monkeypatch.setattr(claim_runs, "evaluated", lambda name: evaluated)
     for model, images in models.items():
         folder = tmp_path / name / "samples" / model
         folder.mkdir(parents=True)
         np.savez(folder / "00000.npz", images=images)
-    found = verdicts.right_distances(name)
+    found = claim_runs.right_distances(name)
     images = torch.from_numpy(right[:9]).permute(0, 3, 1, 2).float() / 255
     expected = judging.image_quality(judge.network, judge.vae, images)
     assert found == {"base": pytest.approx(expected), "other": pytest.approx(expected)}
     np.savez(tmp_path / name / "samples/other/00000.npz", images=right[:7])
-    verdicts.right_distances.cache_clear()
-    assert verdicts.right_distances(name) is None
-    verdicts.right_distances.cache_clear()
+    claim_runs.right_distances.cache_clear()
+    assert claim_runs.right_distances(name) is None
+    claim_runs.right_distances.cache_clear()
+
+
+def test_rates_are_those_of_the_last_tenth(tmp_path, monkeypatch):
+    """Of every run that the tuning's commands make, the method and the rate are found."""
+    monkeypatch.setattr(claim_runs, "RUNS", tmp_path / "runs")
+    rng, expected = np.random.default_rng(0), {}
+    for command in commands_of("tuning.sh"):
+        values = run.values_of(run.with_seed(command, 3))
+        folder = tmp_path / values["--output-dir"]
+        folder.mkdir(parents=True)
+        count, rate = int(values["--num-iterations"]), values["--learning-rate"]
+        args = {"num_iterations": count, "learning_rate": float(rate)}
+        (folder / "args.json").write_text(json.dumps(args))
+        rewards = rng.random(count)
+        lines = [json.dumps({"reward/mean": reward}) for reward in rewards]
+        (folder / "metrics.jsonl").write_text("\n".join(lines))
+        method = folder.name.split("-")[0]
+        expected.setdefault(method, {})[rate] = rewards[-(count // 10) :].mean()
+    assert rates.tried() == {
+        method: {rate: pytest.approx(reward) for rate, reward in of_rates.items()}
+        for method, of_rates in expected.items()
+    }
+    table = rates.markdown_of(rates.tried())
+    for method, of_rates in expected.items():
+        (line,) = (line for line in table.splitlines() if line.startswith(f"| {method} |"))
+        assert line.endswith(f"| {max(of_rates, key=of_rates.get)} |")
+
+
+def test_rates_refuse_a_run_that_is_not_finished(tmp_path, monkeypatch):
+    monkeypatch.setattr(claim_runs, "RUNS", tmp_path)
+    folder = tmp_path / "claims-tuning/dpok-1e-3__3"
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text('{"num_iterations": 2, "learning_rate": 1e-3}')
+    (folder / "metrics.jsonl").write_text('{"reward/mean": 1.0}\n')
+    with pytest.raises(SystemExit, match="not finished"):
+        rates.tried()

@@ -1,0 +1,159 @@
+"""A picture or a curve for each claim of docs/claims.md, drawn by benchmarks/verdicts.py."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.claim_runs import (
+    GAMMAS,
+    SINGLE,
+    drawn,
+    evaluated,
+    figure,
+    slug,
+    training_rewards,
+)
+from benchmarks.comparison import smooth
+from zoo import world
+
+INCHES = 0.64
+"""Of a picture of 64 pixels, at 100 dots an inch."""
+
+
+def strips(rows: dict[str, list[np.ndarray]], titles: Sequence[str]) -> Figure:
+    """Pictures uint8 (n, H, W, 3) in a row for each model and a block for each prompt.
+
+    `rows` has by the model's label a block for each title.
+    """
+    blocks = next(iter(rows.values()))
+    width, height = sum(map(len, blocks)) * INCHES + 1.2, len(rows) * INCHES + 0.4
+    found = Figure(figsize=(width, height), layout="constrained")
+    axes = found.subplots(len(rows), len(titles), squeeze=False)
+    for (label, blocks), line in zip(rows.items(), axes):
+        for axis, block in zip(line, blocks):
+            axis.imshow(world.to_grid(block, len(block)))
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title, fontsize=9)
+    return found
+
+
+def of_single(methods: dict[str, str], seed: int, count: int = 4) -> Figure:
+    """The four prompts: for each label of a method the first pictures of one seed's run."""
+    rows = {}
+    for label, method in methods.items():
+        runs = {prompt: f"{method}__{slug(prompt)}__{seed}" for prompt in SINGLE}
+        rows[label] = [
+            drawn(f"single__{slug(prompt)}", "base" if method == "base" else run)[prompt][:count]
+            for prompt, run in runs.items()
+        ]
+    return strips(rows, [*SINGLE])
+
+
+def methods_by_pictures(seeds: Sequence[int]) -> Figure:
+    return of_single({"base": "base", "SFT": "sft", "DPOK": "dpok"}, seeds[0])
+
+
+def quality_against_reward(seeds: Sequence[int]) -> Figure:
+    found = Figure(figsize=(13, 3.2), layout="constrained")
+    methods = {"base": "base", "SFT": "sft", "DPOK": "dpok"}
+    for axis, prompt in zip(found.subplots(1, len(SINGLE)), SINGLE):
+        name = f"single__{slug(prompt)}"
+        for label, method in methods.items():
+            models = {f"{method}__{slug(prompt)}__{seed}" for seed in seeds}
+            models = {"base"} if method == "base" else models
+            points = [[figure(name, m, key, prompt) for m in models] for key in AXES]
+            axis.plot(*points, "o", label=label)
+        axis.set(xlabel="image reward", title=prompt)
+    found.axes[0].set_ylabel("distance to real renders")
+    found.axes[0].legend()
+    return found
+
+
+AXES = ("reward", "distance")
+
+
+def kl_by_pictures(seeds: Sequence[int]) -> Figure:
+    methods = {"base": "base", "without the KL": "dpok-without-kl", "DPOK": "dpok"}
+    return of_single(methods, seeds[0])
+
+
+def against_gamma(seeds: Sequence[int]) -> Figure:
+    prompt = "A green colored rabbit"
+    found = Figure(figsize=(9, 3.2), layout="constrained")
+    for axis, key in zip(found.subplots(1, 2), AXES):
+        for label in ("KL-O", "KL-D"):
+            values = np.array(
+                [
+                    [figure("gamma", f"{label.lower()}-{g}__{s}", key, prompt) for s in seeds]
+                    for g in GAMMAS
+                ]
+            )
+            error = values.std(axis=1, ddof=1) / len(seeds) ** 0.5
+            axis.errorbar(GAMMAS, values.mean(axis=1), error, fmt="o-", capsize=3, label=label)
+        axis.axhline(figure("gamma", "base", key, prompt), color="gray", ls=":", label="base")
+        axis.set(xlabel="gamma")
+    found.axes[0].set_ylabel("image reward")
+    found.axes[1].set_ylabel("distance to real renders")
+    found.axes[0].legend()
+    return found
+
+
+def four_roses(seeds: Sequence[int]) -> Figure:
+    models = {"base": "base"} | {f"DPOK, seed {seed}": f"dpok__{seed}" for seed in seeds}
+    prompt = "Four roses"
+    rows = {label: [drawn("roses", model)[prompt][:16]] for label, model in models.items()}
+    return strips(rows, [prompt])
+
+
+def value_function_curves(seeds: Sequence[int]) -> Figure:
+    found = Figure(figsize=(6, 3.2), layout="constrained")
+    axis = found.subplots()
+    for color, (label, method) in enumerate(MANY.items()):
+        for seed in seeds:
+            rewards = smooth(training_rewards(f"many/{method}__{seed}"))
+            style = {"color": f"C{color}", "alpha": 0.7}
+            axis.plot(rewards, label=label if seed == seeds[0] else None, **style)
+    axis.set(xlabel="iterations of 24 samples", ylabel="training reward (mean of five)")
+    axis.legend()
+    return found
+
+
+MANY = {"with the value function": "dpok", "without": "dpok-without-value"}
+
+
+def many_prompts(seeds: Sequence[int]) -> Figure:
+    prompts = [*evaluated("many")["base"]["prompts"]]
+    models = {"base": "base", "DPOK": f"dpok__{seeds[0]}"}
+    rows = {
+        label: [np.concatenate([drawn("many", model)[prompt][:2] for prompt in prompts])]
+        for label, model in models.items()
+    }
+    return strips(rows, ["two pictures of each prompt of prompts/zoo.txt"])
+
+
+def unseen_prompts(seeds: Sequence[int], count: int = 4) -> Figure:
+    rows = {"base": [], "trained on its kind": [], "trained on many": []}
+    for prompt, unseen in SINGLE.items():
+        name = f"unseen__{slug(prompt)}"
+        kind = f"dpok__{slug(prompt)}__{seeds[0]}"
+        rows["base"].append(drawn(name, "base")[unseen][:count])
+        rows["trained on its kind"].append(drawn(name, kind)[unseen][:count])
+        many = drawn("many_unseen", f"dpok__{seeds[0]}")
+        rows["trained on many"].append(many[unseen][:count])
+    return strips(rows, [*SINGLE.values()])
+
+
+PICTURES = {
+    "1": methods_by_pictures,
+    "2": quality_against_reward,
+    "3": kl_by_pictures,
+    "4": against_gamma,
+    "5": four_roses,
+    "6": value_function_curves,
+    "7": many_prompts,
+    "8": unseen_prompts,
+}
+"""By the number of the claim."""
