@@ -55,6 +55,7 @@ def short(rate: float) -> str:
 def markdown_of(rates: dict[str, dict[str, float]]) -> str:
     rows = []
     for method, of_rates in rates.items():
+        of_rates = dict(sorted(of_rates.items(), key=lambda item: float(item[0])))
         best = max(of_rates, key=of_rates.get)
         cells = [f"{rate}: {reward:+.3f}" for rate, reward in of_rates.items()]
         rows.append([method, ", ".join(cells), best])

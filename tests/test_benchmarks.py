@@ -10,7 +10,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from benchmarks import comparison, pages, report, run, zoo_rewards
+import ddpo
+from benchmarks import comparison, gradient_variance, pages, report, run, zoo_rewards
+from common.scheduler import ddim_step_with_logprob
+from common.stable_diffusion import load_stable_diffusion
 from harness.args import parse_args
 from zoo import world
 
@@ -149,3 +152,40 @@ def test_colours_are_those_of_the_render(prompt):
 
 def test_colours_of_an_empty_picture():
     assert zoo_rewards.colours(torch.full((1, 3, 8, 8), 0.7), ["a red cat"]).tolist() == [0.0]
+
+
+def test_signal_and_noise_of_known_gradients():
+    """Normal vectors round a mean of length 1: the variance is D sigma^2, its error as seen."""
+    D, sigma, found = 50, 2.0, []
+    for seed in range(40):
+        drawn = torch.randn(200, D, generator=torch.Generator().manual_seed(seed))
+        found.append(gradient_variance.signal_and_noise(sigma * drawn + D**-0.5))
+    of = lambda key: torch.tensor([values[key] for values in found])
+    deviation = of("signal").std() / len(found) ** 0.5
+    assert abs(of("signal").mean() - 1) < 3 * deviation
+    assert of("noise").mean() == pytest.approx(D * sigma**2, rel=0.01)
+    assert torch.allclose(of("signal_to_noise"), of("signal") / of("noise"))
+    spread = of("signal_to_noise").std().item()
+    assert of("error").mean().item() == pytest.approx(spread, rel=0.3)
+
+
+def test_gradient_of_a_log_prob_is_that_of_the_updates():
+    """Each sample's, taken alone, is its share of the gradient that ddpo.py's loss has for all."""
+    args = replace(ddpo.PRESETS["zoo"], dtype="fp32", num_inference_steps=3)
+    sd = load_stable_diffusion(args, torch.device("cpu"))
+    prompts = ["A red cat", "A blue dog"]
+    trajectory, images = gradient_variance.draw(args, sd, prompts, seed=0)
+    assert trajectory.shape[:2] == (2, 4) and images.shape == (2, 3, 64, 64)
+    texts, j = [sd.encode([prompt]) for prompt in prompts], 1
+    alone = [
+        gradient_variance.log_prob_gradient(args, sd, trajectory[i], texts[i], j) for i in range(2)
+    ]
+    t = sd.timesteps[j].expand(2)
+    prediction = ddpo.guided_noise(args, sd, sd.unet, trajectory[:, j], t, torch.cat(texts))
+    step = ddim_step_with_logprob(
+        sd.scheduler, prediction, t, trajectory[:, j], args.eta, prev_sample=trajectory[:, j + 1]
+    )
+    together = torch.autograd.grad(step.log_prob @ torch.tensor([2.0, -1.0]), sd.weights)
+    together = torch.cat([gradient.flatten() for gradient in together])
+    assert together.norm() > 0
+    assert (2 * alone[0] - alone[1] - together).norm() < 1e-4 * together.norm()
