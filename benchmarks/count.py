@@ -48,6 +48,7 @@ from harness.tasks import read_tasks
 GIB, MICRO_BATCH = 1 << 30, 8
 # refl.py and draft.py also keep what the backward pass of VAE and reward needs, not counted here.
 SCRIPTS = ("dpok.py", "ddpo.py", "rwr.py", "sft_kl.py", "large_scale_ppo.py")
+SCRIPTS += ("raft.py", "reward_weighted.py", "refl.py", "draft.py")
 # torch knows the work of a GPU's attention only.
 ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **options: (
@@ -100,6 +101,14 @@ def cost(call, backward: bool = False) -> dict[str, float]:
     return {"flops": flops.get_total_flops(), "kept": kept, "peak": live.peak}
 
 
+def under_autocast(unet: torch.nn.Module, dtype: torch.dtype) -> None:
+    """As a GPU has it: norms in float32, where a CPU's are in dtype."""
+    for module in unet.modules():
+        if isinstance(module, torch.nn.GroupNorm | torch.nn.LayerNorm):
+            module.forward = lambda x, norm=module.forward: norm(x.float())
+    unet.forward = torch.autocast("cpu", dtype)(unet.forward)
+
+
 @cache
 def unet_costs(layout: str, dtype: str, lora_rank: int, checkpointing: bool, rows: int) -> dict:
     """Parameters, those that are trained, and the costs of a prediction and of a training pass.
@@ -118,7 +127,7 @@ def unet_costs(layout: str, dtype: str, lora_rank: int, checkpointing: bool, row
             with patch.object(LoRAAttnProcessor, "to", lambda processor, *args: processor):
                 weights = add_lora(unet, lora_rank)
         elif dtype != "fp32":
-            unet.forward = torch.autocast("cpu", DTYPES[dtype])(unet.forward)
+            under_autocast(unet, DTYPES[dtype])
         if checkpointing:
             unet.enable_gradient_checkpointing()
         for weight in weights:  # so that they are no part of the peak
@@ -165,8 +174,8 @@ def demands(script: str, args, layout: str) -> dict[str, float]:
     latents in all, and pictures at a time.
 
     sample: the policy's own predictions, without gradient; reference: the pretrained model's, for a
-    KL; train: with gradient. A data set that is drawn once before training is not in them. In
-    dpok.py transitions are drawn at random, and a reference is predicted once for each: its number
+    KL; train: with gradient; once: those of a data set that is drawn before the first. In dpok.py
+    transitions are drawn at random, and a reference is predicted once for each: its number
     is the mean over all draws.
     """
     scheduler = ddim_scheduler(scheduler_config(layout), args.num_inference_steps)
@@ -181,7 +190,7 @@ def demands(script: str, args, layout: str) -> dict[str, float]:
         m = pictures = args.samples_per_iteration
         stored = 0  # their x_0 are on disk and in the host's memory
     monitored = g * m if getattr(args, "monitor_kl", True) else 0
-    rows = {"samples": m, "sample": g * m * T, "reference": monitored}
+    rows = {"samples": m, "sample": g * m * T, "reference": monitored, "once": 0}
     if script == "dpok.py":
         of_rollout, R = m * len(noisy), args.replay_rollouts
         drawn = min(args.batch_size, R * of_rollout)
@@ -211,8 +220,9 @@ def demands(script: str, args, layout: str) -> dict[str, float]:
     elif script == "draft.py":
         rows["sample"] += g * m * args.num_noise  # as there
         train = g * m * (args.truncate + args.num_noise)
-    if script == "sft_kl.py" and args.regularization == "kl-o":
-        rows["reference"] += train
+    if script == "sft_kl.py":
+        rows["once"] = g * args.dataset_size * T
+        rows["reference"] += train if args.regularization == "kl-o" else 0
     if getattr(args, "pretrain_beta", 0):
         # In large_scale_ppo.py and refl.py it has one update of its own.
         updates = args.gradient_steps if script in ("raft.py", "reward_weighted.py") else 1
@@ -267,6 +277,8 @@ def count(script: str, layout: str, words: list[str]) -> dict:
     predicted = (rows["sample"] + rows["reference"]) * unet["predict"]["flops"] / g
     trained = rows["train"] * unet["train"]["flops"] / g
     a_picture = others["vae"]["flops"] + others["image_reward"]["flops"]
+    drawn_once = rows["once"] / g / args.num_inference_steps
+    once = rows["once"] * unet["predict"]["flops"] / g + drawn_once * a_picture
     return {
         "script": script,
         "layout": layout,
@@ -277,6 +289,7 @@ def count(script: str, layout: str, words: list[str]) -> dict:
         "trained": unet["trained"],
         "rows": rows,
         "tflop": (predicted + trained + rows["samples"] * a_picture) / 1e12,
+        "tflop_once": once / 1e12,
         "memory": memory(args, layout, rows["pictures"], rows["stored_latents"]),
     }
 
@@ -298,26 +311,38 @@ def transition(layout: str, dtype: str, rank: int, checkpointing: bool, batch: i
     }
 
 
-def main():
-    cases = [
-        ("sd-v1-5", *case) for case in itertools.product(("fp16", "fp32"), (4, 0), (False, True))
-    ]
-    cases += [("sd-v2", "fp16", rank, False) for rank in (4, 0)] + [("zoo", "fp32", 4, False)]
-    cases += [("sd-v1-5", "fp16", 4, False, MICRO_BATCH)]
-    transitions = [transition(*case) for case in cases]
-    iterations = {}
+TRANSITIONS = [
+    *(("sd-v1-5", *case) for case in itertools.product(("fp16", "fp32"), (4, 0), (False, True))),
+    ("sd-v2", "fp16", 4, False),
+    ("sd-v2", "fp16", 0, False),
+    ("zoo", "fp32", 4, False),
+    ("sd-v1-5", "fp16", 4, False, MICRO_BATCH),
+]
+"""The cases of `transition` that the page has."""
+
+
+def iteration_cases() -> dict[str, tuple[str, str, list[str]]]:
+    """The cases of `count` that the page has, by their names."""
+    cases, lora = {}, ["--dtype", "fp16", "--lora-rank", "4"]
     for script, layout in itertools.product(SCRIPTS, ("sd-v1-5", "zoo")):
-        words = ["zoo"] if layout == "zoo" else ["--dtype", "fp16", "--lora-rank", "4"]
+        words = ["zoo"] if layout == "zoo" else lora
         if script == "large_scale_ppo.py" and layout != "zoo":
-            words += ["--tasks", "image_reward prompts/zoo_preference.txt 128x16"]
-        iterations[f"{script} {layout}"] = count(script, layout, words)
-    words = ["--dtype", "fp16", "--micro-batch-size", "1"]
-    for script, name in (("dpok.py", "LoRA"), ("ddpo.py", "all weights")):
-        iterations[f"{script} sd-v1-5, {name}, a sample at a time"] = count(
-            script, "sd-v1-5", words
-        )
+            words = [*words, "--tasks", "image_reward prompts/zoo_preference.txt 128x16"]
+        cases[f"{script} {layout}"] = script, layout, words
+    for script, trained, rank in (("dpok.py", "LoRA", "4"), ("ddpo.py", "all weights", "0")):
+        words = ["--dtype", "fp16", "--micro-batch-size", "1", "--lora-rank", rank]
+        for more, name in (([], ""), (["--gradient-checkpointing"], ", checkpointing")):
+            key = f"{script} sd-v1-5, {trained}, a sample at a time{name}"
+            cases[key] = script, "sd-v1-5", [*words, *more]
+    return cases
+
+
+def main():
+    results = {
+        "transitions": [transition(*case) for case in TRANSITIONS],
+        "iterations": {name: count(*case) for name, case in iteration_cases().items()},
+    }
     path = ROOT / "benchmarks/results/count.json"
-    results = {"transitions": transitions, "iterations": iterations}
     path.write_text(json.dumps(results, indent=2) + "\n")
     print(f"written to {path}")
 

@@ -5,9 +5,10 @@ python -m benchmarks.gpu --tiny       the same way on a CPU, with tiny networks,
                                       bf16 in place of fp16, for which a CPU has no kernels
 
 All scripts run at SD v1.5's shape with random weights (benchmarks/throughput.py) in fp16, bf16 and
-fp32 and compiled; dpok.py trains the zoo in fp16, whose updates and scaler are seen there; NCCL
-runs with one rank. Each part is a process of its own with a limit of seconds: what a part breaks,
-the others do not notice, and what no longer fits is left out with a line that says so.
+fp32 and compiled; one finds its micro-batch, one trains all weights. dpok.py trains the zoo in
+fp16, whose updates and scaler are seen there. NCCL runs with one rank. Each part is a process of
+its own with a limit of seconds: what a part breaks, the others do not notice, and what no longer
+fits is left out with a line that says so.
 """
 
 import multiprocessing
@@ -46,16 +47,23 @@ class Args:
     output: Path = ROOT / "benchmarks/results/gpu.json"
 
 
-def scripts(dtype: str, args: Args, seconds: float, compile: bool = False) -> None:
-    """All scripts in a precision: ratio to the bare calls, and peak of memory beside the count."""
+def scripts(
+    dtype: str,
+    args: Args,
+    seconds: float,
+    compile: bool = False,
+    names: tuple[str, ...] = SCRIPTS,
+    flags: str = "",
+) -> None:
+    """Scripts in a precision: ratio to the bare calls, and peak of memory beside the count."""
     began, longest = time.perf_counter(), 0.0
-    settings = {"dtype": dtype, "compile": compile, "output": args.output}
+    settings = {"dtype": dtype, "compile": compile, "output": args.output, "flags": flags}
     settings |= {"layout": "sd-v1-5", "repeats": 3}
     if args.tiny:
-        flags = "--num-inference-steps 3 --micro-batch-size 16"
-        settings |= {"layout": "tiny", "repeats": 1, "flags": flags}
+        settings |= {"layout": "tiny", "repeats": 1}
+        settings["flags"] += " --num-inference-steps 3 --micro-batch-size 16"
         torch._dynamo.config.disable = True
-    for script in SCRIPTS[:1] if args.tiny else SCRIPTS:
+    for script in names[:1] if args.tiny else names:
         began_script = time.perf_counter()
         left = seconds - (began_script - began)
         if left < longest:
@@ -113,10 +121,14 @@ def nccl(dtype: str, args: Args, seconds: float) -> None:
     dist.destroy_process_group()
 
 
+AUTO = partial(scripts, names=("dpok.py",), flags="--micro-batch-size auto")
+ALL_WEIGHTS = partial(scripts, names=("ddpo.py",), flags="--lora-rank 0")
 PARTS = {
-    "fp16": (scripts, "fp16", 110),
-    "nccl": (nccl, "fp16", 60),
-    "zoo": (zoo, "fp16", 90),
+    "fp16": (scripts, "fp16", 170),
+    "nccl": (nccl, "fp16", 50),
+    "zoo": (zoo, "fp16", 80),
+    "auto": (AUTO, "fp16", 40),
+    "all weights": (ALL_WEIGHTS, "fp16", 40),
     "bf16": (scripts, "bf16", 100),
     "fp32": (scripts, "fp32", 150),
     "compile": (partial(scripts, compile=True), "fp16", 180),

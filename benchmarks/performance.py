@@ -122,7 +122,7 @@ def hours() -> None:
     for name, case in results("count").get("iterations", {}).items():
         if case["layout"] == "zoo":
             continue
-        work = case["tflop"] * case["iterations"]
+        work = case["tflop"] * case["iterations"] + case["tflop_once"]
         of_cards = [f"{work / speed / SHARE / 3600:.1f}" for speed in CARDS.values()]
         rows.append([name, str(case["iterations"]), f"{work / 1e6:.3g}", *of_cards])
     show(f"computed | iterations | EFLOP | hours on {' | on '.join(CARDS)}", rows)

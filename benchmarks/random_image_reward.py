@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from benchmarks.layouts import random_image_reward
 from benchmarks.run import ROOT
 from common.rewards.base import reward_of_pixels
-from common.rewards.image_reward import image_reward_pixels
+from common.rewards.image_reward import image_reward_pixels, image_reward_tensor_pixels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOKENIZER = AutoTokenizer.from_pretrained(ROOT / "zoo/image_reward")
@@ -27,4 +27,8 @@ def of_pixels(pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
 
 
 size = MODEL.config["vision"]["image_size"]
-score = reward_of_pixels(of_pixels, partial(image_reward_pixels, size=size), None)
+score = reward_of_pixels(
+    of_pixels,
+    partial(image_reward_pixels, size=size),
+    partial(image_reward_tensor_pixels, size=size),
+)

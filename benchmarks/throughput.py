@@ -50,6 +50,7 @@ REWARD = "benchmarks/random_image_reward.py:score"
 OF_ONE_REWARD = (
     f"{SHORT} --samples-per-iteration 16 --prompts-file prompts/zoo.txt --reward {REWARD}"
 )
+PRETRAINING = "--pretrain-data zoo/pairs.py:biased --pretrain-batch-size 16"
 FLAGS = {
     "dpok.py": f"{OF_ONE_REWARD} --batch-size 16 --gradient-steps 3",
     "ddpo.py": f"{OF_ONE_REWARD} --gradient-steps 2 --timestep-fraction 0.6 --min-count 2",
@@ -57,7 +58,12 @@ FLAGS = {
     "sft_kl.py": f"{OF_ONE_REWARD} --dataset-size 16 --shard-size 16 --batch-size 16 "
     "--gradient-steps 3 --gamma 9",
     "large_scale_ppo.py": f"{SHORT} --tasks '{REWARD} prompts/zoo_preference.txt 4x4' "
-    "--training-timesteps 3 --pretrain-data zoo/pairs.py:biased --pretrain-batch-size 16",
+    f"--training-timesteps 3 {PRETRAINING}",
+    "raft.py": f"{OF_ONE_REWARD} --images-per-prompt 4 --acceptance 0.25 {PRETRAINING}",
+    "reward_weighted.py": f"{OF_ONE_REWARD} --images-per-prompt 4 --watched-prompts 1 "
+    f"{PRETRAINING}",
+    "refl.py": f"{OF_ONE_REWARD} --most-steps-left 3 {PRETRAINING}",
+    "draft.py": f"{OF_ONE_REWARD} --num-noise 1",
 }
 
 

@@ -5,7 +5,6 @@ import importlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -218,8 +217,43 @@ def test_line_through_points():
     assert scaling.line_through([1, 2, 4], [1.0, 4.0, 16.0])["largest_residual"] > 0.1
 
 
-def test_tables_are_printed(capsys):
-    for table in performance.TABLES:
-        table()
-        assert "---" in capsys.readouterr().out
-    assert performance.TABLES[0].__name__ in Path(ROOT / "docs/performance.md").read_text()
+@pytest.mark.parametrize("table", performance.TABLES, ids=lambda table: table.__name__)
+def test_page_has_the_tables_of_the_results(table):
+    page = (ROOT / "docs/performance.md").read_text()
+    assert f"<!-- {table.__name__} -->\n{performance.printed(table)}<!-- end -->" in page
+
+
+def test_committed_counts_are_those_of_the_code():
+    """All cases, and the zoo's anew: a preset that changes wants new tables."""
+    results = performance.results("count")
+    cases = count.iteration_cases()
+    assert [*results["iterations"]] == [*cases]
+    assert len(results["transitions"]) == len(count.TRANSITIONS)
+    for name, case in cases.items():
+        if case[1] == "zoo":
+            found, stored = count.count(*case), results["iterations"][name]
+            assert found["tflop"] == pytest.approx(stored["tflop"], rel=1e-3), name
+            for key in ("rows", "iterations", "trained"):
+                assert found[key] == stored[key], name
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_is_measured_and_counted_at_full_size(script):
+    args = throughput.Args((script,), layout="sd-v1-5")
+    module = importlib.import_module(script.removesuffix(".py"))
+    parsed = parse_args(
+        module.PRESETS, module.__doc__, module.check, throughput.words_for(script, args)
+    )
+    assert parsed.reward == throughput.REWARD if hasattr(parsed, "reward") else parsed.tasks
+    assert any(name.startswith(f"{script} sd-v1-5") for name in count.iteration_cases())
+    assert script in gpu.SCRIPTS
+
+
+def test_norms_are_float32_under_autocast():
+    """As on a GPU: their inputs are kept for backward in float32."""
+    network = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1), torch.nn.GroupNorm(2, 4))
+    seen = []
+    network[1].register_forward_hook(lambda norm, args, output: seen.append(output.dtype))
+    count.under_autocast(network, torch.bfloat16)
+    network(torch.randn(1, 4, 8, 8))
+    assert seen == [torch.float32]
