@@ -7,9 +7,10 @@ python -m evaluation.export runs/RUN --push-to-hub OWNER/NAME
 A run writes both files itself; this is for older runs, and for what is known later.
 """
 
+import re
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import tyro
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from evaluation.models import read_run_args
 from evaluation.places import write_whole
-from harness.args import fail, read_words
+from harness.args import RunArgs, fail, read_words
 from harness.card import EVALUATION, describe_run
 from harness.export import EXPORTED
 from harness.folder import read_metrics
@@ -28,6 +29,8 @@ from harness.stored import read_stored, read_text
 
 IN_ALL = "## In all\n", "## Prompt by prompt"
 """What stands around the table of all prompts in an evaluation's table.md."""
+FLAG = re.compile(r"^    (\w+): .* = ", re.MULTILINE)
+"""Of a script's Args, in its text."""
 
 
 @dataclass
@@ -40,12 +43,29 @@ class Args:
     """Repository of the Hugging Face Hub to upload it to, OWNER/NAME."""
 
 
-def script_of(run: Path) -> str:
-    """The name of a run's script: as its exported LoRA has it, else the first part of its own."""
-    stored = ""
+def script_of(run: Path, stored: dict) -> Path | None:
+    """Where a run's script is, by its exported LoRA, its folder's name or its arguments, `stored`.
+
+    None where no script takes half of them.
+    """
+    scripts = {
+        path.stem: path
+        for path in PROJECT.glob("*.py")
+        if "class Args(RunArgs)" in path.read_text()
+    }
+    names = [run.absolute().name.partition("__")[0]]
     with suppress(OSError, SafetensorError), safe_open(run / EXPORTED, "pt") as file:
-        stored = Path((file.metadata() or {}).get("script", "")).name
-    return stored or run.absolute().name.partition("__")[0]
+        names.insert(0, (file.metadata() or {}).get("script"))
+    for name in names:
+        if name in scripts:
+            return scripts[name]
+
+    def likeness(script: Path) -> float:
+        taken = FLAG.findall(script.read_text()) + [field.name for field in fields(RunArgs)]
+        return len({*taken} & {*stored}) / len({*taken} | {*stored})
+
+    best = max(scripts.values(), key=likeness)
+    return best if likeness(best) > 0.5 else None
 
 
 @command
@@ -61,10 +81,11 @@ def main() -> None:
     if args.evaluation:
         table = read_text(args.evaluation / "table.md", "give the folder of a finished evaluation")
         write_whole(run / EVALUATION, table.partition(IN_ALL[0])[2].partition(IN_ALL[1])[0])
-    script = PROJECT / f"{script_of(run)}.py"
+    if args.push_to_hub:
+        stored["push_to_hub"] = args.push_to_hub  # the card says from where to load it
     try:
         history = read_metrics(metrics, count)
-        describe_run(run, stored, script if script.exists() else None, history)
+        describe_run(run, stored, script_of(run, stored), history)
     except (OSError, SafetensorError, ValueError) as error:
         fail(f"{run} cannot be exported ({str(error)[:200]}); is it the folder of a run?")
     print(f"{run / 'README.md'} is written, and of a LoRA the file for other tools")

@@ -33,14 +33,16 @@ class Handler(BaseHTTPRequestHandler):
         key, given = os.environ.get("REWARD_API_KEY"), self.headers["Authorization"] or ""
         if key and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
             return self.answer(401, {"error": "REWARD_API_KEY is another one here"})
-        length = int(self.headers["Content-Length"] or 0)
-        if length > LARGEST_BODY:
-            return self.answer(413, {"error": f"a body of more than {LARGEST_BODY} bytes"})
         try:
+            length = max(0, int(self.headers["Content-Length"]))
+            if length > LARGEST_BODY:
+                return self.answer(413, {"error": f"a body of more than {LARGEST_BODY} bytes"})
             body = json.loads(self.rfile.read(length))
             files = [io.BytesIO(base64.b64decode(image)) for image in body["images"]]
             images, prompts = [Image.open(file).convert("RGB") for file in files], body["prompts"]
-        except (KeyError, TypeError, ValueError, OSError) as error:
+            if len(images) != len(prompts):
+                raise ValueError(f"{len(images)} images and {len(prompts)} prompts")
+        except Exception as error:  # whatever a body has, its sender is told
             return self.answer(400, {"error": f"{type(error).__name__}: {error}"})
         with ONE_AT_A_TIME:
             scores = score(images, prompts)

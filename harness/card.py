@@ -70,6 +70,7 @@ def summary(run: Path, args: dict, history: list[dict]) -> str:
     if history:
         lines.insert(0, figures(history))
         lines.append(f"before and after, with the same noise: {' '.join(map(str, grids(run)))}")
+        lines.append(f"how to load it in diffusers and other tools: {run / 'README.md'}")
         lines.append(f"compare it with the base model: {shlex.join(command)}")
     return "\n".join(lines)
 
@@ -105,14 +106,14 @@ def settings(args: dict) -> dict[str, str]:
     return {f"--{name.replace('_', '-')}": value for name, value in shown.items()}
 
 
-def loading(args: dict) -> str:
-    """How to draw with the weights, in three tools for a LoRA."""
-    base = shared_path(args["model"])
+def loading(name: str, args: dict) -> str:
+    """How to draw with the weights of the run of that name, in three tools for a LoRA."""
+    base, place = shared_path(args["model"]), args.get("push_to_hub") or "REPO_OR_FOLDER"
     if args["lora_rank"] == 0:
         return f"""```python
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-unet = UNet2DConditionModel.from_pretrained("REPO_OR_FOLDER", subfolder="unet")
+unet = UNet2DConditionModel.from_pretrained("{place}", subfolder="unet")
 pipe = StableDiffusionPipeline.from_pretrained("{base}", unet=unet)
 ```"""
     return f"""diffusers (with peft installed):
@@ -121,14 +122,14 @@ pipe = StableDiffusionPipeline.from_pretrained("{base}", unet=unet)
 from diffusers import StableDiffusionPipeline
 
 pipe = StableDiffusionPipeline.from_pretrained("{base}")
-pipe.load_lora_weights("REPO_OR_FOLDER", weight_name="{FILE_NAME}")
+pipe.load_lora_weights("{place}", weight_name="{FILE_NAME}")
 ```
 
-ComfyUI: copy `{EXPORTED}` to `models/loras` and put a *Load LoRA* node, strength 1, behind the
-checkpoint.
+ComfyUI: copy `{EXPORTED}` to `models/loras/{name}.safetensors` and put a *Load LoRA* node, strength
+1, behind the checkpoint.
 
-AUTOMATIC1111: copy `{EXPORTED}` to `models/Lora` and write
-`<lora:{Path(EXPORTED).stem}:1>` into the prompt."""
+AUTOMATIC1111: copy `{EXPORTED}` to `models/Lora/{name}.safetensors` and write
+`<lora:{name}:1>` into the prompt."""
 
 
 def model_card(run: Path, args: dict, script: Path | None, history: list[dict]) -> str:
@@ -150,10 +151,14 @@ def model_card(run: Path, args: dict, script: Path | None, history: list[dict]) 
     if len(pictures) > 1:
         lines += ["Before and after, the same prompts and noise:"]
         lines += [f"![samples](samples/{picture.name})" for picture in pictures]
+    validation = sorted((run / "samples/validation").glob("[0-9]*.png"))
+    if validation:
+        lines += ["Other prompts, at the end:"]
+        lines += [f"![validation](samples/validation/{validation[-1].name})"]
     if (run / EVALUATION).exists():
         lines += ["## Evaluation", (run / EVALUATION).read_text().strip()]
     rows = [f"| `{flag}` | {cell(value)} |" for flag, value in settings(args).items()]
-    lines += ["## How to use it", loading(args)]
+    lines += ["## How to use it", loading(run.absolute().name, args)]
     lines += ["## Settings", "\n".join(["| flag | value |", "|---|---|", *rows])]
     return "\n\n".join(lines) + "\n"
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.lora import FILE_NAME
-from common.rewards import is_url, parse_spec, parse_sum
+from common.rewards import is_url, is_users_function, parse_spec, parse_sum
 from harness.checkpoint import write_tensors
 
 EXPORTED = "comfyui_a1111_lora.safetensors"
@@ -47,10 +47,16 @@ def rewards_of(args: dict) -> list[str]:
 
 
 def shared_reward(spec: str) -> str:
-    """A reward without what is private: its options, servers and folders."""
+    """A reward without what is private: its options, servers and folders outside the project."""
 
     def name_of(term: str) -> str:
-        return "reward server" if is_url(term) else Path(parse_spec(term)[0]).name
+        if is_url(term):
+            return "reward server"
+        name, weights, _ = parse_spec(term)
+        if is_users_function(term):
+            return Path(name).name
+        shown = weights and not is_url(weights) and shared_path(weights) == weights
+        return f"{name}:{weights}" if shown else name
 
     names = [(weight, name_of(term)) for weight, term in parse_sum(spec)]
     if len(names) == 1:
@@ -79,6 +85,7 @@ def description(name: str, args: dict, script: str | None, state: dict[str, torc
         "libraries": libraries,
         "ss_output_name": name,
         "ss_base_model_version": BASES.get(width),
+        "ss_v2": BASES.get(width) == "sd_v2",  # what AUTOMATIC1111 tells the versions by
         "ss_network_module": "networks.lora",
         "ss_network_dim": rank,
         "ss_network_alpha": float(rank),

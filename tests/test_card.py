@@ -87,7 +87,9 @@ def test_a_run_goes_to_the_hub(hub, tmp_path):
     assert set(hub.files) == weights | pictures | {"README.md", "metrics.jsonl"}
     for name, content in hub.files.items():
         assert content == (run / name).read_bytes()
-    assert str(tmp_path) not in hub.files["README.md"].decode()
+    text = hub.files["README.md"].decode()
+    assert str(tmp_path) not in text and 'load_lora_weights("me/rabbit"' in text
+    assert "models/loras/run.safetensors" in text and "<lora:run:1>" in text
     card = ModelCard(hub.validated[0])
     assert card.content == hub.files["README.md"].decode()
     assert card.data.library_name == "diffusers" and card.data.instance_prompt == "a rabbit"

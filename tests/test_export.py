@@ -1,19 +1,22 @@
 """The LoRA's file for ComfyUI and AUTOMATIC1111, read as ComfyUI and diffusers read it."""
 
+import importlib
 import json
 import sys
+from dataclasses import fields
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import ROOT, run_script
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from scripts import SCRIPTS
 
 from common.lora import FILE_NAME, add_lora, load_lora, lora_state_dict
-from evaluation.export import main
-from harness.export import EXPORTED, exported_names, shared_reward
+from evaluation.export import main, script_of
+from harness.export import EXPORTED, description, exported_names, shared_reward
 
 # The attention layers of SD 1.5 and 2.1, whose unet/config.json differ in the last three.
 SD = {"sample_size": 64, "block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2}
@@ -141,6 +144,27 @@ def test_a_run_leaves_it_and_says_what_it_is(shrunk_sd, tmp_path, monkeypatch, c
     renamed = run.rename(tmp_path / "renamed")
     assert export(monkeypatch, capsys, renamed)[0] == 0
     assert contents(renamed) == about | {"ss_output_name": "renamed"}, "the script is known"
+    (renamed / EXPORTED).unlink()
+    assert export(monkeypatch, capsys, renamed)[0] == 0
+    assert contents(renamed) == about | {"ss_output_name": "renamed"}, "by its arguments"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_script_is_known_by_its_arguments(script, tmp_path):
+    module = importlib.import_module(script.removesuffix(".py"))
+    stored = {field.name: None for field in fields(module.Args)}
+    assert script_of(tmp_path / "renamed", stored) == ROOT / script
+    stored.pop("lora_rank")
+    assert script_of(tmp_path / "renamed", stored | {"since_removed": 1}) == ROOT / script
+    assert script_of(tmp_path / "renamed", {"model": "zoo/sd", "seed": 0}) is None
+
+
+@pytest.mark.parametrize("width, base, v2", [(768, "sd_v1", "False"), (1024, "sd_v2", "True")])
+def test_automatic1111_tells_the_versions(width, base, v2):
+    """SD 2 by ss_v2 == "True"; else a file that has metadata is taken for SD 1."""
+    state = {"unet.down_blocks.0.attn2.to_k.lora_A.weight": torch.zeros(4, width)}
+    about = description("run", {"model": "zoo/sd", "seed": 0}, None, state)
+    assert about["ss_v2"] == v2 and about["ss_base_model_version"] == base
 
 
 def contents(run) -> dict[str, str]:
@@ -183,12 +207,14 @@ def test_export_refuses_what_it_cannot_read(tmp_path, monkeypatch, capsys):
     "spec, shared",
     [
         ("image_reward:/home/me/weights", "image_reward"),
+        ("image_reward:../weights", "image_reward"),
+        ("pick_score:someone/weights?batch_size=2", "pick_score:someone/weights"),
         ("llava_bertscore:http://me:word@host:80/v1?model=x", "llava_bertscore"),
         ("/home/me/mine.py:score", "mine.py"),
         ("https://my-machine:8000/score?timeout=5", "reward server"),
         (
             "0.5*image_reward:zoo/image_reward + 2*/home/me/mine.py:score",
-            "0.5*image_reward + 2*mine.py",
+            "0.5*image_reward:zoo/image_reward + 2*mine.py",
         ),
     ],
 )

@@ -261,7 +261,7 @@ def test_what_the_example_refuses(example):
     module, url = example
     host, port = re.search(r"//(.*):(\d+)/", url).groups()
 
-    def status_of(body: bytes, length: int | None = None) -> int:
+    def status_of(body: bytes, length: int | str | None = None) -> int:
         with socket.create_connection((host, int(port)), timeout=10) as connection:
             length = len(body) if length is None else length
             head = f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n"
@@ -273,7 +273,14 @@ def test_what_the_example_refuses(example):
     for body in ("", "{", "[]", "{}", '{"images": 3}', '{"images": ["=="], "prompts": []}'):
         assert status_of(body.encode()) == 400, body
     assert status_of(json.dumps({"images": [no_picture], "prompts": ["a"]}).encode()) == 400
+    assert status_of(json.dumps({"images": [], "prompts": ["a"]}).encode()) == 400
+    assert status_of(b'{"images": ' + b"[" * 100_000) == 400
+    vast = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(vast, "PNG")
+    vast = base64.b64encode(vast.getvalue()).decode()
+    assert status_of(json.dumps({"images": [vast], "prompts": ["a"]}).encode()) == 400
     assert status_of(b"", module.LARGEST_BODY + 1) == 413
+    assert status_of(b"", "abc") == status_of(b"", -1) == 400
 
 
 @pytest.fixture(scope="module")
