@@ -60,7 +60,7 @@ def plain_environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT / "tests/plain")}
 
 
-def run_script(*args, ranks: int = 1, timeout: int = 300) -> subprocess.CompletedProcess:
+def run_script(*args, ranks: int = 1, timeout: int = 600) -> subprocess.CompletedProcess:
     """Run a script as a user would, in the project's root; under torchrun for several ranks."""
     launcher = [sys.executable]
     if ranks > 1:
