@@ -124,6 +124,19 @@ def value_function_curves(seeds: Sequence[int]) -> Figure:
 MANY = {"with the value function": "dpok", "without": "dpok-without-value"}
 
 
+def guidance_curves(seeds: Sequence[int]) -> Figure:
+    found = Figure(figsize=(6, 3.2), layout="constrained")
+    axis = found.subplots()
+    for color, method in enumerate(("with", "without")):
+        for seed in seeds:
+            label = f"{method} guidance in training" if seed == seeds[0] else None
+            rewards = training_rewards(f"cfg/{method}__{seed}")
+            axis.plot(rewards, "o-", color=f"C{color}", alpha=0.7, label=label)
+    axis.set(xlabel="after round", ylabel="reward of 192 samples", xticks=range(len(rewards)))
+    axis.legend()
+    return found
+
+
 def many_prompts(seeds: Sequence[int]) -> Figure:
     prompts = [*evaluated("many")["base"]["prompts"]]
     models = {"base": "base", "DPOK": f"dpok__{seeds[0]}"}
@@ -155,5 +168,6 @@ PICTURES = {
     "6": value_function_curves,
     "7": many_prompts,
     "8": unseen_prompts,
+    "10": guidance_curves,
 }
 """By the number of the claim."""

@@ -67,6 +67,15 @@ class Part:
         return f"{self.what} {self.mean:+.3g} ± {self.standard_error:.2g}: {self.verdict}"
 
 
+@dataclass(frozen=True)
+class InAllSeeds(Part):
+    """Something that is asserted of every seed."""
+
+    @property
+    def verdict(self) -> str:
+        return "holds" if min(self.differences) > 0 else "does not hold"
+
+
 def verdict_of(parts: Sequence[Part]) -> str:
     """Of a claim: it holds if all of its parts do."""
     verdicts = {part.verdict for part in parts}
@@ -217,6 +226,23 @@ def unseen_prompts_gain(seeds) -> list[Part]:
     return parts
 
 
+def falls_apart_without_guidance(seeds) -> list[Part]:
+    """The samples that a round begins with are those of the policy after the round before."""
+    after = {
+        method: np.array([training_rewards(f"cfg/{method}__{seed}") for seed in seeds])
+        for method in ("without", "with")
+    }
+    return [
+        InAllSeeds(
+            "reward without guidance in training, after round 1 - after 3",
+            after["without"][:, 1] - after["without"][:, 3],
+        ),
+        InAllSeeds(
+            "reward with it, after round 3 - after 1", after["with"][:, 3] - after["with"][:, 1]
+        ),
+    ]
+
+
 def ranking_of_methods(seeds) -> list[Part]:
     """From docs/comparison.md's runs at equal training time, figure by figure for each seed."""
     path = ROOT / "benchmarks/results/comparison.json"
@@ -272,6 +298,11 @@ CLAIMS = {
         "many prompts: reward up at equal quality", "DPOK Table 1", many_prompts_at_equal_quality
     ),
     "8": Claim("unseen prompts gain too", "DPOK Fig. 10, DDPO Fig. 6", unseen_prompts_gain),
+    "10": Claim(
+        "without CFG in training sparse RWR falls apart after its first round",
+        "DDPO B.1, Fig. 8",
+        falls_apart_without_guidance,
+    ),
     "12": Claim(
         '"n animals": a reward that can be fooled about counts is answered in writing',
         "DDPO Fig. 7",

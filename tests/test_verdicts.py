@@ -80,9 +80,9 @@ def figures(tmp_path, monkeypatch):
             images = np.broadcast_to(of_prompts[:, None, None, None], (2 * len(drawn), 4, 4, 3))
             np.savez(samples / "00000.npz", images=images)
     for folder in runs_of_the_commands():
-        if "claims-many" in folder:
+        if "claims-many" in folder or "claims-cfg" in folder:
             (tmp_path / folder).mkdir(parents=True)
-            lines = [json.dumps({"reward/mean": value}) for value in rng.random(4)]
+            lines = [json.dumps({"reward/mean": value}) for value in rng.random(5)]
             (tmp_path / folder / "metrics.jsonl").write_text("\n".join(lines))
     monkeypatch.setattr(claim_runs, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(claim_runs, "EVALUATIONS", tmp_path / "runs/claims-evaluations")
@@ -93,7 +93,8 @@ def figures(tmp_path, monkeypatch):
 
 def test_every_claim_finds_its_runs(figures, monkeypatch):
     monkeypatch.setattr(verdicts, "right_distances", lambda name: None)
-    counts = {"1": 12, "2": 12, "3": 12, "4": 3, "5": 3, "6": 12, "7": 30, "8": 12, "15": 3}
+    counts = {"1": 12, "2": 12, "3": 12, "4": 3, "5": 3, "6": 12, "7": 30, "8": 12}
+    counts |= {"10": 3, "15": 3}
     for number, claim in verdicts.CLAIMS.items():
         if claim.parts is None:
             continue
@@ -172,6 +173,17 @@ def test_verdict_is_by_two_standard_errors(differences, verdict):
     assert bounded.verdict == ("does not hold" if verdict == "holds" else "holds")
 
 
+def test_rounds_are_counted_by_the_samples_after_them(figures):
+    """Of five rounds the first samples are the base's."""
+    falls, rises = verdicts.falls_apart_without_guidance(SEEDS)
+    for part, method, before, after in ((falls, "without", 3, 1), (rises, "with", 1, 3)):
+        rewards = claim_runs.training_rewards(f"cfg/{method}__2")
+        assert len(rewards) == 5
+        assert part.differences[2] == rewards[after] - rewards[before]
+    assert verdicts.InAllSeeds("", [0.1, 0.2]).verdict == "holds"
+    assert verdicts.InAllSeeds("", [5, 5, -0.1]).verdict == "does not hold"
+
+
 def test_a_claim_holds_if_all_of_its_parts_do():
     holds, fails, open_ = (
         verdicts.Part("", values) for values in ([1, 2, 3], [-1, -2, -3], [-1, 2, 0])
@@ -224,7 +236,7 @@ def test_rates_are_those_of_the_last_tenth(tmp_path, monkeypatch):
         rewards = rng.random(count)
         lines = [json.dumps({"reward/mean": reward}) for reward in rewards]
         (folder / "metrics.jsonl").write_text("\n".join(lines))
-        method = folder.name.split("-")[0]
+        method = folder.name.removesuffix(f"-{rate}__3")
         expected.setdefault(method, {})[rate] = rewards[-(count // 10) :].mean()
     assert rates.tried() == {
         method: {rate: pytest.approx(reward) for rate, reward in of_rates.items()}

@@ -1,5 +1,6 @@
-# The tuning of benchmarks/claims/README.md for claims 1 to 8: three learning rates a method, on the
-# rabbit, with seed 3, which counts nowhere.
+# The tuning of benchmarks/claims/README.md for claims 1 to 8 and 10: three learning rates a method,
+# on the rabbit, and sparse RWR on the ten prompts of prompts/zoo.txt, with seed 3, which counts
+# nowhere.
 #
 # python -m benchmarks.run benchmarks/claims/tuning.sh --seeds 3 --jobs 2
 
@@ -26,3 +27,12 @@ python sft_kl.py zoo --prompt "A green colored rabbit" --regularization none \
 python sft_kl.py zoo --prompt "A green colored rabbit" --regularization none \
     --dataset-size 960 --num-iterations 10 --learning-rate 2e-3 --seed $SEED \
     --output-dir runs/claims-tuning/sft-2e-3__$SEED
+
+python rwr.py zoo --weights sparse --learning-rate 1e-3 --seed $SEED \
+    --output-dir runs/claims-tuning/rwr-sparse-1e-3__$SEED
+
+python rwr.py zoo --weights sparse --learning-rate 2e-3 --seed $SEED \
+    --output-dir runs/claims-tuning/rwr-sparse-2e-3__$SEED
+
+python rwr.py zoo --weights sparse --learning-rate 4e-3 --seed $SEED \
+    --output-dir runs/claims-tuning/rwr-sparse-4e-3__$SEED
