@@ -24,6 +24,7 @@ docs/large_scale_ppo.md says what the paper does, what this file does where it i
 explains every metric.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -81,6 +82,8 @@ class Args(RunArgs):
     training_timesteps: int = 5
     """Random timesteps of an iteration that are learned from, an update on all samples of the task
     each (App. A)."""
+    rewarded_share: float = 1.0
+    """Share of the steps, the noisiest first, of which these timesteps are drawn; 1 is Eq. 7."""
     clip_range: float = 1e-4
     """eps of Eq. 7 (App. A)."""
     pretrain_data: str | None = None
@@ -140,8 +143,11 @@ PRESETS = {
 
 def check(args: Args) -> None:
     """What cannot work, refused before anything is loaded."""
-    K, T = args.training_timesteps, args.num_inference_steps
-    require(K <= T, f"--training-timesteps is {K}; it can be at most --num-inference-steps, {T}")
+    K, T, share = args.training_timesteps, args.num_inference_steps, args.rewarded_share
+    require(0 < share <= 1, f"--rewarded-share is {share}; it must be more than 0 and at most 1")
+    steps = math.ceil(share * T)
+    of = "--num-inference-steps" if share == 1 else "those of --rewarded-share"
+    require(steps >= K, f"--training-timesteps is {K}; it can be at most {of}, {steps}")
     check_sampler(args)
     check_pretraining(args)
 
@@ -317,6 +323,7 @@ def main():
         learning_rate = 3e-4 if args.lora_rank else 2e-6
     optimizer = torch.optim.AdamW(sd.weights, learning_rate, weight_decay=args.weight_decay)
     noisy_steps = steps_with_noise(sd.scheduler, args.eta).cpu()
+    rewarded_steps = noisy_steps[noisy_steps < args.rewarded_share * T]
     most = max(len(run.share(task.num_prompts * task.num_images)) for task in tasks)
     shapes = (most, T + 1, *sd.latent_shape), (most, T)
     trajectory, log_prob = rollout_storage(run.device, *shapes)
@@ -371,8 +378,8 @@ def main():
             # An update on all samples at each of a few timesteps, which they share (Eq. 7).
             with run.timer("train"):
                 generator = seeded(args.seed, UPDATES, iteration, k)
-                order = torch.randperm(len(noisy_steps), generator=generator)
-                steps = noisy_steps[order[: args.training_timesteps]].tolist()
+                order = torch.randperm(len(rewarded_steps), generator=generator)
+                steps = rewarded_steps[order[: args.training_timesteps]].tolist()
                 for update, j in enumerate(steps):
                     for rows in micro_batches(len(own), sd.batch_size):
                         x_t, x_prev = trajectory[rows, j], trajectory[rows, j + 1]

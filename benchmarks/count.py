@@ -185,7 +185,8 @@ def demands(script: str, args, layout: str) -> dict[str, float]:
     if script == "large_scale_ppo.py":
         sizes = [task.num_prompts * task.num_images for task in read_tasks(args)]
         m, pictures, stored = sum(sizes), max(sizes), max(sizes) * (T + 1)
-        train = g * m * args.training_timesteps
+        rewarded = (noisy < args.rewarded_share * T).sum().item()
+        train = g * m * min(args.training_timesteps, rewarded)
     else:
         m = pictures = args.samples_per_iteration
         stored = 0  # their x_0 are on disk and in the host's memory

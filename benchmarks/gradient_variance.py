@@ -10,13 +10,13 @@ many samples have a mean whose noise is as large as its signal: the fewer the be
 first k steps tells which share of the steps learns from the fewest samples.
 """
 
+import importlib
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import tyro
 
-import ddpo
 from benchmarks.pages import fill, markdown_table
 from benchmarks.report import save_results
 from benchmarks.zoo_eval import ROOT, weights_digest
@@ -25,6 +25,7 @@ from common.scheduler import ddim_step_with_logprob, steps_with_noise
 from common.stable_diffusion import load_stable_diffusion
 from harness import micro_batches, seeded
 
+ddpo = importlib.import_module("ddpo")
 REWARDS = ("image_reward:zoo/image_reward", "jpeg_compressibility")
 """Incompressibility is minus the second, and has its ratios."""
 

@@ -57,11 +57,14 @@ def gradient(update):
     return torch.cat([g.flatten() for _, g in update]).double()
 
 
-def test_gradients_of_the_policy_are_those_of_eq_7(tiny_sd, tmp_path, monkeypatch, small):
+@pytest.mark.parametrize("share, steps, K", [(1.0, 4, 3), (0.5, 2, 2)])
+def test_gradients_of_the_policy_are_those_of_eq_7(
+    tiny_sd, tmp_path, monkeypatch, small, share, steps, K
+):
     """Every update's gradient against autograd in float64 of Eq. 7 and 10.
 
-    One timestep each, all samples, log-probs of the rollout; the ratios are 1 at the first and
-    leave the band on either side later.
+    One timestep each of the rewarded ones, all samples, log-probs of the rollout; the ratios are 1
+    at the first and leave the band on either side later.
     """
     clip, T, m = 1e-4, 4, 10
     rollouts = record_rollouts(monkeypatch, large_scale_ppo)
@@ -70,6 +73,7 @@ def test_gradients_of_the_policy_are_those_of_eq_7(tiny_sd, tmp_path, monkeypatc
     monkeypatch.setattr(large_scale_ppo, "per_batch_advantages", recorded_advantages)
     recorded = record_updates(monkeypatch)
     flags = ["--clip-range", clip, "--learning-rate", 3e-3]
+    flags += ["--rewarded-share", share, "--training-timesteps", K]
     flags += ["--pretrain-beta", 0, "--output-dir", tmp_path / "run"]
     run_here(monkeypatch, *small, *flags)
     monkeypatch.undo()
@@ -78,12 +82,12 @@ def test_gradients_of_the_policy_are_those_of_eq_7(tiny_sd, tmp_path, monkeypatc
     (r,) = rewards
     r = r.double().numpy()
     A = torch.from_numpy((r - r.mean()) / np.sqrt(((r - r.mean()) ** 2).mean()))
-    timesteps = torch.randperm(4, generator=large_scale_ppo.seeded(0, 1, 0, 0))[:3].tolist()
-    assert len(recorded) == 3
+    timesteps = torch.randperm(steps, generator=large_scale_ppo.seeded(0, 1, 0, 0))[:K].tolist()
+    assert len(recorded) == K
     deviations, of_all_cases = [], set()
     for update, j in zip(recorded, timesteps):
-        weights, x_t, steps = [w for w, _ in update], trajectory[:, j], torch.full((m,), j)
-        leaves, policy, *_ = policies(tiny_sd, weights, T, 3.0, PROMPT, x_t, steps)
+        weights, x_t, at = [w for w, _ in update], trajectory[:, j], torch.full((m,), j)
+        leaves, policy, *_ = policies(tiny_sd, weights, T, 3.0, PROMPT, x_t, at)
         log_p = policy.log_prob(trajectory[:, j + 1].double()).flatten(1).mean(1)
         w = (log_p - log_prob[:, j].double()).exp()
         total = 0.0

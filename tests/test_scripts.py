@@ -437,6 +437,8 @@ WRONG_OF = {
         "pairs missing": (["zoo", "--pretrain-data", "nowhere"], "--pretrain-data"),
         "no dropout of more than all": (["zoo", "--caption-dropout", "1.1"], "--caption-dropout"),
         "more updates than steps": (["zoo", "--training-timesteps", "13"], "--training-timesteps"),
+        "more than are rewarded": (["zoo", "--rewarded-share", "0.33"], "--training-timesteps"),
+        "no step that is rewarded": (["zoo", "--rewarded-share", "0"], "--rewarded-share"),
         "negative rank": (["zoo", "--lora-rank", "-1"], "--lora-rank"),
     },
 }
