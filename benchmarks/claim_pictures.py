@@ -19,6 +19,10 @@ from zoo import world
 
 INCHES = 0.64
 """Of a picture of 64 pixels, at 100 dots an inch."""
+AXES = {"reward": "image reward", "distance": "distance to real renders"}
+DPOK_AND_SFT = {"base": "base", "SFT": "sft", "DPOK": "dpok"}
+WITH_KL_OR_NOT = {"base": "base", "without the KL": "dpok-without-kl", "DPOK": "dpok"}
+WITH_VALUE_OR_NOT = {"with the value function": "dpok", "without": "dpok-without-value"}
 
 
 def strips(rows: dict[str, list[np.ndarray]], titles: Sequence[str]) -> Figure:
@@ -53,31 +57,27 @@ def of_single(methods: dict[str, str], seed: int, count: int = 4) -> Figure:
 
 
 def methods_by_pictures(seeds: Sequence[int]) -> Figure:
-    return of_single({"base": "base", "SFT": "sft", "DPOK": "dpok"}, seeds[0])
+    return of_single(DPOK_AND_SFT, seeds[0])
 
 
 def quality_against_reward(seeds: Sequence[int]) -> Figure:
     found = Figure(figsize=(13, 3.2), layout="constrained")
-    methods = {"base": "base", "SFT": "sft", "DPOK": "dpok"}
     for axis, prompt in zip(found.subplots(1, len(SINGLE)), SINGLE):
         name = f"single__{slug(prompt)}"
-        for label, method in methods.items():
-            models = {f"{method}__{slug(prompt)}__{seed}" for seed in seeds}
-            models = {"base"} if method == "base" else models
+        for label, method in DPOK_AND_SFT.items():
+            models = ["base"]
+            if method != "base":
+                models = [f"{method}__{slug(prompt)}__{seed}" for seed in seeds]
             points = [[figure(name, m, key, prompt) for m in models] for key in AXES]
             axis.plot(*points, "o", label=label)
-        axis.set(xlabel="image reward", title=prompt)
-    found.axes[0].set_ylabel("distance to real renders")
+        axis.set(xlabel=AXES["reward"], title=prompt)
+    found.axes[0].set_ylabel(AXES["distance"])
     found.axes[0].legend()
     return found
 
 
-AXES = ("reward", "distance")
-
-
 def kl_by_pictures(seeds: Sequence[int]) -> Figure:
-    methods = {"base": "base", "without the KL": "dpok-without-kl", "DPOK": "dpok"}
-    return of_single(methods, seeds[0])
+    return of_single(WITH_KL_OR_NOT, seeds[0])
 
 
 def against_gamma(seeds: Sequence[int]) -> Figure:
@@ -94,9 +94,7 @@ def against_gamma(seeds: Sequence[int]) -> Figure:
             error = values.std(axis=1, ddof=1) / len(seeds) ** 0.5
             axis.errorbar(GAMMAS, values.mean(axis=1), error, fmt="o-", capsize=3, label=label)
         axis.axhline(figure("gamma", "base", key, prompt), color="gray", ls=":", label="base")
-        axis.set(xlabel="gamma")
-    found.axes[0].set_ylabel("image reward")
-    found.axes[1].set_ylabel("distance to real renders")
+        axis.set(xlabel="gamma", ylabel=AXES[key])
     found.axes[0].legend()
     return found
 
@@ -111,7 +109,7 @@ def four_roses(seeds: Sequence[int]) -> Figure:
 def value_function_curves(seeds: Sequence[int]) -> Figure:
     found = Figure(figsize=(6, 3.2), layout="constrained")
     axis = found.subplots()
-    for color, (label, method) in enumerate(MANY.items()):
+    for color, (label, method) in enumerate(WITH_VALUE_OR_NOT.items()):
         for seed in seeds:
             rewards = smooth(training_rewards(f"many/{method}__{seed}"))
             style = {"color": f"C{color}", "alpha": 0.7}
@@ -119,9 +117,6 @@ def value_function_curves(seeds: Sequence[int]) -> Figure:
     axis.set(xlabel="iterations of 24 samples", ylabel="training reward (mean of five)")
     axis.legend()
     return found
-
-
-MANY = {"with the value function": "dpok", "without": "dpok-without-value"}
 
 
 def guidance_curves(seeds: Sequence[int]) -> Figure:
