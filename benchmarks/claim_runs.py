@@ -10,6 +10,7 @@ import torch
 from benchmarks.report import metrics_of
 from benchmarks.zoo_eval import ROOT
 from evaluation.judge import load_judge
+from zoo import judge as judging
 
 RUNS = ROOT / "runs"
 EVALUATIONS = RUNS / "claims-evaluations"
@@ -52,6 +53,13 @@ def drawn(name: str, model: str) -> dict[str, np.ndarray]:
     images = np.concatenate([np.load(shard)["images"] for shard in shards])
     prompts = evaluated(name)[model]["prompts"]
     return dict(zip(prompts, np.split(images, len(prompts))))
+
+
+def share_with(thing: str, name: str, model: str, prompt: str) -> float:
+    """Of a model's pictures of a prompt, the share in which the judge sees the thing."""
+    images = torch.from_numpy(drawn(name, model)[prompt]).permute(0, 3, 1, 2).float() / 255
+    scenes = judging.read(load_judge(str(ROOT / "zoo/sd")).network, images)
+    return float(np.mean([any(group.kind == thing for group in of.groups) for of in scenes]))
 
 
 @cache

@@ -25,6 +25,7 @@ from benchmarks.claim_runs import (
     evaluated,
     figure,
     right_distances,
+    share_with,
     slug,
     training_rewards,
 )
@@ -173,6 +174,12 @@ def bias_goes(seeds) -> list[Part]:
     return [Part('success on "Four roses", DPOK - base', gains)]
 
 
+def bottles(seeds) -> dict[str, float]:
+    """Share of the pictures of "Four roses" that show the bottle of that name, by model."""
+    models = ["base", *(f"dpok__{seed}" for seed in seeds)]
+    return {model: share_with("bottle", "roses", model, "Four roses") for model in models}
+
+
 def many(key: str, name: str, first: str, second: str, seeds) -> list[float]:
     """Differences of a figure between two methods over the prompts of an evaluation, and seeds."""
     run = lambda method, seed: "base" if method == "base" else f"{method}__{seed}"
@@ -273,6 +280,8 @@ class Claim:
     """What it asserts, from the runs of some seeds; None where nothing can be run."""
     why: str = ""
     """Then."""
+    seen: Callable[[Sequence[int]], dict[str, float]] | None = None
+    """Figures beside it, which decide nothing."""
 
 
 CLAIMS = {
@@ -288,7 +297,7 @@ CLAIMS = {
         "DPOK Fig. 8, 9",
         kl_o_repairs_more,
     ),
-    "5": Claim('"Four roses": the bias goes', "DPOK 5.4, Fig. 5", bias_goes),
+    "5": Claim('"Four roses": the bias goes', "DPOK 5.4, Fig. 5", bias_goes, seen=bottles),
     "6": Claim(
         "the value function raises the final reward and speeds up many prompts",
         "DPOK A.5, Fig. 6, 7",
@@ -345,6 +354,8 @@ def main(args: Args) -> None:
             }
             for part in parts
         }
+        if claim.seen:
+            results[number]["seen"] = claim.seen(args.seeds)
         print(number, verdict_of(parts), *map(str, parts), sep="\n    ")
         if number in PICTURES:
             picture = ROOT / f"docs/images/claim_{number}.png"

@@ -193,6 +193,20 @@ def test_a_claim_holds_if_all_of_its_parts_do():
     assert verdicts.verdict_of([holds, open_, fails]) == "does not hold"
 
 
+def test_what_the_judge_sees_is_counted(tmp_path, monkeypatch):
+    prompt = "Four roses"
+    pictures = [
+        np.asarray(world.render(world.parse(text), np.random.default_rng(i)))
+        for i, text in enumerate(["A brown bottle"] * 3 + ["Two red roses"])
+    ]
+    monkeypatch.setattr(claim_runs, "EVALUATIONS", tmp_path)
+    monkeypatch.setattr(claim_runs, "evaluated", lambda name: {"base": {"prompts": {prompt: {}}}})
+    (tmp_path / "roses/samples/base").mkdir(parents=True)
+    np.savez(tmp_path / "roses/samples/base/00000.npz", images=np.stack(pictures))
+    assert claim_runs.share_with("bottle", "roses", "base", prompt) == 0.75
+    assert claim_runs.share_with("rose", "roses", "base", prompt) == 0.25
+
+
 def test_right_pictures_are_compared_equally_many(tmp_path, monkeypatch):
     """Ten right renders, and nine among wrong ones: nine of each."""
     prompt, name = "A red cat", "single__a-red-cat"
