@@ -3,8 +3,8 @@
 #
 # python -m benchmarks.run benchmarks/claims/cfg.sh --seeds 0 1 2 --jobs 2
 
-python rwr.py zoo --weights sparse --seed $SEED \
+python rwr.py zoo --weights sparse --learning-rate 4e-3 --seed $SEED \
     --output-dir runs/claims-cfg/with__$SEED
 
-python rwr.py zoo --weights sparse --no-cfg-training --seed $SEED \
+python rwr.py zoo --weights sparse --learning-rate 4e-3 --no-cfg-training --seed $SEED \
     --output-dir runs/claims-cfg/without__$SEED
