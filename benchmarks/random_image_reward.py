@@ -27,8 +27,13 @@ def of_pixels(pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
 
 
 size = MODEL.config["vision"]["image_size"]
-score = reward_of_pixels(
+REWARD = reward_of_pixels(
     of_pixels,
     partial(image_reward_pixels, size=size),
     partial(image_reward_tensor_pixels, size=size),
 )
+
+
+def score(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """Of images (B, 3, H, W) in [0, 1], float32 (B,); with gradients where the images have them."""
+    return (REWARD.with_gradient if images.requires_grad else REWARD)(images, prompts)

@@ -257,3 +257,16 @@ def test_norms_are_float32_under_autocast():
     count.under_autocast(network, torch.bfloat16)
     network(torch.randn(1, 4, 8, 8))
     assert seen == [torch.float32]
+
+
+def test_random_reward_has_a_gradient(monkeypatch):
+    """For refl.py and draft.py, at the score that the others get."""
+    monkeypatch.setenv("LAYOUT", "tiny")
+    score = importlib.import_module("benchmarks.random_image_reward").score
+    images, prompts = torch.rand(2, 3, 64, 64), ["a cat", "a dog"]
+    scores = score(images, prompts)
+    leaves = images.clone().requires_grad_()
+    with_gradient = score(leaves, prompts)
+    assert torch.allclose(scores, with_gradient, atol=1e-3) and not scores.requires_grad
+    with_gradient.sum().backward()
+    assert leaves.grad.norm() > 0
