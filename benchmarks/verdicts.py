@@ -244,12 +244,19 @@ def unseen_prompts_gain(seeds) -> list[Part]:
     return parts
 
 
-def falls_apart_without_guidance(seeds) -> list[Part]:
-    """The samples that a round begins with are those of the policy after the round before."""
-    after = {
-        method: np.array([training_rewards(f"cfg/{method}__{seed}") for seed in seeds])
+def rewards_by_round(seeds) -> dict[str, list[list[float]]]:
+    """Of each seed's runs with guidance in training and without, before the first round and on.
+
+    The samples that a round begins with are those of the policy after the round before.
+    """
+    return {
+        method: [training_rewards(f"cfg/{method}__{seed}").tolist() for seed in seeds]
         for method in ("without", "with")
     }
+
+
+def falls_apart_without_guidance(seeds) -> list[Part]:
+    after = {method: np.array(rewards) for method, rewards in rewards_by_round(seeds).items()}
     return [
         InAllSeeds(
             "reward without guidance in training, after round 1 - after 3",
@@ -325,6 +332,7 @@ CLAIMS = {
         "without CFG in training sparse RWR falls apart after its first round",
         "DDPO B.1, Fig. 8",
         falls_apart_without_guidance,
+        seen=rewards_by_round,
     ),
     "12": Claim(
         '"n animals": a reward that can be fooled about counts is answered in writing',
