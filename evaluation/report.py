@@ -110,7 +110,7 @@ def measure(
     scores = {key: np.concatenate(parts) for key, parts in scores.items()}
     of_all = {}
     if judge:
-        alone = len(of_prompts) == 1  # the distance takes its time
+        alone = len(of_prompts) == 1  # the same pictures, and the distance takes long
         of_all["image_quality"] = (
             of_prompts[0]["image_quality"] if alone else judge.image_quality(torch.cat(drawn))
         )
