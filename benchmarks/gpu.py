@@ -4,11 +4,11 @@ python -m benchmarks.gpu              writes benchmarks/results/gpu.json after e
 python -m benchmarks.gpu --tiny       the same way on a CPU, with tiny networks, for the test; with
                                       bf16 in place of fp16, for which a CPU has no kernels
 
-All scripts run at SD v1.5's shape with random weights (benchmarks/throughput.py) in fp16, bf16 and
-fp32 and compiled; one finds its micro-batch, one trains all weights. dpok.py trains the zoo in
-fp16, whose updates and scaler are seen there. NCCL runs with one rank. Each part is a process of
-its own with a limit of seconds: what a part breaks, the others do not notice, and what no longer
-fits is left out with a line that says so.
+All scripts run at SD v1.5's shape with random weights (benchmarks/throughput.py) in fp16, three of
+them in bf16 and fp32 and compiled; one finds its micro-batch, one trains all weights. dpok.py
+trains the zoo in fp16, whose updates and scaler are seen there. NCCL runs with one rank. Each part
+is a process of its own with a limit of seconds: what a part breaks, the others do not notice, and
+what no longer fits is left out with a line that says so.
 """
 
 import multiprocessing
@@ -121,6 +121,7 @@ def nccl(dtype: str, args: Args, seconds: float) -> None:
     dist.destroy_process_group()
 
 
+THREE = partial(scripts, names=("dpok.py", "ddpo.py", "large_scale_ppo.py"))
 AUTO = partial(scripts, names=("dpok.py",), flags="--micro-batch-size auto")
 ALL_WEIGHTS = partial(scripts, names=("ddpo.py",), flags="--lora-rank 0")
 PARTS = {
@@ -129,9 +130,9 @@ PARTS = {
     "zoo": (zoo, "fp16", 80),
     "auto": (AUTO, "fp16", 40),
     "all weights": (ALL_WEIGHTS, "fp16", 40),
-    "bf16": (scripts, "bf16", 100),
-    "fp32": (scripts, "fp32", 150),
-    "compile": (partial(scripts, compile=True), "fp16", 180),
+    "bf16": (THREE, "bf16", 60),
+    "fp32": (THREE, "fp32", 100),
+    "compile": (partial(THREE, compile=True), "fp16", 180),
 }
 """With the precision, and the seconds that each may take."""
 
