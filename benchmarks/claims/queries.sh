@@ -4,12 +4,12 @@
 # python -m benchmarks.run benchmarks/claims/queries.sh --seeds 0 1 2 --jobs 2
 
 python ddpo.py zoo --estimator is --num-iterations 60 --reward jpeg_compressibility \
-    --rewarded-share 0.5 --gradient-steps 4 --learning-rate 5e-3 \
+    --rewarded-share 0.5 --gradient-steps 4 --learning-rate 2.5e-3 \
     --seed $SEED --dtype fp32 --no-allow-tf32 \
     --output-dir runs/claims-queries/ddpo-is__compressibility__$SEED
 
 python ddpo.py zoo --estimator is --num-iterations 60 --reward jpeg_incompressibility \
-    --rewarded-share 0.5 --gradient-steps 4 --learning-rate 5e-3 \
+    --rewarded-share 0.5 --gradient-steps 4 --learning-rate 1e-2 \
     --seed $SEED --dtype fp32 --no-allow-tf32 \
     --output-dir runs/claims-queries/ddpo-is__incompressibility__$SEED
 
@@ -29,27 +29,27 @@ python ddpo.py zoo --estimator sf --num-iterations 60 --reward jpeg_incompressib
     --output-dir runs/claims-queries/ddpo-sf__incompressibility__$SEED
 
 python ddpo.py zoo --estimator sf --num-iterations 60 --reward image_reward:zoo/image_reward \
-    --rewarded-share 0.33 --learning-rate 5e-3 \
+    --rewarded-share 0.33 --learning-rate 2.5e-3 \
     --seed $SEED --dtype fp32 --no-allow-tf32 \
     --output-dir runs/claims-queries/ddpo-sf__image-reward__$SEED
 
 python rwr.py zoo --weights softmax --num-iterations 10 --reward jpeg_compressibility \
-    --inverse-temperature 12 --learning-rate 2e-3 \
+    --inverse-temperature 12 --learning-rate 4e-3 \
     --seed $SEED --dtype fp32 --no-allow-tf32 \
     --output-dir runs/claims-queries/rwr__compressibility__$SEED
 
 python rwr.py zoo --weights softmax --num-iterations 10 --reward jpeg_incompressibility \
-    --inverse-temperature 30 --learning-rate 5e-3 \
+    --inverse-temperature 30 --learning-rate 2.5e-3 \
     --seed $SEED --dtype fp32 --no-allow-tf32 \
     --output-dir runs/claims-queries/rwr__incompressibility__$SEED
 
 python rwr.py zoo --weights softmax --num-iterations 10 --reward image_reward:zoo/image_reward \
-    --learning-rate 2e-3 \
+    --learning-rate 4e-3 \
     --seed $SEED --dtype fp32 --no-allow-tf32 \
     --output-dir runs/claims-queries/rwr__image-reward__$SEED
 
 python rwr.py zoo --weights sparse --num-iterations 10 --reward jpeg_compressibility \
-    --learning-rate 2e-3 \
+    --learning-rate 1e-3 \
     --seed $SEED --dtype fp32 --no-allow-tf32 \
     --output-dir runs/claims-queries/rwr-sparse__compressibility__$SEED
 
@@ -59,6 +59,6 @@ python rwr.py zoo --weights sparse --num-iterations 10 --reward jpeg_incompressi
     --output-dir runs/claims-queries/rwr-sparse__incompressibility__$SEED
 
 python rwr.py zoo --weights sparse --num-iterations 10 --reward image_reward:zoo/image_reward \
-    --learning-rate 2e-3 \
+    --learning-rate 4e-3 \
     --seed $SEED --dtype fp32 --no-allow-tf32 \
     --output-dir runs/claims-queries/rwr-sparse__image-reward__$SEED
