@@ -4,11 +4,12 @@ python -m benchmarks.gpu              writes benchmarks/results/gpu.json after e
 python -m benchmarks.gpu --tiny       the same way on a CPU, with tiny networks, for the test; with
                                       bf16 in place of fp16, for which a CPU has no kernels
 
-All scripts run at SD v1.5's shape with random weights (benchmarks/throughput.py) in fp16, three of
-them in bf16 and fp32 and compiled; one finds its micro-batch, one trains all weights. dpok.py
-trains the zoo in fp16, whose updates and scaler are seen there. NCCL runs with one rank. Each part
-is a process of its own with a limit of seconds: what a part breaks, the others do not notice, and
-what no longer fits is left out with a line that says so.
+All scripts run at SD v1.5's shape with random weights (benchmarks/throughput.py) in fp16, one of
+them in bf16 and fp32, compiled and with all weights, and one finds its micro-batch. A prediction
+with a graph is compared with one without, by attention kernel. NCCL runs with one rank. dpok.py
+trains the zoo in fp16, whose updates and scaler are seen there. Each part is a process of its own
+with a limit of seconds: what a part breaks, the others do not notice, and what no longer fits is
+left out with a line that says so.
 """
 
 import multiprocessing
@@ -24,14 +25,24 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 import tyro
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import throughput
 from benchmarks.count import SCRIPTS
+from benchmarks.layouts import make_pipeline
 from benchmarks.run import ROOT, add_result
+from common.stable_diffusion import DTYPES, make_trainable
 from harness import Run
 from harness.stop import join_ranks
 
 RABBIT = ["zoo", "--prompt", "A green colored rabbit", "--micro-batch-size", "auto"]
+FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+ATTENTION = {
+    "all": [SDPBackend.CUDNN_ATTENTION, *FUSED, SDPBackend.MATH],
+    "all but cuDNN": [*FUSED, SDPBackend.MATH],
+    "not fused": [SDPBackend.MATH],
+}
+"""Kernels that torch may choose from."""
 KEPT = ("iteration", "reward/mean", "kl/pretrained", "grad_norm", "updates/skipped")
 KEPT += ("ratio/first_max_deviation", "time/sample_s", "time/reward_s", "time/train_s")
 
@@ -58,7 +69,7 @@ def scripts(
     """Scripts in a precision: ratio to the bare calls, and peak of memory beside the count."""
     began, longest = time.perf_counter(), 0.0
     settings = {"dtype": dtype, "compile": compile, "output": args.output, "flags": flags}
-    settings |= {"layout": "sd-v1-5", "repeats": 3}
+    settings |= {"layout": "sd-v1-5", "repeats": 2}
     if args.tiny:
         settings |= {"layout": "tiny", "repeats": 1}
         settings["flags"] += " --num-inference-steps 3 --micro-batch-size 16"
@@ -121,18 +132,45 @@ def nccl(dtype: str, args: Args, seconds: float) -> None:
     dist.destroy_process_group()
 
 
-THREE = partial(scripts, names=("dpok.py", "ddpo.py", "large_scale_ppo.py"))
+def rounding(dtype: str, args: Args, seconds: float) -> None:
+    """Largest change of a prediction of eight samples, by attention kernel.
+
+    With a graph against without; and of each row against the same row at another place.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    unet = make_pipeline("tiny" if args.tiny else "sd-v1-5", device).unet
+    make_trainable(unet, device, dtype, lora_rank=4)
+    side, width = unet.config.sample_size, unet.config.cross_attention_dim
+    draw = partial(torch.randn, device=device, dtype=DTYPES[dtype])
+    latents, text = draw(16, 4, side, side), draw(16, 77, width)
+    t = torch.full((16,), 500, device=device)
+    predict = lambda order: unet(latents[order], t, text[order], return_dict=False)[0].float()
+    forwards, result = torch.arange(16), {}
+    for name, kernels in ATTENTION.items():
+        with sdpa_kernel(kernels):
+            with torch.no_grad():
+                sampled, elsewhere = predict(forwards), predict(forwards.flip(0)).flip(0)
+            trained = predict(forwards).detach()
+        result[name] = {
+            "with a graph": (trained - sampled).abs().max().item(),
+            "at another place": (elsewhere - sampled).abs().max().item(),
+        }
+    add_result(args.output, f"rounding, {dtype}", result | {"std": sampled.std().item()})
+
+
+ONE = partial(scripts, names=("ddpo.py",))
 AUTO = partial(scripts, names=("dpok.py",), flags="--micro-batch-size auto")
 ALL_WEIGHTS = partial(scripts, names=("ddpo.py",), flags="--lora-rank 0")
 PARTS = {
-    "fp16": (scripts, "fp16", 170),
+    "fp16": (scripts, "fp16", 250),
+    "rounding": (rounding, "fp16", 40),
+    "auto": (AUTO, "fp16", 60),
+    "all weights": (ALL_WEIGHTS, "fp16", 60),
+    "bf16": (ONE, "bf16", 60),
+    "fp32": (ONE, "fp32", 80),
+    "compile": (partial(ONE, compile=True), "fp16", 180),
     "nccl": (nccl, "fp16", 50),
     "zoo": (zoo, "fp16", 80),
-    "auto": (AUTO, "fp16", 40),
-    "all weights": (ALL_WEIGHTS, "fp16", 40),
-    "bf16": (THREE, "bf16", 60),
-    "fp32": (THREE, "fp32", 100),
-    "compile": (partial(THREE, compile=True), "fp16", 180),
 }
 """With the precision, and the seconds that each may take."""
 

@@ -193,7 +193,7 @@ def test_throughput_adds_its_results(tmp_path):
 def test_gpu_on_a_cpu(tmp_path, monkeypatch, capfd):
     """From here, as the processes that it forks have no torch to import then."""
     monkeypatch.chdir(ROOT)
-    output, parts = tmp_path / "gpu.json", ("compile", "nccl", "zoo")
+    output, parts = tmp_path / "gpu.json", ("compile", "nccl", "zoo", "rounding")
     gpu.main(gpu.Args(tiny=True, parts=parts, output=output, seconds=3000))
     results, said = json.loads(output.read_text()), capfd.readouterr()
     ends = {name: results[f"part {name}"]["end"] for name in parts}
@@ -202,6 +202,11 @@ def test_gpu_on_a_cpu(tmp_path, monkeypatch, capfd):
     assert results["one rank"]["backend"] == "gloo"
     assert len(results["one rank"]["lines"]) == 2
     assert results["zoo, bf16"]["lines"][0]["updates/skipped"] >= 0
+    rounding = results["rounding, bf16"]
+    assert rounding.pop("std") > 0
+    assert [*rounding] == [*gpu.ATTENTION]
+    for changes in rounding.values():
+        assert changes == {"with a graph": 0, "at another place": 0}
 
 
 def test_what_does_not_fit_is_left_out(tmp_path, capsys, monkeypatch):
