@@ -1,12 +1,15 @@
 """A picture or a curve for each claim of docs/claims.md, drawn by benchmarks/verdicts.py."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.claim_runs import (
     GAMMAS,
+    METHODS,
+    REWARDS,
     SINGLE,
     drawn,
     evaluated,
@@ -19,6 +22,8 @@ from zoo import world
 
 INCHES = 0.64
 """Of a picture of 64 pixels, at 100 dots an inch."""
+QUERIES = 1920
+"""Of a run of claim 9."""
 AXES = {"reward": "image reward", "distance": "distance to real renders"}
 DPOK_AND_SFT = {"base": "base", "SFT": "sft", "DPOK": "dpok"}
 WITH_KL_OR_NOT = {"base": "base", "without the KL": "dpok-without-kl", "DPOK": "dpok"}
@@ -44,11 +49,11 @@ def strips(rows: dict[str, list[np.ndarray]], titles: Sequence[str]) -> Figure:
     return found
 
 
-def of_single(methods: dict[str, str], seed: int, count: int = 4) -> Figure:
-    """The four prompts: for each label of a method the first pictures of one seed's run."""
+def methods_by_pictures(seeds: Sequence[int], count: int = 4) -> Figure:
+    """The four prompts: of each method the first pictures of one seed's run."""
     rows = {}
-    for label, method in methods.items():
-        runs = {prompt: f"{method}__{slug(prompt)}__{seed}" for prompt in SINGLE}
+    for label, method in DPOK_AND_SFT.items():
+        runs = {prompt: f"{method}__{slug(prompt)}__{seeds[0]}" for prompt in SINGLE}
         rows[label] = [
             drawn(f"single__{slug(prompt)}", "base" if method == "base" else run)[prompt][:count]
             for prompt, run in runs.items()
@@ -56,15 +61,12 @@ def of_single(methods: dict[str, str], seed: int, count: int = 4) -> Figure:
     return strips(rows, [*SINGLE])
 
 
-def methods_by_pictures(seeds: Sequence[int]) -> Figure:
-    return of_single(DPOK_AND_SFT, seeds[0])
-
-
-def quality_against_reward(seeds: Sequence[int]) -> Figure:
+def quality_against_reward(methods: dict[str, str], seeds: Sequence[int]) -> Figure:
+    """The four prompts: each run, by the labels of their methods."""
     found = Figure(figsize=(13, 3.2), layout="constrained")
     for axis, prompt in zip(found.subplots(1, len(SINGLE)), SINGLE):
         name = f"single__{slug(prompt)}"
-        for label, method in DPOK_AND_SFT.items():
+        for label, method in methods.items():
             models = ["base"]
             if method != "base":
                 models = [f"{method}__{slug(prompt)}__{seed}" for seed in seeds]
@@ -74,10 +76,6 @@ def quality_against_reward(seeds: Sequence[int]) -> Figure:
     found.axes[0].set_ylabel(AXES["distance"])
     found.axes[0].legend()
     return found
-
-
-def kl_by_pictures(seeds: Sequence[int]) -> Figure:
-    return of_single(WITH_KL_OR_NOT, seeds[0])
 
 
 def against_gamma(seeds: Sequence[int]) -> Figure:
@@ -119,6 +117,23 @@ def value_function_curves(seeds: Sequence[int]) -> Figure:
     return found
 
 
+def rewards_by_queries(seeds: Sequence[int]) -> Figure:
+    found = Figure(figsize=(13, 3.6), layout="constrained")
+    for axis, (reward, spec) in zip(found.subplots(1, len(REWARDS)), REWARDS.items()):
+        for color, (method, label) in enumerate(METHODS.items()):
+            for seed in seeds:
+                rewards = training_rewards(f"queries/{method}__{reward}__{seed}")
+                # A round of RWR has six times the samples of an iteration of DDPO.
+                curve = smooth(rewards) if method.startswith("ddpo") else rewards
+                queries = np.linspace(0, QUERIES, len(curve), endpoint=False)
+                label_of = label if seed == seeds[0] else None
+                axis.plot(queries, curve, color=f"C{color}", alpha=0.7, label=label_of)
+        axis.set(xlabel="samples before", title=spec)
+    found.axes[0].set_ylabel("reward in training")
+    found.axes[0].legend()
+    return found
+
+
 def guidance_curves(seeds: Sequence[int]) -> Figure:
     found = Figure(figsize=(6, 3.2), layout="constrained")
     axis = found.subplots()
@@ -133,7 +148,7 @@ def guidance_curves(seeds: Sequence[int]) -> Figure:
 
 
 def many_prompts(seeds: Sequence[int]) -> Figure:
-    prompts = [*evaluated("many")["base"]["prompts"]]
+    prompts = [*evaluated("many")["base"]]
     models = {"base": "base", "DPOK": f"dpok__{seeds[0]}"}
     rows = {
         label: [np.concatenate([drawn("many", model)[prompt][:2] for prompt in prompts])]
@@ -156,13 +171,14 @@ def unseen_prompts(seeds: Sequence[int], count: int = 4) -> Figure:
 
 PICTURES = {
     "1": methods_by_pictures,
-    "2": quality_against_reward,
-    "3": kl_by_pictures,
+    "2": partial(quality_against_reward, DPOK_AND_SFT),
+    "3": partial(quality_against_reward, WITH_KL_OR_NOT),
     "4": against_gamma,
     "5": four_roses,
     "6": value_function_curves,
     "7": many_prompts,
     "8": unseen_prompts,
+    "9": rewards_by_queries,
     "10": guidance_curves,
 }
 """By the number of the claim."""

@@ -1,4 +1,8 @@
-"""Where the runs of benchmarks/claims/ and their evaluations are, and what they came to."""
+"""What the runs of benchmarks/claims/ and their evaluations came to.
+
+`collect` takes their figures from runs/ into benchmarks/results/claims_figures.json, beside those
+of other runs: a claim is judged from what is there, wherever and whenever it was run.
+"""
 
 import json
 from functools import cache
@@ -8,12 +12,13 @@ import numpy as np
 import torch
 
 from benchmarks.report import metrics_of
-from benchmarks.zoo_eval import ROOT
+from benchmarks.zoo_eval import ROOT, weights_digest
 from evaluation.judge import load_judge
 from zoo import judge as judging
 
 RUNS = ROOT / "runs"
 EVALUATIONS = RUNS / "claims-evaluations"
+FIGURES = ROOT / "benchmarks/results/claims_figures.json"
 REWARD = "image_reward:zoo/image_reward"
 SINGLE = {
     "A green colored rabbit": "A green colored cat",
@@ -23,8 +28,17 @@ SINGLE = {
 }
 """DPOK's four prompts, each with the one of its kind that was not trained on."""
 GAMMAS = ("0.1", "1", "2", "5")
+METHODS = {"ddpo-is": "IS", "ddpo-sf": "SF", "rwr": "RWR", "rwr-sparse": "sparse RWR"}
+"""Of claim 9, by the names of their runs."""
+REWARDS = {
+    "compressibility": "jpeg_compressibility",
+    "incompressibility": "jpeg_incompressibility",
+    "image-reward": REWARD,
+}
 FEWEST_RIGHT = 8
 """Right pictures below which a set has no distance of its own."""
+TRAINED = ("many", "cfg", "queries", "over", "joint")
+"""Folders of runs of which the rewards in training are kept."""
 
 
 def slug(prompt: str) -> str:
@@ -32,26 +46,76 @@ def slug(prompt: str) -> str:
 
 
 @cache
-def evaluated(name: str) -> dict:
-    """The models of an evaluation, by the names of their runs' folders."""
-    return json.loads((EVALUATIONS / name / "results.json").read_text())["models"]
+def stored() -> dict:
+    """What was collected, for the zoo's weights of today."""
+    found = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+    if found.get("weights") != weights_digest():
+        found = {part: {} for part in ("evaluations", "right_distances", "training")}
+    return found | {"weights": weights_digest()}
+
+
+def collect() -> None:
+    """Add what is in runs/ to the stored figures; a run that was there is replaced."""
+    found = stored()
+    for file in sorted(EVALUATIONS.glob("*/results.json")):
+        results, name = json.loads(file.read_text()), file.parent.name
+        models, count = results["models"], results["settings"]["images_per_prompt"]
+        of_models = found["evaluations"].setdefault(name, {})
+        for model, of in models.items():
+            of_models[model] = {prompt: kept(of, count) for prompt, of in of["prompts"].items()}
+        # Of all models together: the pictures of some that are stored may not be here.
+        if name.startswith("single__") and {*of_models} == {*models}:
+            found["right_distances"][name] = right_distances(name)
+    for folder in TRAINED:
+        for file in sorted((RUNS / f"claims-{folder}").glob("*/metrics.jsonl")):
+            found["training"][f"{folder}/{file.parent.name}"] = rewards_of(file.parent)
+    FIGURES.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def kept(of_prompt: dict, count: int) -> dict:
+    """Of the figures of a model's `count` pictures of a prompt."""
+    of_rewards = {
+        spec: {"mean": of["mean"], "std": of["standard_error"] * count**0.5}
+        for spec, of in of_prompt["rewards"].items()
+    }
+    success = of_prompt["success"]["mean"]
+    return {"rewards": of_rewards, "success": success, "distance": of_prompt["image_quality"]}
+
+
+def rewards_of(folder: Path) -> list[float]:
+    """The mean reward of each iteration of a run."""
+    return [line["reward/mean"] for line in metrics_of(folder)]
+
+
+def evaluated(name: str) -> dict[str, dict]:
+    """The models of an evaluation, by the names of their runs' folders, each by prompt."""
+    return stored()["evaluations"][name]
 
 
 def figure(name: str, model: str, key: str, prompt: str) -> float:
     """Reward, success or distance to real renders of a model's pictures of a prompt."""
-    of_prompt = evaluated(name)[model]["prompts"][prompt]
-    if key == "distance":
-        return of_prompt["image_quality"]
-    if key == "success":
-        return of_prompt["success"]["mean"]
-    return of_prompt["rewards"][REWARD]["mean"]
+    of_prompt = evaluated(name)[model][prompt]
+    return of_prompt["rewards"][REWARD]["mean"] if key == "reward" else of_prompt[key]
+
+
+def in_standard_deviations(name: str, model: str, spec: str) -> float:
+    """Mean reward over the prompts, in standard deviations of the base's pictures of one prompt."""
+    mean = np.mean([of["rewards"][spec]["mean"] for of in evaluated(name)[model].values()])
+    stds = [of["rewards"][spec]["std"] for of in evaluated(name)["base"].values()]
+    return float(mean / np.mean(np.square(stds)) ** 0.5)
+
+
+class NotHereError(Exception):
+    """Pictures that were drawn elsewhere, of which the figures alone are stored."""
 
 
 def drawn(name: str, model: str) -> dict[str, np.ndarray]:
-    """A model's pictures in an evaluation, uint8 (n, H, W, 3), by prompt."""
+    """A model's pictures in an evaluation, uint8 (n, H, W, 3), by prompt. Raises NotHereError."""
     shards = sorted((EVALUATIONS / name / "samples" / model).glob("*.npz"))
+    if not shards:
+        raise NotHereError(f"the pictures of {name}/{model} are not here")
     images = np.concatenate([np.load(shard)["images"] for shard in shards])
-    prompts = evaluated(name)[model]["prompts"]
+    prompts = evaluated(name)[model]
     return dict(zip(prompts, np.split(images, len(prompts))))
 
 
@@ -62,7 +126,6 @@ def share_with(thing: str, name: str, model: str, prompt: str) -> float:
     return float(np.mean([any(group.kind == thing for group in of.groups) for of in scenes]))
 
 
-@cache
 def right_distances(name: str) -> dict[str, float] | None:
     """By model the distance of right pictures alone, equally many of each: the fewest that one has.
 
@@ -70,8 +133,8 @@ def right_distances(name: str) -> dict[str, float] | None:
     """
     judge, right = load_judge(str(ROOT / "zoo/sd")), {}
     for model in evaluated(name):
-        ((prompt, stored),) = drawn(name, model).items()
-        images = torch.from_numpy(stored).permute(0, 3, 1, 2).float() / 255
+        ((prompt, pictures),) = drawn(name, model).items()
+        images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
         right[model] = images[torch.from_numpy(judge.success(images, prompt)[0]) > 0]
     fewest = min(map(len, right.values()))
     if fewest < FEWEST_RIGHT:
@@ -81,19 +144,19 @@ def right_distances(name: str) -> dict[str, float] | None:
 
 def training_rewards(run: str) -> np.ndarray:
     """The mean reward of each iteration of runs/claims-RUN."""
-    return np.array([line["reward/mean"] for line in metrics_of(RUNS / f"claims-{run}")])
+    return np.array(stored()["training"][run])
 
 
 def core_hours() -> dict[str, float]:
-    """Of each folder of runs and evaluations that is here: their time on the cores they had."""
-    return {folder.name: hours_of(folder) for folder in sorted(RUNS.glob("claims-*"))}
+    """Of each run and evaluation that is here: its time on the cores it had."""
+    return {
+        f"{file.parent.parent.name}/{file.parent.name}": hours_of(file)
+        for file in sorted(RUNS.glob("claims-*/*/wall_time.json"))
+    }
 
 
-def hours_of(folder: Path) -> float:
-    """Seconds of all finished commands, times the cores of each, in hours."""
-    total = 0.0
-    for file in folder.glob("*/wall_time.json"):
-        wall_time = json.loads(file.read_text())
-        cores = max(1, wall_time["cores"] // wall_time["jobs_side_by_side"])
-        total += wall_time["seconds"] * cores / 3600
-    return total
+def hours_of(file: Path) -> float:
+    """Seconds of finished commands, times the cores that each had, in hours."""
+    wall_time = json.loads(file.read_text())
+    cores = max(1, wall_time["cores"] // wall_time["jobs_side_by_side"])
+    return wall_time["seconds"] * cores / 3600

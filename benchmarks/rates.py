@@ -31,7 +31,7 @@ def tried() -> dict[str, dict[str, float]]:
     found = {}
     for folder in sorted((claim_runs.RUNS / "claims-tuning").glob("*__*")):
         method, rate, args = method_and_rate(folder)
-        rewards = claim_runs.training_rewards(f"tuning/{folder.name}")
+        rewards = np.array(claim_runs.rewards_of(folder))
         if len(rewards) != args["num_iterations"]:
             raise SystemExit(f"not finished: {folder}")
         found.setdefault(method, {})[rate] = last_tenth(rewards)

@@ -1,8 +1,10 @@
 """What benchmarks/verdicts.py makes of the runs and evaluations that the claims' commands leave."""
 
+import itertools
 import json
 import os
 import shlex
+import shutil
 from fnmatch import fnmatch
 
 import numpy as np
@@ -26,12 +28,13 @@ def commands_of(name: str) -> list[str]:
 
 def runs_of_the_commands() -> list[str]:
     files = [file.name for file in FOLDER.glob("*.sh") if file.name != "evaluate.sh"]
-    return [
-        run.values_of(run.with_seed(command, seed))["--output-dir"]
+    folders = [
+        run.folder_of(run.with_seed(command, seed)).relative_to(ROOT).as_posix()
         for file in files
         for command in commands_of(file)
         for seed in SEEDS
     ]
+    return [*dict.fromkeys(folders)]  # a run that is resumed is there once
 
 
 def prompts_of(values: dict[str, str]) -> list[str]:
@@ -40,9 +43,50 @@ def prompts_of(values: dict[str, str]) -> list[str]:
     return (ROOT / values["--prompts-file"]).read_text().splitlines()
 
 
+def rewards_of(command: str) -> list[str]:
+    """Those that an evaluation asks for; the zoo's preset has one."""
+    words = shlex.split(command)
+    after = words[words.index("--rewards") + 1 :] if "--rewards" in words else [claim_runs.REWARD]
+    return [*itertools.takewhile(lambda word: not word.startswith("--"), after)]
+
+
+def write_results(folder, figures: dict, count: int) -> None:
+    """As evaluate.py writes them; figures are by model, prompt and key."""
+    folder.mkdir(parents=True)
+    models = {
+        model: {
+            "prompts": {
+                prompt: {
+                    "rewards": {
+                        spec: {"mean": mean, "standard_error": of["std"] / count**0.5}
+                        for spec, mean in of["rewards"].items()
+                    },
+                    "success": {"mean": of["success"]},
+                    "image_quality": of["distance"],
+                }
+                for prompt, of in drawn.items()
+            }
+        }
+        for model, drawn in figures.items()
+    }
+    results = {"models": models, "settings": {"images_per_prompt": count}}
+    (folder / "results.json").write_text(json.dumps(results))
+
+
 @pytest.fixture
-def figures(tmp_path, monkeypatch):
-    """Random figures of every model that evaluate.sh judges, as evaluate.py writes them.
+def places(tmp_path, monkeypatch):
+    """An empty folder of runs, and nothing stored."""
+    monkeypatch.setattr(claim_runs, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(claim_runs, "EVALUATIONS", tmp_path / "runs/claims-evaluations")
+    monkeypatch.setattr(claim_runs, "FIGURES", tmp_path / "figures.json")
+    claim_runs.stored.cache_clear()
+    yield tmp_path
+    claim_runs.stored.cache_clear()
+
+
+@pytest.fixture
+def figures(places, monkeypatch):
+    """Random figures of every model that evaluate.sh judges, collected.
 
     By evaluation, model, prompt and key.
     """
@@ -50,29 +94,17 @@ def figures(tmp_path, monkeypatch):
     for command in commands_of("evaluate.sh"):
         values = run.values_of(command)
         loras = [word for word in shlex.split(command) if word.startswith("runs/claims-")]
-        pattern, folder = loras[0], tmp_path / values["--output-dir"]
+        pattern, folder = loras[0], places / values["--output-dir"]
         models = ["base", *(f for f in runs_of_the_commands() if fnmatch(f, pattern))]
         assert len(models) > 3, "no run has such a folder"
         of_models = figures[folder.name] = {}
         for model in models:
-            keys = ("reward", "success", "distance")
-            drawn = {p: dict(zip(keys, rng.random(3))) for p in prompts_of(values)}
-            of_models[model.rpartition("/")[2]] = drawn
-        folder.mkdir(parents=True)
-        written = {
-            model: {
-                "prompts": {
-                    prompt: {
-                        "rewards": {claim_runs.REWARD: {"mean": of["reward"]}},
-                        "success": {"mean": of["success"]},
-                        "image_quality": of["distance"],
-                    }
-                    for prompt, of in drawn.items()
-                }
+            of_models[model.rpartition("/")[2]] = {
+                prompt: dict(zip(("success", "distance", "std"), rng.random(3)))
+                | {"rewards": {spec: rng.random() for spec in rewards_of(command)}}
+                for prompt in prompts_of(values)
             }
-            for model, drawn in of_models.items()
-        }
-        (folder / "results.json").write_text(json.dumps({"models": written}))
+        write_results(folder, of_models, int(values["--images-per-prompt"]))
         for model, drawn in of_models.items():
             samples = folder / "samples" / model
             samples.mkdir(parents=True)
@@ -80,21 +112,55 @@ def figures(tmp_path, monkeypatch):
             images = np.broadcast_to(of_prompts[:, None, None, None], (2 * len(drawn), 4, 4, 3))
             np.savez(samples / "00000.npz", images=images)
     for folder in runs_of_the_commands():
-        if "claims-many" in folder or "claims-cfg" in folder:
-            (tmp_path / folder).mkdir(parents=True)
+        if folder.split("/")[1].removeprefix("claims-") in claim_runs.TRAINED:
+            (places / folder).mkdir(parents=True)
             lines = [json.dumps({"reward/mean": value}) for value in rng.random(5)]
-            (tmp_path / folder / "metrics.jsonl").write_text("\n".join(lines))
-    monkeypatch.setattr(claim_runs, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(claim_runs, "EVALUATIONS", tmp_path / "runs/claims-evaluations")
-    claim_runs.evaluated.cache_clear()
-    yield figures
-    claim_runs.evaluated.cache_clear()
+            (places / folder / "metrics.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(claim_runs, "right_distances", lambda name: None)
+    claim_runs.collect()
+    return figures
 
 
-def test_every_claim_finds_its_runs(figures, monkeypatch):
-    monkeypatch.setattr(verdicts, "right_distances", lambda name: None)
+def test_figures_of_other_runs_stay(places):
+    """Of two lots of runs, on machines that do not know of each other."""
+    of = lambda value: {
+        "A red cat": {
+            "rewards": {claim_runs.REWARD: value},
+            "success": value,
+            "distance": value,
+            "std": 2 * value,
+        }
+    }
+    for model, value in (("a__0", 1.0), ("b__0", 2.0), ("a__0", 3.0)):
+        folder = claim_runs.EVALUATIONS / "queries"
+        shutil.rmtree(claim_runs.RUNS, ignore_errors=True)
+        write_results(folder, {"base": of(0.5), model: of(value)}, count=16)
+        trained = claim_runs.RUNS / "claims-queries" / model
+        trained.mkdir(parents=True)
+        (trained / "metrics.jsonl").write_text(json.dumps({"reward/mean": value}))
+        claim_runs.stored.cache_clear()
+        claim_runs.collect()
+    claim_runs.stored.cache_clear()
+    figure = lambda model, key: claim_runs.figure("queries", model, key, "A red cat")
+    assert [figure(model, "reward") for model in ("base", "a__0", "b__0")] == [0.5, 3.0, 2.0]
+    assert figure("b__0", "distance") == figure("b__0", "success") == 2.0
+    assert claim_runs.training_rewards("queries/a__0") == [3.0]
+    assert claim_runs.training_rewards("queries/b__0") == [2.0]
+    # The standard deviation is the base's, 2 * 0.5.
+    in_stds = claim_runs.in_standard_deviations("queries", "b__0", claim_runs.REWARD)
+    assert in_stds == pytest.approx(2.0)
+    with pytest.raises(claim_runs.NotHereError):
+        claim_runs.drawn("queries", "b__0")
+
+
+def test_figures_of_other_weights_are_dropped(places):
+    claim_runs.FIGURES.write_text(json.dumps({"weights": "others", "training": {"many/a": [1]}}))
+    assert claim_runs.stored()["training"] == {}
+
+
+def test_every_claim_finds_its_runs(figures):
     counts = {"1": 12, "2": 12, "3": 12, "4": 3, "5": 3, "6": 12, "7": 30, "8": 12}
-    counts |= {"10": 3, "15": 3}
+    counts |= {"9": 3, "10": 3, "15": 3}
     for number, claim in verdicts.CLAIMS.items():
         if claim.parts is None:
             continue
@@ -108,7 +174,8 @@ def test_figures_are_those_of_the_prompt_method_and_seed(figures, monkeypatch):
     of = figures["single__four-wolves-in-the-park"]
     first = verdicts.dpok_beats_sft(SEEDS)[0]
     place = 3 * [*verdicts.SINGLE].index(prompt) + 1
-    of_run = lambda method: of[f"{method}__four-wolves-in-the-park__1"][prompt]["reward"]
+    reward_of = lambda of_prompt: of_prompt["rewards"][claim_runs.REWARD]
+    of_run = lambda method: reward_of(of[f"{method}__four-wolves-in-the-park__1"][prompt])
     assert first.differences[place] == of_run("dpok") - of_run("sft")
 
     at_2 = {part.what: part for part in verdicts.kl_o_repairs_more(SEEDS)}
@@ -120,9 +187,23 @@ def test_figures_are_those_of_the_prompt_method_and_seed(figures, monkeypatch):
     gained, equal = verdicts.many_prompts_at_equal_quality(SEEDS)
     of = figures["many"]
     pairs = [(of[f"dpok__{seed}"][p], of["base"][p]) for p in of["base"] for seed in SEEDS]
-    assert gained.differences == [a["reward"] - b["reward"] for a, b in pairs]
+    assert gained.differences == [reward_of(a) - reward_of(b) for a, b in pairs]
     expected = [b["distance"] / 10 - (a["distance"] - b["distance"]) for a, b in pairs]
     assert np.allclose(equal.differences, expected)
+
+
+def test_queries_are_compared_by_reward(figures):
+    """In standard deviations of the base's pictures; JPEG sizes are not those of image reward."""
+    parts = {part.what: part for part in verdicts.ddpo_beats_rwr(SEEDS)}
+    assert len(parts) == 15
+    of, spec = figures["queries"], "jpeg_compressibility"
+    mean = lambda model: np.mean([of_prompt["rewards"][spec] for of_prompt in of[model].values()])
+    std = np.sqrt(np.mean([of_prompt["std"] ** 2 for of_prompt in of["base"].values()]))
+    first, second = (f"{method}__compressibility__2" for method in ("ddpo-sf", "rwr-sparse"))
+    found = parts["compressibility, SF - sparse RWR"].differences[2]
+    assert found == pytest.approx((mean(first) - mean(second)) / std)
+    bounded = {what for what, part in parts.items() if part.bounded}
+    assert bounded == {f"{reward}, SF - IS" for reward in claim_runs.REWARDS}
 
 
 def test_every_claim_has_its_picture(figures, tmp_path):
@@ -139,15 +220,16 @@ def test_pictures_are_those_of_the_prompt(figures):
     assert [images.mean() for images in of_prompts.values()] == [*range(len(of_prompts))]
 
 
-def test_core_hours_are_those_of_the_commands(tmp_path, monkeypatch):
+def test_core_hours_are_those_of_the_commands(places):
     """A command has its share of the cores that its jobs had together."""
-    monkeypatch.setattr(claim_runs, "RUNS", tmp_path)
     for name, seconds, jobs, cores in (("a", 1800, 2, 2), ("b", 900, 1, 2), ("c", 60, 3, 2)):
-        folder = tmp_path / "claims-many" / name
+        folder = claim_runs.RUNS / "claims-many" / name
         folder.mkdir(parents=True)
         wall_time = {"seconds": seconds, "jobs_side_by_side": jobs, "cores": cores}
         (folder / "wall_time.json").write_text(json.dumps(wall_time))
-    assert claim_runs.core_hours() == {"claims-many": pytest.approx(0.5 + 0.5 + 1 / 60)}
+    hours = {"a": 0.5, "b": 0.5, "c": 1 / 60}
+    expected = {f"claims-many/{name}": pytest.approx(value) for name, value in hours.items()}
+    assert claim_runs.core_hours() == expected
 
 
 def test_ranking_is_of_the_comparison():
@@ -200,7 +282,7 @@ def test_what_the_judge_sees_is_counted(tmp_path, monkeypatch):
         for i, text in enumerate(["A brown bottle"] * 3 + ["Two red roses"])
     ]
     monkeypatch.setattr(claim_runs, "EVALUATIONS", tmp_path)
-    monkeypatch.setattr(claim_runs, "evaluated", lambda name: {"base": {"prompts": {prompt: {}}}})
+    monkeypatch.setattr(claim_runs, "evaluated", lambda name: {"base": {prompt: {}}})
     (tmp_path / "roses/samples/base").mkdir(parents=True)
     np.savez(tmp_path / "roses/samples/base/00000.npz", images=np.stack(pictures))
     assert claim_runs.share_with("bottle", "roses", "base", prompt) == 0.75
@@ -220,7 +302,7 @@ def test_right_pictures_are_compared_equally_many(tmp_path, monkeypatch):
     judge = load_judge(str(ROOT / "zoo/sd"))
     models = {"base": right, "other": np.concatenate([wrong, right[:9]])}
     monkeypatch.setattr(claim_runs, "EVALUATIONS", tmp_path)
-    evaluated = {model: {"prompts": {prompt: {}}} for model in models}
+    evaluated = {model: {prompt: {}} for model in models}
     monkeypatch.setattr(claim_runs, "evaluated", lambda name: evaluated)
     for model, images in models.items():
         folder = tmp_path / name / "samples" / model
@@ -231,16 +313,14 @@ def test_right_pictures_are_compared_equally_many(tmp_path, monkeypatch):
     expected = judging.image_quality(judge.network, judge.vae, images)
     assert found == {"base": pytest.approx(expected), "other": pytest.approx(expected)}
     np.savez(tmp_path / name / "samples/other/00000.npz", images=right[:7])
-    claim_runs.right_distances.cache_clear()
     assert claim_runs.right_distances(name) is None
-    claim_runs.right_distances.cache_clear()
 
 
 def test_rates_are_those_of_the_last_tenth(tmp_path, monkeypatch):
     """Of every run that the tuning's commands make, the method and the rate are found."""
     monkeypatch.setattr(claim_runs, "RUNS", tmp_path / "runs")
     rng, expected = np.random.default_rng(0), {}
-    for command in commands_of("tuning.sh"):
+    for command in [*commands_of("tuning.sh"), *commands_of("tuning_queries.sh")]:
         values = run.values_of(run.with_seed(command, 3))
         folder = tmp_path / values["--output-dir"]
         folder.mkdir(parents=True)

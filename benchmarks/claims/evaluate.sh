@@ -46,3 +46,8 @@ python evaluate.py zoo --prompts-file prompts/zoo.txt --images-per-prompt 32 \
 python evaluate.py zoo --prompts-file prompts/dpok_unseen.txt --images-per-prompt 64 \
     --lora runs/claims-many/dpok* \
     --output-dir runs/claims-evaluations/many_unseen
+
+python evaluate.py zoo --prompts-file prompts/zoo.txt --images-per-prompt 16 \
+    --rewards image_reward:zoo/image_reward jpeg_compressibility jpeg_incompressibility \
+    --lora runs/claims-queries/* \
+    --output-dir runs/claims-evaluations/queries
