@@ -1,5 +1,6 @@
 """A picture or a curve for each claim of docs/claims.md, drawn by benchmarks/verdicts.py."""
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 
@@ -11,9 +12,12 @@ from benchmarks.claim_runs import (
     METHODS,
     REWARDS,
     SINGLE,
+    STOPS,
+    TASKS,
     drawn,
     evaluated,
     figure,
+    mean_figure,
     slug,
     training_rewards,
 )
@@ -169,6 +173,60 @@ def unseen_prompts(seeds: Sequence[int], count: int = 4) -> Figure:
     return strips(rows, [*SINGLE.values()])
 
 
+def judged_on_the_way(seeds: Sequence[int]) -> Figure:
+    """Claim 11: from the base on, each run at its stops."""
+    found = Figure(figsize=(10, 3.6), layout="constrained")
+    panels = {
+        "over": ("reward", "success", ("ddpo-image-reward", "dpok-with-kl", "dpok-without-kl")),
+        "over_incompressibility": (
+            REWARDS["incompressibility"],
+            "empty",
+            ("ddpo-incompressibility",),
+        ),
+    }
+    for axis, (name, (reward, key, runs)) in zip(found.subplots(1, len(panels)), panels.items()):
+        for color, (run, seed) in enumerate(itertools.product(runs, seeds)):
+            models = ["base", *(f"{run}__{seed}__after_{stop}" for stop in STOPS[run])]
+            points = [[mean_figure(name, m, of) for m in models] for of in (reward, key)]
+            label = run if seed == seeds[0] else None
+            axis.plot(*points, "o-", color=f"C{color // len(seeds)}", alpha=0.7, label=label)
+        axis.set(xlabel=reward, ylabel={"empty": "share without a thing"}.get(key, key))
+        axis.legend()
+    return found
+
+
+def by_task(names: dict[str, dict[str, tuple[str, str]]], seeds: Sequence[int]) -> Figure:
+    """For each task the gains of runs over the base, a point a seed.
+
+    `names` has by task, for each label, the evaluation and the run.
+    """
+    found = Figure(figsize=(4 * len(names), 3.2), layout="constrained")
+    for axis, (task, points) in zip(found.subplots(1, len(names)), names.items()):
+        for place, (name, run) in enumerate(points.values()):
+            base = mean_figure(name, "base", TASKS[task])
+            of_seeds = [mean_figure(name, f"{run}__{seed}", TASKS[task]) for seed in seeds]
+            axis.plot([place] * len(seeds), np.array(of_seeds) - base, "o")
+        axis.axhline(0, color="gray", ls=":")
+        axis.set(xlim=(-0.5, len(points) - 0.5), title=task)
+        axis.set_xticks(range(len(points)), points)
+    found.axes[0].set_ylabel("gain over the base")
+    return found
+
+
+def single_and_joint(seeds: Sequence[int]) -> Figure:
+    of = lambda task, run: (f"joint_{task}", run)
+    return by_task({t: {f"for {r}": of(t, r) for r in (*TASKS, "joint")} for t in TASKS}, seeds)
+
+
+def held_out_and_trained(seeds: Sequence[int]) -> Figure:
+    labels = {"trained on": "trained", "held out": "joint"}
+    names = {
+        task: {label: (f"{folder}_{task}", task) for label, folder in labels.items()}
+        for task in ("composition", "portraits")
+    }
+    return by_task(names, seeds)
+
+
 PICTURES = {
     "1": methods_by_pictures,
     "2": partial(quality_against_reward, DPOK_AND_SFT),
@@ -180,5 +238,8 @@ PICTURES = {
     "8": unseen_prompts,
     "9": rewards_by_queries,
     "10": guidance_curves,
+    "11": judged_on_the_way,
+    "13": single_and_joint,
+    "14": held_out_and_trained,
 }
 """By the number of the claim."""

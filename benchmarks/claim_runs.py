@@ -35,6 +35,15 @@ REWARDS = {
     "incompressibility": "jpeg_incompressibility",
     "image-reward": REWARD,
 }
+TASKS = {
+    "preference": REWARD,
+    "composition": "object_detection:zoo/detector",
+    "portraits": "statistical_parity:zoo/skin_tone",
+}
+"""Of claims 13 and 14, by the names of their runs."""
+STOPS = {"ddpo-image-reward": (45, 90, 135, 180), "ddpo-incompressibility": (45, 90, 135, 180)}
+STOPS |= {"dpok-with-kl": (40, 80, 120, 160), "dpok-without-kl": (40, 80, 120, 160)}
+"""Iterations after which the runs of claim 11 are judged."""
 FEWEST_RIGHT = 8
 """Right pictures below which a set has no distance of its own."""
 TRAINED = ("many", "cfg", "queries", "over", "joint")
@@ -63,6 +72,10 @@ def collect() -> None:
         of_models = found["evaluations"].setdefault(name, {})
         for model, of in models.items():
             of_models[model] = {prompt: kept(of, count) for prompt, of in of["prompts"].items()}
+        if name == "over_incompressibility":
+            for model, of_prompts in models.items():
+                for prompt in of_prompts["prompts"]:
+                    of_models[model][prompt]["empty"] = share_with(None, name, model, prompt)
         # Of all models together: the pictures of some that are stored may not be here.
         if name.startswith("single__") and {*of_models} == {*models}:
             found["right_distances"][name] = right_distances(name)
@@ -75,10 +88,11 @@ def collect() -> None:
 def kept(of_prompt: dict, count: int) -> dict:
     """Of the figures of a model's `count` pictures of a prompt."""
     of_rewards = {
-        spec: {"mean": of["mean"], "std": of["standard_error"] * count**0.5}
+        # The reward of a set, which parity is, has no deviation.
+        spec: {"mean": of["mean"], "std": (of["standard_error"] or 0) * count**0.5}
         for spec, of in of_prompt["rewards"].items()
     }
-    success = of_prompt["success"]["mean"]
+    success = of_prompt["success"] and of_prompt["success"]["mean"]  # None where it cannot judge
     return {"rewards": of_rewards, "success": success, "distance": of_prompt["image_quality"]}
 
 
@@ -93,16 +107,25 @@ def evaluated(name: str) -> dict[str, dict]:
 
 
 def figure(name: str, model: str, key: str, prompt: str) -> float:
-    """Reward, success or distance to real renders of a model's pictures of a prompt."""
+    """Of a model's pictures of a prompt: success, distance to real renders, share of empty ones.
+
+    Else key is a reward; "reward" stands for image reward.
+    """
     of_prompt = evaluated(name)[model][prompt]
-    return of_prompt["rewards"][REWARD]["mean"] if key == "reward" else of_prompt[key]
+    if key in of_prompt:
+        return of_prompt[key]
+    return of_prompt["rewards"][REWARD if key == "reward" else key]["mean"]
+
+
+def mean_figure(name: str, model: str, key: str) -> float:
+    """The mean of a figure over the prompts of an evaluation."""
+    return float(np.mean([figure(name, model, key, prompt) for prompt in evaluated(name)["base"]]))
 
 
 def in_standard_deviations(name: str, model: str, spec: str) -> float:
     """Mean reward over the prompts, in standard deviations of the base's pictures of one prompt."""
-    mean = np.mean([of["rewards"][spec]["mean"] for of in evaluated(name)[model].values()])
     stds = [of["rewards"][spec]["std"] for of in evaluated(name)["base"].values()]
-    return float(mean / np.mean(np.square(stds)) ** 0.5)
+    return mean_figure(name, model, spec) / float(np.mean(np.square(stds)) ** 0.5)
 
 
 class NotHereError(Exception):
@@ -119,11 +142,15 @@ def drawn(name: str, model: str) -> dict[str, np.ndarray]:
     return dict(zip(prompts, np.split(images, len(prompts))))
 
 
-def share_with(thing: str, name: str, model: str, prompt: str) -> float:
-    """Of a model's pictures of a prompt, the share in which the judge sees the thing."""
+def share_with(thing: str | None, name: str, model: str, prompt: str) -> float:
+    """Of a model's pictures of a prompt, the share in which the judge sees the thing.
+
+    None is for no thing at all.
+    """
     images = torch.from_numpy(drawn(name, model)[prompt]).permute(0, 3, 1, 2).float() / 255
     scenes = judging.read(load_judge(str(ROOT / "zoo/sd")).network, images)
-    return float(np.mean([any(group.kind == thing for group in of.groups) for of in scenes]))
+    kinds = [{group.kind for group in scene.groups} or {None} for scene in scenes]
+    return float(np.mean([thing in seen for seen in kinds]))
 
 
 def right_distances(name: str) -> dict[str, float] | None:

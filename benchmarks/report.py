@@ -12,6 +12,7 @@ import json
 import re
 import shlex
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -317,7 +318,7 @@ def large_scale_ppo(name: str, seeds: tuple[int, ...], count: int) -> None:
     # The paper's claim: the joint run has at least 80 % of the gain of the run for that task alone.
     shares = {task: float(gain("joint", task) / gain(task, task)) for task in TASKS}
     results["joint_share_of_gain"] = shares
-    results["at_equal_reward"] = at_equal_reward(base, results["on_the_way"])
+    results["at_equal_reward"] = distance_at_equal_reward(base, results["on_the_way"])
     save_results(name, results)
     print_large_scale_ppo(results)
     save_curves(name, plot_large_scale_ppo(results, folders))
@@ -357,23 +358,31 @@ class HeldOutScores:
         return numbers
 
 
-def at_equal_reward(base: dict, on_the_way: dict) -> dict:
-    """Distance to real renders with and without the pre-training loss, at equal reward.
+def at_equal_reward(ways: Sequence[Sequence[Sequence[float]]]) -> tuple[float, list[float]]:
+    """The highest reward that all runs reach, and a figure of each where it first has that.
 
-    Seed by seed, each is interpolated where it first has the highest reward that both reach.
+    A way has a run's rewards and the figure's values, from the base on; it is interpolated.
     """
+    curves = []
+    for reward, values in ways:
+        reward, first = np.unique(np.maximum.accumulate(reward), return_index=True)
+        curves.append((reward, np.array(values)[first]))
+    level = float(min(reward[-1] for reward, _ in curves))
+    return level, [float(np.interp(level, reward, values)) for reward, values in curves]
+
+
+def distance_at_equal_reward(base: dict, on_the_way: dict) -> dict:
+    """Distance to real renders with and without the pre-training loss, seed by seed."""
     found = {"reward": [], **{name: [] for name in AT_EQUAL_REWARD}}
-    for ways in zip(*(on_the_way[name] for name in AT_EQUAL_REWARD)):
-        curves = []
-        for way in ways:
-            reward = np.array([numbers["preference"] for numbers in [base, *way]])
-            distance = np.array([numbers["distance"] for numbers in [base, *way]])
-            reward, first = np.unique(np.maximum.accumulate(reward), return_index=True)
-            curves.append((reward, distance[first]))
-        level = min(reward[-1] for reward, _ in curves)
-        found["reward"].append(float(level))
-        for name, (reward, distance) in zip(AT_EQUAL_REWARD, curves):
-            found[name].append(float(np.interp(level, reward, distance)))
+    for runs in zip(*(on_the_way[name] for name in AT_EQUAL_REWARD)):
+        ways = [
+            [[numbers[key] for numbers in [base, *run]] for key in ("preference", "distance")]
+            for run in runs
+        ]
+        level, distances = at_equal_reward(ways)
+        found["reward"].append(level)
+        for name, distance in zip(AT_EQUAL_REWARD, distances):
+            found[name].append(distance)
     return found
 
 

@@ -3,9 +3,10 @@
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
-from fnmatch import fnmatch
+from pathlib import PurePosixPath
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from conftest import ROOT
 from scipy import stats
 
-from benchmarks import claim_runs, rates, run, verdicts
+from benchmarks import claim_parts, claim_runs, rates, report, run, verdicts
 from benchmarks.claim_pictures import PICTURES
 from evaluation.judge import load_judge
 from zoo import judge as judging
@@ -35,6 +36,22 @@ def runs_of_the_commands() -> list[str]:
         for seed in SEEDS
     ]
     return [*dict.fromkeys(folders)]  # a run that is resumed is there once
+
+
+def folders_of_weights() -> list[str]:
+    """Of the runs, and of the weights that are kept on their way."""
+    stops = [
+        f"{run.folder_of(run.with_seed(command, seed)).relative_to(ROOT).as_posix()}/{stop}"
+        for command in commands_of("over.sh")
+        for seed in SEEDS
+        for stop in re.findall(r"mkdir -p (after_\d+)", command)
+    ]
+    return runs_of_the_commands() + stops
+
+
+def same_folder(folder: str, pattern: str) -> bool:
+    """As a shell has it, where a star stands for no slash."""
+    return PurePosixPath(folder).match(pattern)
 
 
 def prompts_of(values: dict[str, str]) -> list[str]:
@@ -93,13 +110,16 @@ def figures(places, monkeypatch):
     rng, figures = np.random.default_rng(0), {}
     for command in commands_of("evaluate.sh"):
         values = run.values_of(command)
-        loras = [word for word in shlex.split(command) if word.startswith("runs/claims-")]
-        pattern, folder = loras[0], places / values["--output-dir"]
-        models = ["base", *(f for f in runs_of_the_commands() if fnmatch(f, pattern))]
-        assert len(models) > 3, "no run has such a folder"
+        words = [word for word in shlex.split(command) if word.startswith("runs/claims-")]
+        *patterns, folder = [*words[:-1], places / values["--output-dir"]]
+        models = ["base"]
+        for pattern in patterns:
+            found = [folder for folder in folders_of_weights() if same_folder(folder, pattern)]
+            assert len(found) >= 3, f"no run has such a folder: {pattern}"
+            models += found
         of_models = figures[folder.name] = {}
         for model in models:
-            of_models[model.rpartition("/")[2]] = {
+            of_models["__".join(model.split("/")[2:]) or model] = {
                 prompt: dict(zip(("success", "distance", "std"), rng.random(3)))
                 | {"rewards": {spec: rng.random() for spec in rewards_of(command)}}
                 for prompt in prompts_of(values)
@@ -117,6 +137,7 @@ def figures(places, monkeypatch):
             lines = [json.dumps({"reward/mean": value}) for value in rng.random(5)]
             (places / folder / "metrics.jsonl").write_text("\n".join(lines))
     monkeypatch.setattr(claim_runs, "right_distances", lambda name: None)
+    monkeypatch.setattr(claim_runs, "share_with", lambda *of: {None: 0.75}[of[0]])
     claim_runs.collect()
     return figures
 
@@ -160,7 +181,7 @@ def test_figures_of_other_weights_are_dropped(places):
 
 def test_every_claim_finds_its_runs(figures):
     counts = {"1": 12, "2": 12, "3": 12, "4": 3, "5": 3, "6": 12, "7": 30, "8": 12}
-    counts |= {"9": 3, "10": 3, "15": 3}
+    counts |= {"9": 3, "10": 3, "11": 3, "13": 24, "14": 180, "15": 3}
     for number, claim in verdicts.CLAIMS.items():
         if claim.parts is None:
             continue
@@ -172,19 +193,19 @@ def test_every_claim_finds_its_runs(figures):
 def test_figures_are_those_of_the_prompt_method_and_seed(figures, monkeypatch):
     prompt = "Four wolves in the park"
     of = figures["single__four-wolves-in-the-park"]
-    first = verdicts.dpok_beats_sft(SEEDS)[0]
-    place = 3 * [*verdicts.SINGLE].index(prompt) + 1
+    first = claim_parts.dpok_beats_sft(SEEDS)[0]
+    place = 3 * [*claim_runs.SINGLE].index(prompt) + 1
     reward_of = lambda of_prompt: of_prompt["rewards"][claim_runs.REWARD]
     of_run = lambda method: reward_of(of[f"{method}__four-wolves-in-the-park__1"][prompt])
     assert first.differences[place] == of_run("dpok") - of_run("sft")
 
-    at_2 = {part.what: part for part in verdicts.kl_o_repairs_more(SEEDS)}
+    at_2 = {part.what: part for part in claim_parts.kl_o_repairs_more(SEEDS)}
     of = figures["gamma"]
     of_run = lambda name: of[name]["A green colored rabbit"]["distance"]
     expected = of_run("kl-d-2__0") - of_run("kl-o-2__0")
     assert at_2["distance, KL-D - KL-O at 2"].differences[0] == expected
 
-    gained, equal = verdicts.many_prompts_at_equal_quality(SEEDS)
+    gained, equal = claim_parts.many_prompts_at_equal_quality(SEEDS)
     of = figures["many"]
     pairs = [(of[f"dpok__{seed}"][p], of["base"][p]) for p in of["base"] for seed in SEEDS]
     assert gained.differences == [reward_of(a) - reward_of(b) for a, b in pairs]
@@ -194,7 +215,7 @@ def test_figures_are_those_of_the_prompt_method_and_seed(figures, monkeypatch):
 
 def test_queries_are_compared_by_reward(figures):
     """In standard deviations of the base's pictures; JPEG sizes are not those of image reward."""
-    parts = {part.what: part for part in verdicts.ddpo_beats_rwr(SEEDS)}
+    parts = {part.what: part for part in claim_parts.ddpo_beats_rwr(SEEDS)}
     assert len(parts) == 15
     of, spec = figures["queries"], "jpeg_compressibility"
     mean = lambda model: np.mean([of_prompt["rewards"][spec] for of_prompt in of[model].values()])
@@ -204,6 +225,48 @@ def test_queries_are_compared_by_reward(figures):
     assert found == pytest.approx((mean(first) - mean(second)) / std)
     bounded = {what for what, part in parts.items() if part.bounded}
     assert bounded == {f"{reward}, SF - IS" for reward in claim_runs.REWARDS}
+
+
+def test_what_goes_too_far_is_seen_on_the_way(figures):
+    of, prompts = figures["over"], prompts_of({"--prompts-file": "prompts/zoo.txt"})
+    parts = {part.what: part for part in claim_parts.over_optimised(SEEDS)}
+    success = lambda stop: np.mean(
+        [of[f"ddpo-image-reward__1__after_{stop}"][prompt]["success"] for prompt in prompts]
+    )
+    found = parts["success of DDPO, after 45 iterations - after 180"].differences[1]
+    assert found == pytest.approx(success(45) - success(180))
+    assert [*parts["share without a thing, for incompressibility, - 1/2"].differences] == [0.25] * 3
+    stored = json.loads((ROOT / "benchmarks/results/large_scale_ppo.json").read_text())
+    with_loss, without = (
+        stored["at_equal_reward"][name]
+        for name in ("preference", "preference without the pre-training loss")
+    )
+    found = parts["distance at equal reward, without the pre-training loss - with"].differences
+    assert [*found] == pytest.approx([b - a for a, b in zip(with_loss, without)])
+
+
+def test_figures_at_equal_reward():
+    """The first way reaches 2, half way between its last two points; the second falls after 2."""
+    first, second = ([0, 1, 3], [1.0, 0.8, 0.4]), ([0, 2, 1], [1.0, 0.5, 0.1])
+    level, (of_first, of_second) = report.at_equal_reward([first, second])
+    assert (level, of_first, of_second) == (2, pytest.approx(0.6), 0.5)
+
+
+def test_joint_and_single_runs_are_compared_task_by_task(figures):
+    of, spec = figures["joint_composition"], "object_detection:zoo/detector"
+    prompt = [*of["base"]][1]
+    gain = lambda run: (
+        of[f"{run}__2"][prompt]["rewards"][spec] - of["base"][prompt]["rewards"][spec]
+    )
+    parts = {part.what: part for part in claim_parts.joint_run_keeps_gains(SEEDS)}
+    assert len(parts) == 3 + 6
+    found = parts["composition, gain of the joint run - 0.8 of the single run's"].differences[5]
+    assert found == pytest.approx(gain("joint") - 0.8 * gain("composition"))
+    lost = parts["composition, base - trained for portraits alone"].differences[5]
+    assert lost == pytest.approx(-gain("portraits"))
+    mean, error = claim_parts.gains_by_task(SEEDS)["composition"]["composition"]
+    held_out, _ = claim_parts.held_out_prompts_gain(SEEDS)
+    assert (held_out.mean, held_out.standard_error) == (mean, error)
 
 
 def test_every_claim_has_its_picture(figures, tmp_path):
@@ -234,7 +297,7 @@ def test_core_hours_are_those_of_the_commands(places):
 
 def test_ranking_is_of_the_comparison():
     results = json.loads((ROOT / "benchmarks/results/comparison.json").read_text())["equal_time"]
-    parts = {part.what: part for part in verdicts.ranking_of_methods(SEEDS)}
+    parts = {part.what: part for part in claim_parts.ranking_of_methods(SEEDS)}
     assert len(parts) == 8
     of = lambda method: [run[claim_runs.REWARD] for run in results[method]["runs"]]
     expected = [a - b for a, b in zip(of("refl"), of("raft"))]
@@ -247,32 +310,32 @@ def test_ranking_is_of_the_comparison():
     [([1, 2, 3], "holds"), ([-1, -2, -3], "does not hold"), ([-1, 2, 0], "cannot be told")],
 )
 def test_verdict_is_by_two_standard_errors(differences, verdict):
-    part = verdicts.Part("", differences)
+    part = claim_parts.Part("", differences)
     assert part.mean == np.mean(differences)
     assert part.standard_error == pytest.approx(stats.sem(differences))
     assert part.verdict == verdict
-    bounded = verdicts.Part("", differences, bounded=True)
+    bounded = claim_parts.Part("", differences, bounded=True)
     assert bounded.verdict == ("does not hold" if verdict == "holds" else "holds")
 
 
 def test_rounds_are_counted_by_the_samples_after_them(figures):
     """Of five rounds the first samples are the base's."""
-    falls, rises = verdicts.falls_apart_without_guidance(SEEDS)
+    falls, rises = claim_parts.falls_apart_without_guidance(SEEDS)
     for part, method, before, after in ((falls, "without", 3, 1), (rises, "with", 1, 3)):
         rewards = claim_runs.training_rewards(f"cfg/{method}__2")
         assert len(rewards) == 5
         assert part.differences[2] == rewards[after] - rewards[before]
-    assert verdicts.InAllSeeds("", [0.1, 0.2]).verdict == "holds"
-    assert verdicts.InAllSeeds("", [5, 5, -0.1]).verdict == "does not hold"
+    assert claim_parts.InAllSeeds("", [0.1, 0.2]).verdict == "holds"
+    assert claim_parts.InAllSeeds("", [5, 5, -0.1]).verdict == "does not hold"
 
 
 def test_a_claim_holds_if_all_of_its_parts_do():
     holds, fails, open_ = (
-        verdicts.Part("", values) for values in ([1, 2, 3], [-1, -2, -3], [-1, 2, 0])
+        claim_parts.Part("", values) for values in ([1, 2, 3], [-1, -2, -3], [-1, 2, 0])
     )
-    assert verdicts.verdict_of([holds, holds]) == "holds"
-    assert verdicts.verdict_of([holds, open_]) == "cannot be told"
-    assert verdicts.verdict_of([holds, open_, fails]) == "does not hold"
+    assert claim_parts.verdict_of([holds, holds]) == "holds"
+    assert claim_parts.verdict_of([holds, open_]) == "cannot be told"
+    assert claim_parts.verdict_of([holds, open_, fails]) == "does not hold"
 
 
 def test_what_the_judge_sees_is_counted(tmp_path, monkeypatch):

@@ -1,5 +1,5 @@
-# Judges the runs of this folder: 128 pictures of each prompt that was trained on, 64 of each that
-# was not.
+# Judges the runs of this folder: of a prompt that a run has to itself 128 pictures, of one that is
+# like it 64, of many prompts fewer of each.
 #
 # python -m benchmarks.run benchmarks/claims/evaluate.sh --jobs 2
 
@@ -51,3 +51,34 @@ python evaluate.py zoo --prompts-file prompts/zoo.txt --images-per-prompt 16 \
     --rewards image_reward:zoo/image_reward jpeg_compressibility jpeg_incompressibility \
     --lora runs/claims-queries/* \
     --output-dir runs/claims-evaluations/queries
+
+python evaluate.py zoo --prompts-file prompts/zoo.txt --images-per-prompt 16 \
+    --lora runs/claims-over/ddpo-image-reward__*/after_* runs/claims-over/dpok-*/after_* \
+    --output-dir runs/claims-evaluations/over
+
+python evaluate.py zoo --prompts-file prompts/zoo.txt --images-per-prompt 16 \
+    --rewards jpeg_incompressibility \
+    --lora runs/claims-over/ddpo-incompressibility__*/after_* \
+    --output-dir runs/claims-evaluations/over_incompressibility
+
+python evaluate.py zoo --prompts-file prompts/zoo_preference_held_out.txt --images-per-prompt 32 \
+    --lora runs/claims-joint/* \
+    --output-dir runs/claims-evaluations/joint_preference
+
+python evaluate.py zoo --prompts-file prompts/zoo_composition_held_out.txt --images-per-prompt 8 \
+    --rewards object_detection:zoo/detector \
+    --lora runs/claims-joint/* \
+    --output-dir runs/claims-evaluations/joint_composition
+python evaluate.py zoo --prompts-file prompts/zoo_composition.txt --images-per-prompt 8 \
+    --rewards object_detection:zoo/detector \
+    --lora runs/claims-joint/composition__* \
+    --output-dir runs/claims-evaluations/trained_composition
+
+python evaluate.py zoo --prompts-file prompts/zoo_portraits_held_out.txt --images-per-prompt 128 \
+    --rewards statistical_parity:zoo/skin_tone \
+    --lora runs/claims-joint/* \
+    --output-dir runs/claims-evaluations/joint_portraits
+python evaluate.py zoo --prompts-file prompts/zoo_portraits.txt --images-per-prompt 32 \
+    --rewards statistical_parity:zoo/skin_tone \
+    --lora runs/claims-joint/portraits__* \
+    --output-dir runs/claims-evaluations/trained_portraits

@@ -1,0 +1,393 @@
+"""What the claims of benchmarks/verdicts.py assert, from the figures of runs.
+
+Each function takes the seeds of the runs and gives parts, or figures to be seen beside them.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks import comparison
+from benchmarks.claim_runs import (
+    GAMMAS,
+    METHODS,
+    REWARD,
+    REWARDS,
+    SINGLE,
+    STOPS,
+    TASKS,
+    evaluated,
+    figure,
+    in_standard_deviations,
+    mean_figure,
+    share_with,
+    slug,
+    stored,
+    training_rewards,
+)
+from benchmarks.report import at_equal_reward
+from benchmarks.zoo_eval import ROOT
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that a claim asserts: that `differences` are above 0, each of a prompt and seed.
+
+    Where `bounded` it asserts that they are not above 0.
+    """
+
+    what: str
+    differences: Sequence[float]
+    bounded: bool = False
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.differences))
+
+    @property
+    def standard_error(self) -> float:
+        return float(np.std(self.differences, ddof=1) / len(self.differences) ** 0.5)
+
+    @property
+    def verdict(self) -> str:
+        above = self.mean > 2 * self.standard_error
+        if self.bounded:
+            return "does not hold" if above else "holds"
+        if above:
+            return "holds"
+        below = self.mean < -2 * self.standard_error
+        return "does not hold" if below else "cannot be told"
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.mean:+.3g} ± {self.standard_error:.2g}: {self.verdict}"
+
+
+@dataclass(frozen=True)
+class InAllSeeds(Part):
+    """Something that is asserted of every seed."""
+
+    @property
+    def verdict(self) -> str:
+        return "holds" if min(self.differences) > 0 else "does not hold"
+
+
+def verdict_of(parts: Sequence[Part]) -> str:
+    """Of a claim: it holds if all of its parts do."""
+    verdicts = {part.verdict for part in parts}
+    for word in ("does not hold", "cannot be told"):
+        if word in verdicts:
+            return word
+    return "holds"
+
+
+def of_single(value: Callable[[str, str, Callable], float | None], seeds) -> list[float]:
+    """`value` of each of the four prompts and each seed, as far as there is one.
+
+    It is given the evaluation, the prompt and a function from a method to its run.
+    """
+    values = []
+    for prompt in SINGLE:
+        for seed in seeds:
+            run = lambda method: f"{method}__{slug(prompt)}__{seed}" if method != "base" else "base"
+            values.append(value(f"single__{slug(prompt)}", prompt, run))
+    return [value for value in values if value is not None]
+
+
+def single(key: str, first: str, second: str, seeds) -> list[float]:
+    """Differences of a figure between two methods on the four prompts."""
+    return of_single(
+        lambda name, prompt, run: (
+            figure(name, run(first), key, prompt) - figure(name, run(second), key, prompt)
+        ),
+        seeds,
+    )
+
+
+def single_right(first: str, second: str, seeds) -> list[float]:
+    """Differences of the distance of right pictures alone."""
+
+    def value(name, prompt, run):
+        distances = stored()["right_distances"][name]
+        return distances and distances[run(first)] - distances[run(second)]
+
+    return of_single(value, seeds)
+
+
+def dpok_beats_sft(seeds) -> list[Part]:
+    pairs = {"DPOK - SFT": ("dpok", "sft"), "DPOK - base": ("dpok", "base")}
+    pairs["SFT - base"] = "sft", "base"
+    return [Part(f"reward, {name}", single("reward", *pair, seeds)) for name, pair in pairs.items()]
+
+
+def sft_costs_quality(seeds) -> list[Part]:
+    parts = []
+    for name, differences in (
+        ("distance", lambda *pair: single("distance", *pair, seeds)),
+        ("distance of right pictures", lambda *pair: single_right(*pair, seeds)),
+    ):
+        parts += [
+            Part(f"{name}, SFT - base", differences("sft", "base")),
+            Part(f"{name}, SFT - DPOK", differences("sft", "dpok")),
+            Part(f"{name}, DPOK - base", differences("dpok", "base"), bounded=True),
+        ]
+    return parts
+
+
+def kl_keeps_quality(seeds) -> list[Part]:
+    gain = np.array(single("reward", "dpok-without-kl", "base", seeds))
+    loss = np.array(single("reward", "dpok-without-kl", "dpok", seeds))
+    distance = single("distance", "dpok-without-kl", "dpok", seeds)
+    return [
+        Part("distance, without the KL - with", distance),
+        Part("a tenth of the gain - the reward that the KL costs", gain / 10 - loss),
+    ]
+
+
+def kl_o_repairs_more(seeds) -> list[Part]:
+    prompt, parts = "A green colored rabbit", []
+    for key in ("distance", "reward"):
+        differences = {
+            gamma: [
+                figure("gamma", f"kl-d-{gamma}__{seed}", key, prompt)
+                - figure("gamma", f"kl-o-{gamma}__{seed}", key, prompt)
+                for seed in seeds
+            ]
+            for gamma in GAMMAS
+        }
+        parts += [
+            Part(f"{key}, KL-D - KL-O at {gamma}", found) for gamma, found in differences.items()
+        ]
+        growth = np.subtract(differences[GAMMAS[-1]], differences[GAMMAS[0]])
+        parts.append(Part(f"{key}, the same at {GAMMAS[-1]} less at {GAMMAS[0]}", growth))
+    return parts
+
+
+def bias_goes(seeds) -> list[Part]:
+    success = lambda model: figure("roses", model, "success", "Four roses")
+    gains = [success(f"dpok__{seed}") - success("base") for seed in seeds]
+    return [Part('success on "Four roses", DPOK - base', gains)]
+
+
+def many_by_prompt(seeds) -> dict[str, list[float]]:
+    """Success and distance on each prompt: the base's, and the mean over DPOK's runs."""
+    means = {}
+    for prompt in evaluated("many")["base"]:
+        for key in ("success", "distance"):
+            of_runs = [figure("many", f"dpok__{seed}", key, prompt) for seed in seeds]
+            base = figure("many", "base", key, prompt)
+            means[f"{prompt}, {key}"] = [base, float(np.mean(of_runs))]
+    return means
+
+
+def bottles(seeds) -> dict[str, float]:
+    """Share of the pictures of "Four roses" that show the bottle of that name, by model."""
+    models = ["base", *(f"dpok__{seed}" for seed in seeds)]
+    return {model: share_with("bottle", "roses", model, "Four roses") for model in models}
+
+
+def many(key: str, name: str, first: str, second: str, seeds) -> list[float]:
+    """Differences of a figure between two methods over the prompts of an evaluation, and seeds."""
+    run = lambda method, seed: "base" if method == "base" else f"{method}__{seed}"
+    return [
+        figure(name, run(first, seed), key, prompt) - figure(name, run(second, seed), key, prompt)
+        for prompt in evaluated(name)["base"]
+        for seed in seeds
+    ]
+
+
+def value_function_helps(seeds) -> list[Part]:
+    training = lambda method, seed: np.mean(training_rewards(f"many/{method}__{seed}"))
+    without = "dpok-without-value"
+    while_training = [training("dpok", seed) - training(without, seed) for seed in seeds]
+    return [
+        Part("reward, with - without", single("reward", "dpok", without, seeds)),
+        Part(
+            "reward on many prompts, with - without",
+            many("reward", "many", "dpok", without, seeds),
+        ),
+        Part("mean training reward on many prompts, with - without", while_training),
+    ]
+
+
+def many_prompts_at_equal_quality(seeds) -> list[Part]:
+    base = [
+        figure("many", "base", "distance", prompt)
+        for prompt in evaluated("many")["base"]
+        for _ in seeds
+    ]
+    cost = many("distance", "many", "dpok", "base", seeds)
+    return [
+        Part("reward, DPOK - base", many("reward", "many", "dpok", "base", seeds)),
+        Part("a tenth of the base's distance - what DPOK adds", np.array(base) / 10 - cost),
+    ]
+
+
+def unseen_prompts_gain(seeds) -> list[Part]:
+    parts = []
+    for key in ("reward", "success"):
+        gains = [
+            figure(name, f"dpok__{slug(prompt)}__{seed}", key, unseen)
+            - figure(name, "base", key, unseen)
+            for prompt, unseen in SINGLE.items()
+            for name in [f"unseen__{slug(prompt)}"]
+            for seed in seeds
+        ]
+        parts.append(Part(f"{key} on the unseen prompt of the kind, trained - base", gains))
+        gains = many(key, "many_unseen", "dpok", "base", seeds)
+        parts.append(Part(f"{key} on unseen prompts after many, trained - base", gains))
+    return parts
+
+
+def ddpo_beats_rwr(seeds) -> list[Part]:
+    parts = []
+    for reward, spec in REWARDS.items():
+        final = {
+            method: np.array(
+                [
+                    in_standard_deviations("queries", f"{method}__{reward}__{seed}", spec)
+                    for seed in seeds
+                ]
+            )
+            for method in METHODS
+        }
+        behind = final["ddpo-sf"] - final["ddpo-is"]
+        parts.append(Part(f"{reward}, SF - IS", behind, bounded=True))
+        for first, second in itertools.product(("ddpo-is", "ddpo-sf"), ("rwr", "rwr-sparse")):
+            what = f"{reward}, {METHODS[first]} - {METHODS[second]}"
+            parts.append(Part(what, final[first] - final[second]))
+    return parts
+
+
+def rewards_by_round(seeds) -> dict[str, list[list[float]]]:
+    """Of each seed's runs with guidance in training and without, before the first round and on.
+
+    The samples that a round begins with are those of the policy after the round before.
+    """
+    return {
+        method: [training_rewards(f"cfg/{method}__{seed}").tolist() for seed in seeds]
+        for method in ("without", "with")
+    }
+
+
+def falls_apart_without_guidance(seeds) -> list[Part]:
+    after = {method: np.array(rewards) for method, rewards in rewards_by_round(seeds).items()}
+    return [
+        InAllSeeds(
+            "reward without guidance in training, after round 1 - after 3",
+            after["without"][:, 1] - after["without"][:, 3],
+        ),
+        InAllSeeds(
+            "reward with it, after round 3 - after 1", after["with"][:, 3] - after["with"][:, 1]
+        ),
+    ]
+
+
+def on_the_way(run: str, seed: int, key: str, name: str = "over") -> list[float]:
+    """A mean figure of the base, and of a run of claim 11 at each of its stops."""
+    stops = [f"{run}__{seed}__after_{stop}" for stop in STOPS[run]]
+    return [mean_figure(name, model, key) for model in ("base", *stops)]
+
+
+def over_optimised(seeds) -> list[Part]:
+    def ways(run, key, name="over"):
+        return np.array([on_the_way(run, seed, key, name) for seed in seeds])
+
+    reward, success = (ways("ddpo-image-reward", key) for key in ("reward", "success"))
+    empty = ways("ddpo-incompressibility", "empty", "over_incompressibility")
+    with_kl, without_kl = (
+        zip(ways(run, "reward"), ways(run, "success"))
+        for run in ("dpok-with-kl", "dpok-without-kl")
+    )
+    of_seeds = [at_equal_reward(pair)[1] for pair in zip(with_kl, without_kl)]
+    path = ROOT / "benchmarks/results/large_scale_ppo.json"
+    distance = json.loads(path.read_text())["at_equal_reward"]
+    pretraining = [distance["preference without the pre-training loss"], distance["preference"]]
+    return [
+        Part("reward of DDPO, after 180 iterations - after 45", reward[:, -1] - reward[:, 1]),
+        Part("success of DDPO, after 45 iterations - after 180", success[:, 1] - success[:, -1]),
+        Part("share without a thing, for incompressibility, - 1/2", empty[:, -1] - 0.5),
+        Part("success at equal reward, DPOK with the KL - without", -np.diff(of_seeds)[:, 0]),
+        Part(
+            "distance at equal reward, without the pre-training loss - with",
+            np.subtract(*pretraining)[list(seeds)],
+        ),
+    ]
+
+
+def gains(name: str, run: str, spec: str, seeds) -> np.ndarray:
+    """Of the runs of a name over the base, by prompt and seed."""
+    return np.array(
+        [
+            figure(name, f"{run}__{seed}", spec, prompt) - figure(name, "base", spec, prompt)
+            for prompt in evaluated(name)["base"]
+            for seed in seeds
+        ]
+    )
+
+
+def joint_run_keeps_gains(seeds) -> list[Part]:
+    parts = []
+    for task, spec in TASKS.items():
+        joint, single = (gains(f"joint_{task}", run, spec, seeds) for run in ("joint", task))
+        parts.append(
+            Part(f"{task}, gain of the joint run - 0.8 of the single run's", joint - 0.8 * single)
+        )
+    for task, (other, spec) in itertools.product(TASKS, TASKS.items()):
+        if task != other:
+            lost = -gains(f"joint_{other}", task, spec, seeds)
+            parts.append(Part(f"{other}, base - trained for {task} alone", lost))
+    return parts
+
+
+def gains_by_task(seeds) -> dict[str, dict[str, list[float]]]:
+    """Of the joint and the single run on held-out prompts: mean and standard error."""
+    found = {}
+    for task, spec in TASKS.items():
+        of_runs = {
+            run: Part("", gains(f"joint_{task}", run, spec, seeds)) for run in ("joint", task)
+        }
+        found[task] = {run: [part.mean, part.standard_error] for run, part in of_runs.items()}
+    return found
+
+
+def held_out_prompts_gain(seeds) -> list[Part]:
+    return [
+        Part(
+            f"{task} on held-out prompts, trained - base",
+            gains(f"joint_{task}", task, TASKS[task], seeds),
+        )
+        for task in ("composition", "portraits")
+    ]
+
+
+def gains_on_training_prompts(seeds) -> dict[str, list[float]]:
+    """Of the same runs: mean and standard error."""
+    found = {}
+    for task in ("composition", "portraits"):
+        part = Part("", gains(f"trained_{task}", task, TASKS[task], seeds))
+        found[task] = [part.mean, part.standard_error]
+    return found
+
+
+def ranking_of_methods(seeds) -> list[Part]:
+    """From docs/comparison.md's runs at equal training time, figure by figure for each seed."""
+    path = ROOT / "benchmarks/results/comparison.json"
+    of_methods = json.loads(path.read_text())["equal_time"]
+
+    def less(column: str, first: str, second: str) -> np.ndarray:
+        values = [[run[column] for run in of_methods[m]["runs"]] for m in (first, second)]
+        return np.subtract(*values)[list(seeds)]
+
+    parts = []
+    for what, column, best in (
+        ("reward", REWARD, "refl"),
+        ("share of the right colour", "benchmarks/zoo_rewards.py:colours", "large_scale_ppo"),
+    ):
+        for method, label in comparison.METHODS.items():
+            if method != best:
+                differences = less(column, best, method)
+                parts.append(Part(f"{what}, {comparison.METHODS[best]} - {label}", differences))
+    return parts
