@@ -26,9 +26,17 @@ class ZooJudge:
         except ValueError:
             return np.full((1, len(images)), np.nan)
 
+    def renders(self, images: torch.Tensor, first: int) -> torch.Tensor:
+        """Features of real renders of what is seen, `first` the number of the first picture."""
+        return judging.features_of_renders(self.network, self.vae, images, first=first)
+
     def image_quality(self, images: torch.Tensor) -> float | None:
         """Distance to real renders (docs/zoo.md), lower is better; None for N = 1."""
-        return judging.image_quality(self.network, self.vae, images) if len(images) > 1 else None
+        return self.distance(self.features(images), self.renders(images, first=0))
+
+    def distance(self, shown: torch.Tensor, real: torch.Tensor) -> float | None:
+        """The same, of the features of the pictures and of the renders."""
+        return judging.distance(shown, real) if len(shown) > 1 else None
 
 
 def load_judge(model: str) -> ZooJudge | None:

@@ -88,7 +88,7 @@ def measure(
     shown_images: int,
 ) -> Measured:
     """Read a model's samples, and measure the pictures."""
-    scores, of_prompts, drawn, shown = {}, [], [], []
+    scores, of_prompts, features, shown = {}, [], [], []
     stored_as = {"kl": "kl"} | rewards
     for number, shard in enumerate(shards_of(settings)):
         pictures = len(shard) * settings.images_per_prompt
@@ -100,20 +100,19 @@ def measure(
             floats = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
             of_prompts.append({"diversity": diversity(floats.flatten(1))})
             if judge:
-                of_prompts[-1]["diversity_judge"] = diversity(judge.features(floats))
-                of_prompts[-1]["image_quality"] = judge.image_quality(floats)
+                own = judge.features(floats)
+                first = settings.images_per_prompt * len(features)
+                features.append((own, judge.renders(floats, first)))
+                of_prompts[-1]["diversity_judge"] = diversity(own)
+                of_prompts[-1]["image_quality"] = judge.distance(*features[-1])
                 success = judge.success(floats, settings.prompts[j])
                 scores.setdefault("success", []).append(success)
-                drawn.append(floats)
             if j < shown_prompts:
                 shown.append(images[:shown_images])
     scores = {key: np.concatenate(parts) for key, parts in scores.items()}
     of_all = {}
     if judge:
-        alone = len(of_prompts) == 1  # the same pictures, and the distance takes long
-        of_all["image_quality"] = (
-            of_prompts[0]["image_quality"] if alone else judge.image_quality(torch.cat(drawn))
-        )
+        of_all["image_quality"] = judge.distance(*map(torch.cat, zip(*features)))
     return Measured(scores, of_prompts, of_all, shown)
 
 

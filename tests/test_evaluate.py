@@ -390,9 +390,13 @@ def test_the_zoo_has_its_judge(tmp_path, monkeypatch):
         one, other = found["prompts"].values()
         assert one["success"]["mean"] == pytest.approx(expected) and other["success"] is None
         assert found["all"]["success"]["mean"] == pytest.approx(expected)
-        for level, rows in ((found["all"], slice(None)), (one, slice(6)), (other, slice(6, 12))):
+        for level, rows in ((found["all"], slice(None)), (one, slice(6))):
             quality = judging.image_quality(judge, vae, pictures[rows])
             assert level["image_quality"] == pytest.approx(quality, rel=1e-3)
+        # The second prompt's renders are those that it has among all.
+        renders = judging.features_of_renders(judge, vae, pictures)[4 * 6 :]
+        quality = judging.distance(judge(pictures[6:])[1], renders)
+        assert other["image_quality"] == pytest.approx(quality, rel=1e-3)
         features = judge(pictures[:6])[1].double()
         apart = torch.pdist(features).mean().item() / 8
         assert one["diversity_judge"] == pytest.approx(apart, rel=1e-4)

@@ -200,15 +200,17 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @torch.no_grad()
-def image_quality(judge: Judge, vae, images: torch.Tensor, seed: int = 0, copies: int = 4) -> float:
-    """Distance of pictures to real renders of what the judge sees in them; lower is better.
+def features_of_renders(
+    judge: Judge, vae, images: torch.Tensor, seed: int = 0, copies: int = 4, first: int = 0
+) -> torch.Tensor:
+    """Features (copies * B, D) of real renders of what the judge sees in pictures.
 
-    Every picture (B, 3, 64, 64) in [0, 1] is read by the judge, the scenes are rendered `copies`
-    times and passed through the VAE, and the two sets are compared. So what is asked for does not
-    enter, only whether the pictures look as the world's do.
+    Every picture (B, 3, 64, 64) in [0, 1] is read by the judge, its scene rendered `copies` times
+    and passed through the VAE. `first` is the number of the first picture: with it the parts of a
+    set have the renders of the whole.
     """
     renders = []
-    for i, scene in enumerate(read(judge, images)):
+    for i, scene in enumerate(read(judge, images), start=first):
         things = Counter()
         groups = []
         # The judge may see more in a broken picture than the world can draw.
@@ -225,5 +227,19 @@ def image_quality(judge: Judge, vae, images: torch.Tensor, seed: int = 0, copies
     for batch in real.split(64):
         latents = vae.encode(batch * 2 - 1).latent_dist.mean
         features.append(judge((vae.decode(latents).sample / 2 + 0.5).clamp(0, 1))[1])
-    shown, real = judge(images)[1], torch.cat(features)
+    return torch.cat(features)
+
+
+@torch.no_grad()
+def image_quality(judge: Judge, vae, images: torch.Tensor, seed: int = 0, copies: int = 4) -> float:
+    """Distance of pictures to real renders of what the judge sees in them; lower is better.
+
+    What is asked for does not enter, only whether the pictures (B, 3, 64, 64) in [0, 1] look as the
+    world's do.
+    """
+    return distance(judge(images)[1], features_of_renders(judge, vae, images, seed, copies))
+
+
+def distance(shown: torch.Tensor, real: torch.Tensor) -> float:
+    """`frechet_distance` of two sets of features (N, D)."""
     return frechet_distance(shown.double().cpu().numpy(), real.double().cpu().numpy())
