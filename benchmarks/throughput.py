@@ -305,6 +305,7 @@ def measure(script: str, args: Args) -> dict:
     bare = median(seconds for _, seconds in probe.bare)
     whole = median(iteration["s"] for iteration in probe.iterations)
     peak = matmul_tflops(probe.device, DTYPES[args.dtype])
+    off_by = [line.get("ratio/first_max_deviation", 0) for line in lines]
     return {
         "device": device_name(),
         "torch": torch.__version__,
@@ -324,7 +325,9 @@ def measure(script: str, args: Args) -> dict:
         "matmul_tflops": peak,
         "share_of_matmul": flops / g / bare / 1e12 / peak,
         "updates_skipped": sum(line["updates/skipped"] for line in lines),
-        "first_ratio_off_by": max(line.get("ratio/first_max_deviation", 0) for line in lines),
+        "first_ratio_off_by": max(off_by),
+        "first_ratio_off_by_iteration": off_by,
+        "kl": [line["kl/pretrained"] for line in lines if "kl/pretrained" in line],
     }
 
 
