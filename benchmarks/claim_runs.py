@@ -4,6 +4,7 @@
 of other runs: a claim is judged from what is there, wherever and whenever it was run.
 """
 
+import itertools
 import json
 from functools import cache
 from pathlib import Path
@@ -65,24 +66,31 @@ def stored() -> dict:
 
 def collect() -> None:
     """Add what is in runs/ to the stored figures; a run that was there is replaced."""
-    found = stored()
     for file in sorted(EVALUATIONS.glob("*/results.json")):
-        results, name = json.loads(file.read_text()), file.parent.name
-        models, count = results["models"], results["settings"]["images_per_prompt"]
-        of_models = found["evaluations"].setdefault(name, {})
-        for model, of in models.items():
-            of_models[model] = {prompt: kept(of, count) for prompt, of in of["prompts"].items()}
-        if name == "over_incompressibility":
-            for model, of_prompts in models.items():
-                for prompt in of_prompts["prompts"]:
-                    of_models[model][prompt]["empty"] = share_with(None, name, model, prompt)
-        # Of all models together: the pictures of some that are stored may not be here.
-        if name.startswith("single__") and {*of_models} == {*models}:
-            found["right_distances"][name] = right_distances(name)
+        collect_evaluation(file.parent.name, json.loads(file.read_text()))
     for folder in TRAINED:
         for file in sorted((RUNS / f"claims-{folder}").glob("*/metrics.jsonl")):
-            found["training"][f"{folder}/{file.parent.name}"] = rewards_of(file.parent)
-    FIGURES.write_text(json.dumps(found, indent=1) + "\n")
+            run = f"{folder}/{file.parent.name}"
+            stored()["training"][run] = rewards_of(file.parent)
+    FIGURES.write_text(json.dumps(stored(), indent=1) + "\n")
+
+
+def collect_evaluation(name: str, results: dict) -> None:
+    count = results["settings"]["images_per_prompt"]
+    found = {
+        model: {prompt: kept(of_prompt, count) for prompt, of_prompt in of["prompts"].items()}
+        for model, of in results["models"].items()
+    }
+    of_models = stored()["evaluations"].setdefault(name, {})
+    known = {model: of_models.get(model) for model in found}
+    of_models |= found
+    if name == "over_incompressibility":
+        for model, prompt in itertools.product(found, found["base"]):
+            of_models[model][prompt]["empty"] = share_with(None, name, model, prompt)
+    # Of all models together: the pictures of some that are stored may not be here.
+    all_here, distances = {*of_models} == {*found}, stored()["right_distances"]
+    if name.startswith("single__") and all_here and (known != found or name not in distances):
+        distances[name] = right_distances(name)
 
 
 def kept(of_prompt: dict, count: int) -> dict:

@@ -125,7 +125,8 @@ def figures(places, monkeypatch):
                 for prompt in prompts_of(values)
             }
         write_results(folder, of_models, int(values["--images-per-prompt"]))
-        for model, drawn in of_models.items():
+        with_pictures = folder.name.startswith(("single", "unseen", "many", "roses"))
+        for model, drawn in of_models.items() if with_pictures else ():
             samples = folder / "samples" / model
             samples.mkdir(parents=True)
             of_prompts = np.arange(len(drawn), dtype=np.uint8).repeat(2)
@@ -172,6 +173,27 @@ def test_figures_of_other_runs_stay(places):
     assert in_stds == pytest.approx(2.0)
     with pytest.raises(claim_runs.NotHereError):
         claim_runs.drawn("queries", "b__0")
+
+
+def test_distances_of_right_pictures_are_those_of_all_models_together(places, monkeypatch):
+    """They take long: not again for the same pictures, nor where some pictures are elsewhere."""
+    calls, name = [], "single__a-red-cat"
+    monkeypatch.setattr(
+        claim_runs, "right_distances", lambda name: calls.append(name) or len(calls)
+    )
+    of = {"rewards": {claim_runs.REWARD: 1.0}, "success": 1.0, "distance": 1.0, "std": 1.0}
+    collected = lambda: claim_runs.stored()["right_distances"][name]
+    for models, expected in (
+        ({"base": 1.0, "a__0": 2.0}, 1),
+        ({"base": 1.0, "a__0": 2.0}, 1),
+        ({"base": 1.0, "a__0": 3.0}, 2),
+        ({"base": 1.0, "b__0": 2.0}, 2),
+    ):
+        shutil.rmtree(claim_runs.EVALUATIONS, ignore_errors=True)
+        figures = {model: {"A red cat": of | {"distance": d}} for model, d in models.items()}
+        write_results(claim_runs.EVALUATIONS / name, figures, count=16)
+        claim_runs.collect()
+        assert collected() == expected
 
 
 def test_figures_of_other_weights_are_dropped(places):
