@@ -19,6 +19,7 @@ from benchmarks.claim_runs import (
     SINGLE,
     STOPS,
     TASKS,
+    drawn,
     evaluated,
     figure,
     in_standard_deviations,
@@ -111,7 +112,8 @@ def single_right(first: str, second: str, seeds) -> list[float]:
 
     def value(name, prompt, run):
         distances = stored()["right_distances"][name]
-        return distances and distances[run(first)] - distances[run(second)]
+        own, other = distances[run(first)], distances[run(second)]
+        return None if own is None else own - other
 
     return of_single(value, seeds)
 
@@ -167,8 +169,8 @@ def kl_o_repairs_more(seeds) -> list[Part]:
 
 def bias_goes(seeds) -> list[Part]:
     success = lambda model: figure("roses", model, "success", "Four roses")
-    gains = [success(f"dpok__{seed}") - success("base") for seed in seeds]
-    return [Part('success on "Four roses", DPOK - base', gains)]
+    differences = [success(f"dpok__{seed}") - success("base") for seed in seeds]
+    return [Part('success on "Four roses", DPOK - base', differences)]
 
 
 def many_by_prompt(seeds) -> dict[str, list[float]]:
@@ -185,7 +187,7 @@ def many_by_prompt(seeds) -> dict[str, list[float]]:
 def bottles(seeds) -> dict[str, float]:
     """Share of the pictures of "Four roses" that show the bottle of that name, by model."""
     models = ["base", *(f"dpok__{seed}" for seed in seeds)]
-    return {model: share_with("bottle", "roses", model, "Four roses") for model in models}
+    return {model: share_with("bottle", drawn("roses", model)["Four roses"]) for model in models}
 
 
 def many(key: str, name: str, first: str, second: str, seeds) -> list[float]:
@@ -228,16 +230,16 @@ def many_prompts_at_equal_quality(seeds) -> list[Part]:
 def unseen_prompts_gain(seeds) -> list[Part]:
     parts = []
     for key in ("reward", "success"):
-        gains = [
+        of_kind = [
             figure(name, f"dpok__{slug(prompt)}__{seed}", key, unseen)
             - figure(name, "base", key, unseen)
             for prompt, unseen in SINGLE.items()
             for name in [f"unseen__{slug(prompt)}"]
             for seed in seeds
         ]
-        parts.append(Part(f"{key} on the unseen prompt of the kind, trained - base", gains))
-        gains = many(key, "many_unseen", "dpok", "base", seeds)
-        parts.append(Part(f"{key} on unseen prompts after many, trained - base", gains))
+        parts.append(Part(f"{key} on the unseen prompt of the kind, trained - base", of_kind))
+        after_many = many(key, "many_unseen", "dpok", "base", seeds)
+        parts.append(Part(f"{key} on unseen prompts after many, trained - base", after_many))
     return parts
 
 
@@ -245,7 +247,7 @@ def ddpo_beats_rwr(seeds) -> list[Part]:
     parts = []
     for reward, spec in REWARDS.items():
         final = {
-            method: np.array(
+            method: np.concatenate(
                 [
                     in_standard_deviations("queries", f"{method}__{reward}__{seed}", spec)
                     for seed in seeds
@@ -285,36 +287,56 @@ def falls_apart_without_guidance(seeds) -> list[Part]:
     ]
 
 
-def on_the_way(run: str, seed: int, key: str, name: str = "over") -> list[float]:
+def on_the_way(run: str, seed: int, key: str) -> list[float]:
     """A mean figure of the base, and of a run of claim 11 at each of its stops."""
     stops = [f"{run}__{seed}__after_{stop}" for stop in STOPS[run]]
-    return [mean_figure(name, model, key) for model in ("base", *stops)]
+    return [mean_figure("over", model, key) for model in ("base", *stops)]
 
 
 def over_optimised(seeds) -> list[Part]:
-    def ways(run, key, name="over"):
-        return np.array([on_the_way(run, seed, key, name) for seed in seeds])
-
-    reward, success = (ways("ddpo-image-reward", key) for key in ("reward", "success"))
-    empty = ways("ddpo-incompressibility", "empty", "over_incompressibility")
-    with_kl, without_kl = (
-        zip(ways(run, "reward"), ways(run, "success"))
-        for run in ("dpok-with-kl", "dpok-without-kl")
-    )
-    of_seeds = [at_equal_reward(pair)[1] for pair in zip(with_kl, without_kl)]
+    late = {
+        key: less("over", "ddpo-image-reward", "after_180", "after_45", key, seeds)
+        for key in ("reward", "success")
+    }
+    name, run = "over_incompressibility", "ddpo-incompressibility"
+    empty = [
+        figure(name, f"{run}__{seed}__after_180", "empty", prompt)
+        for prompt in evaluated(name)["base"]
+        for seed in seeds
+    ]
+    way = lambda run, seed: [on_the_way(run, seed, key) for key in ("reward", "success")]
+    at_equal = [
+        at_equal_reward([way("dpok-with-kl", seed), way("dpok-without-kl", seed)])[1]
+        for seed in seeds
+    ]
     path = ROOT / "benchmarks/results/large_scale_ppo.json"
     distance = json.loads(path.read_text())["at_equal_reward"]
     pretraining = [distance["preference without the pre-training loss"], distance["preference"]]
     return [
-        Part("reward of DDPO, after 180 iterations - after 45", reward[:, -1] - reward[:, 1]),
-        Part("success of DDPO, after 45 iterations - after 180", success[:, 1] - success[:, -1]),
-        Part("share without a thing, for incompressibility, - 1/2", empty[:, -1] - 0.5),
-        Part("success at equal reward, DPOK with the KL - without", -np.diff(of_seeds)[:, 0]),
+        Part("reward of DDPO, after 180 iterations - after 45", late["reward"]),
+        Part("success of DDPO, after 45 iterations - after 180", -late["success"]),
+        Part("share without a thing, for incompressibility, - 1/2", np.array(empty) - 0.5),
+        Part(
+            "success at equal reward, DPOK with the KL - without",
+            [with_kl - without_kl for with_kl, without_kl in at_equal],
+        ),
         Part(
             "distance at equal reward, without the pre-training loss - with",
             np.subtract(*pretraining)[list(seeds)],
         ),
     ]
+
+
+def less(name: str, run: str, later: str, earlier: str, key: str, seeds) -> np.ndarray:
+    """What a figure has changed between two stops of a run, by prompt and seed."""
+    return np.array(
+        [
+            figure(name, f"{run}__{seed}__{later}", key, prompt)
+            - figure(name, f"{run}__{seed}__{earlier}", key, prompt)
+            for prompt in evaluated(name)["base"]
+            for seed in seeds
+        ]
+    )
 
 
 def gains(name: str, run: str, spec: str, seeds) -> np.ndarray:
@@ -331,9 +353,9 @@ def gains(name: str, run: str, spec: str, seeds) -> np.ndarray:
 def joint_run_keeps_gains(seeds) -> list[Part]:
     parts = []
     for task, spec in TASKS.items():
-        joint, single = (gains(f"joint_{task}", run, spec, seeds) for run in ("joint", task))
+        joint, alone = (gains(f"joint_{task}", run, spec, seeds) for run in ("joint", task))
         parts.append(
-            Part(f"{task}, gain of the joint run - 0.8 of the single run's", joint - 0.8 * single)
+            Part(f"{task}, gain of the joint run - 0.8 of the single run's", joint - 0.8 * alone)
         )
     for task, (other, spec) in itertools.product(TASKS, TASKS.items()):
         if task != other:
@@ -342,15 +364,18 @@ def joint_run_keeps_gains(seeds) -> list[Part]:
     return parts
 
 
+def mean_gain(name: str, task: str, run: str, seeds) -> list[float]:
+    """Over prompts and seeds, with its standard error."""
+    part = Part("", gains(name, run, TASKS[task], seeds))
+    return [part.mean, part.standard_error]
+
+
 def gains_by_task(seeds) -> dict[str, dict[str, list[float]]]:
-    """Of the joint and the single run on held-out prompts: mean and standard error."""
-    found = {}
-    for task, spec in TASKS.items():
-        of_runs = {
-            run: Part("", gains(f"joint_{task}", run, spec, seeds)) for run in ("joint", task)
-        }
-        found[task] = {run: [part.mean, part.standard_error] for run, part in of_runs.items()}
-    return found
+    """Of the joint and the single run on held-out prompts."""
+    return {
+        task: {run: mean_gain(f"joint_{task}", task, run, seeds) for run in ("joint", task)}
+        for task in TASKS
+    }
 
 
 def held_out_prompts_gain(seeds) -> list[Part]:
@@ -364,12 +389,9 @@ def held_out_prompts_gain(seeds) -> list[Part]:
 
 
 def gains_on_training_prompts(seeds) -> dict[str, list[float]]:
-    """Of the same runs: mean and standard error."""
-    found = {}
-    for task in ("composition", "portraits"):
-        part = Part("", gains(f"trained_{task}", task, TASKS[task], seeds))
-        found[task] = [part.mean, part.standard_error]
-    return found
+    """Of the same runs."""
+    tasks = ("composition", "portraits")
+    return {task: mean_gain(f"trained_{task}", task, task, seeds) for task in tasks}
 
 
 def ranking_of_methods(seeds) -> list[Part]:

@@ -4,8 +4,8 @@
 of other runs: a claim is judged from what is there, wherever and whenever it was run.
 """
 
-import itertools
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -13,8 +13,10 @@ import numpy as np
 import torch
 
 from benchmarks.report import metrics_of
+from benchmarks.run import reached_its_end
 from benchmarks.zoo_eval import ROOT, weights_digest
-from evaluation.judge import load_judge
+from evaluation.digests import digest_of_model
+from evaluation.judge import ZooJudge, load_judge
 from zoo import judge as judging
 
 RUNS = ROOT / "runs"
@@ -66,31 +68,46 @@ def stored() -> dict:
 
 def collect() -> None:
     """Add what is in runs/ to the stored figures; a run that was there is replaced."""
+    weights = digest_of_model(str(ROOT / "zoo/sd"))
     for file in sorted(EVALUATIONS.glob("*/results.json")):
-        collect_evaluation(file.parent.name, json.loads(file.read_text()))
+        results, name = json.loads(file.read_text()), file.parent.name
+        if results["models"]["base"]["sha256"] != weights:
+            print(f"{name} is left out: it is of other weights of the zoo")
+            continue
+        try:
+            collect_evaluation(name, results)
+        except NotHereError as error:
+            print(f"{name} is left out: {error}")
     for folder in TRAINED:
         for file in sorted((RUNS / f"claims-{folder}").glob("*/metrics.jsonl")):
-            run = f"{folder}/{file.parent.name}"
-            stored()["training"][run] = rewards_of(file.parent)
+            if reached_its_end(file.parent):
+                run = f"{folder}/{file.parent.name}"
+                stored()["training"][run] = rewards_of(file.parent)
     FIGURES.write_text(json.dumps(stored(), indent=1) + "\n")
 
 
 def collect_evaluation(name: str, results: dict) -> None:
+    """Raises NotHereError where pictures are asked for that are elsewhere."""
     count = results["settings"]["images_per_prompt"]
     found = {
         model: {prompt: kept(of_prompt, count) for prompt, of_prompt in of["prompts"].items()}
         for model, of in results["models"].items()
     }
-    of_models = stored()["evaluations"].setdefault(name, {})
-    known = {model: of_models.get(model) for model in found}
-    of_models |= found
     if name == "over_incompressibility":
-        for model, prompt in itertools.product(found, found["base"]):
-            of_models[model][prompt]["empty"] = share_with(None, name, model, prompt)
-    # Of all models together: the pictures of some that are stored may not be here.
-    all_here, distances = {*of_models} == {*found}, stored()["right_distances"]
-    if name.startswith("single__") and all_here and (known != found or name not in distances):
-        distances[name] = right_distances(name)
+        for model, of_prompts in found.items():
+            for prompt, pictures in drawn(name, model, [*of_prompts]).items():
+                of_prompts[prompt]["empty"] = share_with(None, pictures)
+    of_models, distances = stored()["evaluations"], stored()["right_distances"]
+    before = of_models.get(name, {})
+    of_models[name] = before | found
+    if name.startswith("single__"):
+        # Of all models together. The pictures of some that are stored may not be here: what was
+        # found of those stays, as long as none of them has changed.
+        changed = any(before.get(model, found[model]) != found[model] for model in found)
+        if changed:
+            distances.pop(name, None)
+        if {*of_models[name]} == {*found} and {*distances.get(name, ())} != {*found}:
+            distances[name] = right_distances(name)
 
 
 def kept(of_prompt: dict, count: int) -> dict:
@@ -130,51 +147,61 @@ def mean_figure(name: str, model: str, key: str) -> float:
     return float(np.mean([figure(name, model, key, prompt) for prompt in evaluated(name)["base"]]))
 
 
-def in_standard_deviations(name: str, model: str, spec: str) -> float:
-    """Mean reward over the prompts, in standard deviations of the base's pictures of one prompt."""
+def in_standard_deviations(name: str, model: str, spec: str) -> np.ndarray:
+    """Reward by prompt, in standard deviations of the base's pictures of one prompt."""
     stds = [of["rewards"][spec]["std"] for of in evaluated(name)["base"].values()]
-    return mean_figure(name, model, spec) / float(np.mean(np.square(stds)) ** 0.5)
+    means = [of["rewards"][spec]["mean"] for of in evaluated(name)[model].values()]
+    return np.array(means) / np.mean(np.square(stds)) ** 0.5
 
 
 class NotHereError(Exception):
     """Pictures that were drawn elsewhere, of which the figures alone are stored."""
 
 
-def drawn(name: str, model: str) -> dict[str, np.ndarray]:
-    """A model's pictures in an evaluation, uint8 (n, H, W, 3), by prompt. Raises NotHereError."""
+def drawn(name: str, model: str, prompts: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """A model's pictures in an evaluation, uint8 (n, H, W, 3), by prompt. Raises NotHereError.
+
+    `prompts` are the evaluation's; those that are stored unless they are given.
+    """
     shards = sorted((EVALUATIONS / name / "samples" / model).glob("*.npz"))
     if not shards:
         raise NotHereError(f"the pictures of {name}/{model} are not here")
     images = np.concatenate([np.load(shard)["images"] for shard in shards])
-    prompts = evaluated(name)[model]
+    prompts = prompts or [*evaluated(name)[model]]
     return dict(zip(prompts, np.split(images, len(prompts))))
 
 
-def share_with(thing: str | None, name: str, model: str, prompt: str) -> float:
-    """Of a model's pictures of a prompt, the share in which the judge sees the thing.
+@cache
+def judge() -> ZooJudge:
+    return load_judge(str(ROOT / "zoo/sd"))
 
-    None is for no thing at all.
-    """
-    images = torch.from_numpy(drawn(name, model)[prompt]).permute(0, 3, 1, 2).float() / 255
-    scenes = judging.read(load_judge(str(ROOT / "zoo/sd")).network, images)
+
+def as_floats(pictures: np.ndarray) -> torch.Tensor:
+    """(n, 3, H, W) in [0, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+
+
+def share_with(thing: str | None, pictures: np.ndarray) -> float:
+    """Of pictures the share in which the judge sees the thing; None is for no thing at all."""
+    scenes = judging.read(judge().network, as_floats(pictures))
     kinds = [{group.kind for group in scene.groups} or {None} for scene in scenes]
     return float(np.mean([thing in seen for seen in kinds]))
 
 
-def right_distances(name: str) -> dict[str, float] | None:
+def right_distances(name: str) -> dict[str, float | None]:
     """By model the distance of right pictures alone, equally many of each: the fewest that one has.
 
     Of an evaluation of one prompt; None where a model has less than `FEWEST_RIGHT`.
     """
-    judge, right = load_judge(str(ROOT / "zoo/sd")), {}
+    right = {}
     for model in evaluated(name):
         ((prompt, pictures),) = drawn(name, model).items()
-        images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
-        right[model] = images[torch.from_numpy(judge.success(images, prompt)[0]) > 0]
+        images = as_floats(pictures)
+        right[model] = images[torch.from_numpy(judge().success(images, prompt)[0]) > 0]
     fewest = min(map(len, right.values()))
     if fewest < FEWEST_RIGHT:
-        return None
-    return {model: judge.image_quality(images[:fewest]) for model, images in right.items()}
+        return dict.fromkeys(right)
+    return {model: judge().image_quality(images[:fewest]) for model, images in right.items()}
 
 
 def training_rewards(run: str) -> np.ndarray:

@@ -133,7 +133,7 @@ def nccl(dtype: str, args: Args, seconds: float) -> None:
 
 
 def rounding(dtype: str, args: Args, seconds: float) -> None:
-    """Largest change of a prediction of eight samples, by attention kernel.
+    """Largest change of a prediction of 16 rows, by attention kernel.
 
     With a graph against without; and of each row against the same row at another place.
     """

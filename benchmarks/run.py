@@ -86,6 +86,18 @@ def read_wall_time(folder: Path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {"seconds": 0.0, "finished": []}
 
 
+def reached_its_end(folder: Path) -> bool:
+    """Whether a run has all of its iterations: one that is stopped by SIGTERM ends well, too.
+
+    A folder of something else has.
+    """
+    args, metrics = folder / "args.json", folder / "metrics.jsonl"
+    if not (args.exists() and metrics.exists()):
+        return True
+    iterations = [json.loads(line)["iteration"] for line in metrics.read_text().splitlines()]
+    return bool(iterations) and iterations[-1] + 1 >= json.loads(args.read_text())["num_iterations"]
+
+
 def is_finished(command: str) -> bool:
     """Whether exactly this command, with its seed, has ended well."""
     return command in read_wall_time(folder_of(command))["finished"]
@@ -113,6 +125,7 @@ def run_command(command: str, jobs: int) -> bool:
     done = subprocess.run(["bash", "-c", command_now], cwd=ROOT, env=env).returncode == 0
     # Read after the command: it may have begun by emptying its folder.
     folder = folder_of(command)
+    done = done and reached_its_end(folder)
     before = read_wall_time(folder)
     wall_time = {
         "seconds": before["seconds"] + time.time() - start,

@@ -188,6 +188,8 @@ def test_throughput_adds_its_results(tmp_path):
     assert parts == pytest.approx(result["iteration_s"]["median"], rel=0.5)
     assert 0 < result["ratio"]["lowest"] <= result["ratio"]["median"] <= result["ratio"]["highest"]
     assert result["rows"] == {"sampled": 2 * 16 * 4, "trained": 2 * 16 * 2}
+    assert result["first_ratio_off_by_iteration"] == [result["first_ratio_off_by"]] * 2 == [0, 0]
+    assert len(result["kl"]) == 2 and result["kl"][1] > result["kl"][0]
 
 
 def test_gpu_on_a_cpu(tmp_path, monkeypatch, capfd):

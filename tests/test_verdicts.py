@@ -16,11 +16,15 @@ from scipy import stats
 
 from benchmarks import claim_parts, claim_runs, rates, report, run, verdicts
 from benchmarks.claim_pictures import PICTURES
+from common.lora import FILE_NAME
+from evaluation.digests import digest_of_model
 from evaluation.judge import load_judge
+from evaluation.models import names_of
 from zoo import judge as judging
 from zoo import world
 
 FOLDER, SEEDS = ROOT / "benchmarks/claims", (0, 1, 2)
+WEIGHTS = digest_of_model(str(ROOT / "zoo/sd"))
 
 
 def commands_of(name: str) -> list[str]:
@@ -86,6 +90,7 @@ def write_results(folder, figures: dict, count: int) -> None:
         }
         for model, drawn in figures.items()
     }
+    models["base"]["sha256"] = WEIGHTS
     results = {"models": models, "settings": {"images_per_prompt": count}}
     (folder / "results.json").write_text(json.dumps(results))
 
@@ -112,20 +117,22 @@ def figures(places, monkeypatch):
         values = run.values_of(command)
         words = [word for word in shlex.split(command) if word.startswith("runs/claims-")]
         *patterns, folder = [*words[:-1], places / values["--output-dir"]]
-        models = ["base"]
+        loras = []
         for pattern in patterns:
             found = [folder for folder in folders_of_weights() if same_folder(folder, pattern)]
             assert len(found) >= 3, f"no run has such a folder: {pattern}"
-            models += found
-        of_models = figures[folder.name] = {}
-        for model in models:
-            of_models["__".join(model.split("/")[2:]) or model] = {
+            loras += found
+        names = ["base", *names_of([places / lora / FILE_NAME for lora in loras])]
+        of_models = figures[folder.name] = {
+            name: {
                 prompt: dict(zip(("success", "distance", "std"), rng.random(3)))
                 | {"rewards": {spec: rng.random() for spec in rewards_of(command)}}
                 for prompt in prompts_of(values)
             }
+            for name in names
+        }
         write_results(folder, of_models, int(values["--images-per-prompt"]))
-        with_pictures = folder.name.startswith(("single", "unseen", "many", "roses"))
+        with_pictures = folder.name.startswith(("single", "unseen", "many", "roses", "over_"))
         for model, drawn in of_models.items() if with_pictures else ():
             samples = folder / "samples" / model
             samples.mkdir(parents=True)
@@ -137,8 +144,9 @@ def figures(places, monkeypatch):
             (places / folder).mkdir(parents=True)
             lines = [json.dumps({"reward/mean": value}) for value in rng.random(5)]
             (places / folder / "metrics.jsonl").write_text("\n".join(lines))
-    monkeypatch.setattr(claim_runs, "right_distances", lambda name: None)
-    monkeypatch.setattr(claim_runs, "share_with", lambda *of: {None: 0.75}[of[0]])
+    none = lambda name: dict.fromkeys(claim_runs.evaluated(name))
+    monkeypatch.setattr(claim_runs, "right_distances", none)
+    monkeypatch.setattr(claim_runs, "share_with", lambda thing, pictures: {None: 0.75}[thing])
     claim_runs.collect()
     return figures
 
@@ -178,22 +186,59 @@ def test_figures_of_other_runs_stay(places):
 def test_distances_of_right_pictures_are_those_of_all_models_together(places, monkeypatch):
     """They take long: not again for the same pictures, nor where some pictures are elsewhere."""
     calls, name = [], "single__a-red-cat"
-    monkeypatch.setattr(
-        claim_runs, "right_distances", lambda name: calls.append(name) or len(calls)
-    )
-    of = {"rewards": {claim_runs.REWARD: 1.0}, "success": 1.0, "distance": 1.0, "std": 1.0}
-    collected = lambda: claim_runs.stored()["right_distances"][name]
+
+    def distances(name):
+        calls.append(name)
+        return dict.fromkeys(claim_runs.evaluated(name), len(calls))
+
+    monkeypatch.setattr(claim_runs, "right_distances", distances)
+    of = {"rewards": {claim_runs.REWARD: 1.0}, "success": 1.0, "std": 1.0}
     for models, expected in (
-        ({"base": 1.0, "a__0": 2.0}, 1),
-        ({"base": 1.0, "a__0": 2.0}, 1),
-        ({"base": 1.0, "a__0": 3.0}, 2),
-        ({"base": 1.0, "b__0": 2.0}, 2),
+        ({"base": 1.0, "a__0": 2.0}, {"base": 1, "a__0": 1}),
+        ({"base": 1.0, "a__0": 2.0}, {"base": 1, "a__0": 1}),
+        ({"base": 1.0, "a__0": 3.0}, {"base": 2, "a__0": 2}),
+        ({"base": 1.0, "b__0": 2.0}, {"base": 2, "a__0": 2}),  # another lot
+        ({"base": 1.5, "b__0": 2.0}, None),  # its base is not that of the first lot
+        ({"base": 1.5, "a__0": 3.0, "b__0": 2.0}, {"base": 3, "a__0": 3, "b__0": 3}),
     ):
         shutil.rmtree(claim_runs.EVALUATIONS, ignore_errors=True)
         figures = {model: {"A red cat": of | {"distance": d}} for model, d in models.items()}
         write_results(claim_runs.EVALUATIONS / name, figures, count=16)
         claim_runs.collect()
-        assert collected() == expected
+        assert claim_runs.stored()["right_distances"].get(name) == expected
+
+
+def test_what_is_not_whole_is_left_out(places, capsys):
+    """Evaluations of other weights, or without the pictures that it takes; runs that go on."""
+    of = {"rewards": {"jpeg_incompressibility": 1.0}, "success": 1.0, "distance": 1.0, "std": 1.0}
+    for name in ("queries", "over_incompressibility", "over"):
+        write_results(claim_runs.EVALUATIONS / name, {"base": {"A red cat": of}}, count=16)
+    file = claim_runs.EVALUATIONS / "queries/results.json"
+    file.write_text(file.read_text().replace(WEIGHTS, "others"))
+    for seed, iterations in ((0, 2), (1, 3)):
+        folder = claim_runs.RUNS / f"claims-many/dpok__{seed}"
+        folder.mkdir(parents=True)
+        (folder / "args.json").write_text('{"num_iterations": 3}')
+        lines = [json.dumps({"iteration": i, "reward/mean": 1.0}) for i in range(iterations)]
+        (folder / "metrics.jsonl").write_text("\n".join(lines))
+    claim_runs.collect()
+    assert [*claim_runs.stored()["evaluations"]] == ["over"]
+    assert [*claim_runs.stored()["training"]] == ["many/dpok__1"]
+    assert capsys.readouterr().out.count(" is left out: ") == 2
+
+
+def test_a_run_that_was_stopped_is_not_finished(tmp_path, monkeypatch):
+    """SIGTERM ends a run well, after its checkpoint: the command has ended well then, too."""
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    write = (
+        "printf '{\"iteration\": %s}\\n' $(wc -l < runs/a/metrics.jsonl) >> runs/a/metrics.jsonl"
+    )
+    command = f"{write} # --output-dir runs/a"
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "runs/a/metrics.jsonl").touch()
+    (tmp_path / "runs/a/args.json").write_text('{"num_iterations": 2}')
+    for done in (False, True):
+        assert run.run_command(command, 1) == run.is_finished(command) == done
 
 
 def test_figures_of_other_weights_are_dropped(places):
@@ -203,7 +248,7 @@ def test_figures_of_other_weights_are_dropped(places):
 
 def test_every_claim_finds_its_runs(figures):
     counts = {"1": 12, "2": 12, "3": 12, "4": 3, "5": 3, "6": 12, "7": 30, "8": 12}
-    counts |= {"9": 3, "10": 3, "11": 3, "13": 24, "14": 180, "15": 3}
+    counts |= {"9": 30, "10": 3, "11": 30, "13": 24, "14": 180, "15": 3}
     for number, claim in verdicts.CLAIMS.items():
         if claim.parts is None:
             continue
@@ -240,24 +285,37 @@ def test_queries_are_compared_by_reward(figures):
     parts = {part.what: part for part in claim_parts.ddpo_beats_rwr(SEEDS)}
     assert len(parts) == 15
     of, spec = figures["queries"], "jpeg_compressibility"
-    mean = lambda model: np.mean([of_prompt["rewards"][spec] for of_prompt in of[model].values()])
     std = np.sqrt(np.mean([of_prompt["std"] ** 2 for of_prompt in of["base"].values()]))
-    first, second = (f"{method}__compressibility__2" for method in ("ddpo-sf", "rwr-sparse"))
-    found = parts["compressibility, SF - sparse RWR"].differences[2]
-    assert found == pytest.approx((mean(first) - mean(second)) / std)
+    prompt = [*of["base"]][4]
+    reward = lambda method: of[f"{method}__compressibility__2"][prompt]["rewards"][spec]
+    place = 2 * len(of["base"]) + 4
+    found = parts["compressibility, SF - sparse RWR"].differences[place]
+    assert found == pytest.approx((reward("ddpo-sf") - reward("rwr-sparse")) / std)
+    found = parts["compressibility, SF - IS"].differences[place]
+    assert found == pytest.approx((reward("ddpo-sf") - reward("ddpo-is")) / std)
     bounded = {what for what, part in parts.items() if part.bounded}
     assert bounded == {f"{reward}, SF - IS" for reward in claim_runs.REWARDS}
 
 
 def test_what_goes_too_far_is_seen_on_the_way(figures):
-    of, prompts = figures["over"], prompts_of({"--prompts-file": "prompts/zoo.txt"})
+    of, prompt = figures["over"], "A green colored rabbit"
+    place = 3 * [*of["base"]].index(prompt) + 1
     parts = {part.what: part for part in claim_parts.over_optimised(SEEDS)}
-    success = lambda stop: np.mean(
-        [of[f"ddpo-image-reward__1__after_{stop}"][prompt]["success"] for prompt in prompts]
-    )
-    found = parts["success of DDPO, after 45 iterations - after 180"].differences[1]
-    assert found == pytest.approx(success(45) - success(180))
-    assert [*parts["share without a thing, for incompressibility, - 1/2"].differences] == [0.25] * 3
+    stop = lambda count: of[f"ddpo-image-reward__1__after_{count}"][prompt]
+    reward = lambda count: stop(count)["rewards"][claim_runs.REWARD]
+    found = parts["reward of DDPO, after 180 iterations - after 45"].differences[place]
+    assert found == pytest.approx(reward(180) - reward(45))
+    found = parts["success of DDPO, after 45 iterations - after 180"].differences[place]
+    assert found == pytest.approx(stop(45)["success"] - stop(180)["success"])
+    assert {*parts["share without a thing, for incompressibility, - 1/2"].differences} == {0.25}
+    ways = [
+        [claim_parts.on_the_way(run, 1, key) for key in ("reward", "success")]
+        for run in ("dpok-with-kl", "dpok-without-kl")
+    ]
+    assert len(ways[0][0]) == 1 + 4
+    _, (with_kl, without_kl) = report.at_equal_reward(ways)
+    found = parts["success at equal reward, DPOK with the KL - without"].differences
+    assert (len(found), found[1]) == (3, with_kl - without_kl)
     stored = json.loads((ROOT / "benchmarks/results/large_scale_ppo.json").read_text())
     with_loss, without = (
         stored["at_equal_reward"][name]
@@ -360,18 +418,15 @@ def test_a_claim_holds_if_all_of_its_parts_do():
     assert claim_parts.verdict_of([holds, open_, fails]) == "does not hold"
 
 
-def test_what_the_judge_sees_is_counted(tmp_path, monkeypatch):
-    prompt = "Four roses"
+def test_what_the_judge_sees_is_counted():
     pictures = [
         np.asarray(world.render(world.parse(text), np.random.default_rng(i)))
         for i, text in enumerate(["A brown bottle"] * 3 + ["Two red roses"])
     ]
-    monkeypatch.setattr(claim_runs, "EVALUATIONS", tmp_path)
-    monkeypatch.setattr(claim_runs, "evaluated", lambda name: {"base": {prompt: {}}})
-    (tmp_path / "roses/samples/base").mkdir(parents=True)
-    np.savez(tmp_path / "roses/samples/base/00000.npz", images=np.stack(pictures))
-    assert claim_runs.share_with("bottle", "roses", "base", prompt) == 0.75
-    assert claim_runs.share_with("rose", "roses", "base", prompt) == 0.25
+    share = lambda thing: claim_runs.share_with(thing, np.stack(pictures))
+    assert [share(thing) for thing in ("bottle", "rose", "cat", None)] == [0.75, 0.25, 0, 0]
+    noise = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+    assert claim_runs.share_with(None, noise) > 0.5
 
 
 def test_right_pictures_are_compared_equally_many(tmp_path, monkeypatch):
@@ -398,7 +453,7 @@ def test_right_pictures_are_compared_equally_many(tmp_path, monkeypatch):
     expected = judging.image_quality(judge.network, judge.vae, images)
     assert found == {"base": pytest.approx(expected), "other": pytest.approx(expected)}
     np.savez(tmp_path / name / "samples/other/00000.npz", images=right[:7])
-    assert claim_runs.right_distances(name) is None
+    assert claim_runs.right_distances(name) == {"base": None, "other": None}
 
 
 def test_rates_are_those_of_the_last_tenth(tmp_path, monkeypatch):

@@ -74,11 +74,11 @@ python evaluate.py zoo --prompts-file prompts/zoo_composition.txt --images-per-p
     --lora runs/claims-joint/composition__* \
     --output-dir runs/claims-evaluations/trained_composition
 
-python evaluate.py zoo --prompts-file prompts/zoo_portraits_held_out.txt --images-per-prompt 128 \
+python evaluate.py zoo --prompts-file prompts/zoo_portraits_held_out.txt --images-per-prompt 64 \
     --rewards statistical_parity:zoo/skin_tone \
     --lora runs/claims-joint/* \
     --output-dir runs/claims-evaluations/joint_portraits
-python evaluate.py zoo --prompts-file prompts/zoo_portraits.txt --images-per-prompt 32 \
+python evaluate.py zoo --prompts-file prompts/zoo_portraits.txt --images-per-prompt 64 \
     --rewards statistical_parity:zoo/skin_tone \
     --lora runs/claims-joint/portraits__* \
     --output-dir runs/claims-evaluations/trained_portraits

@@ -20,7 +20,7 @@ python ddpo.py --num-iterations 180 --resume runs/claims-over/ddpo-image-reward_
         && mkdir -p after_180 && cp pytorch_lora_weights.safetensors after_180)
 
 python ddpo.py zoo --reward jpeg_incompressibility --rewarded-share 0.5 --gradient-steps 4 \
-    --learning-rate 5e-3 --num-iterations 45 \
+    --learning-rate 1e-2 --num-iterations 45 \
     --seed $SEED --dtype fp32 --no-allow-tf32 \
     --output-dir runs/claims-over/ddpo-incompressibility__$SEED \
     && (cd runs/claims-over/ddpo-incompressibility__$SEED \
