@@ -324,6 +324,27 @@ def large_scale_ppo(name: str, seeds: tuple[int, ...], count: int) -> None:
     save_curves(name, plot_large_scale_ppo(results, folders))
 
 
+def large_scale_ppo_share(name: str, seeds: tuple[int, ...], count: int) -> None:
+    """Of the preset's first steps and of all, from the same number of samples: reward on the way.
+
+    That of all steps is in large_scale_ppo's results.
+    """
+    *_, last = [finished(command, seeds) for command in commands_of(name)]
+    scores_of, stops = HeldOutScores(count), ("after_20", "after_40")
+    own = [[scores_of(folder_of(c) / stop, ("preference",)) for stop in stops] for c in last]
+    path = ROOT / "benchmarks/results/large_scale_ppo.json"
+    of_all = json.loads(path.read_text())["on_the_way"]["preference"]
+    results = {"weights": weights_digest(), "pictures": count, "stops": stops}
+    results["first steps"] = own
+    results["all steps"] = [of_all[seed][: len(stops)] for seed in seeds]
+    save_results(name, results)
+    for label in ("all steps", "first steps"):
+        for i, stop in enumerate(stops):
+            for key in ("preference", "success", "distance"):
+                values = ", ".join(f"{run[i][key]:.2f}" for run in results[label])
+                print(f"{label}, {stop}, {key}: {values}")
+
+
 class HeldOutScores:
     """The columns of Table 5 on held-out prompts, and image quality; they stay beside the weights.
 
@@ -490,6 +511,7 @@ REPORTS = {
     "rwr": (learning, 256),
     "sft_kl": (learning, 128),
     "large_scale_ppo": (large_scale_ppo, 128),
+    "large_scale_ppo_share": (large_scale_ppo_share, 128),
     "evaluate": (evaluate, 8),
     "evaluate_32": (evaluate, 32),
 }
