@@ -103,11 +103,20 @@ def collect_evaluation(name: str, results: dict) -> None:
     if name.startswith("single__"):
         # Of all models together. The pictures of some that are stored may not be here: what was
         # found of those stays, as long as none of them has changed.
-        changed = any(before.get(model, found[model]) != found[model] for model in found)
-        if changed:
+        if any(model in before and differ(before[model], found[model]) for model in found):
             distances.pop(name, None)
         if {*of_models[name]} == {*found} and {*distances.get(name, ())} != {*found}:
             distances[name] = right_distances(name)
+
+
+def differ(one: dict[str, dict], other: dict[str, dict]) -> bool:
+    """Whether a model's figures do, by more than another machine's rounding."""
+    numbers = [
+        [value for of in figures.values() for value in (of["success"], of["distance"])]
+        + [of["rewards"][spec]["mean"] for of in figures.values() for spec in sorted(of["rewards"])]
+        for figures in (one, other)
+    ]
+    return len(numbers[0]) != len(numbers[1]) or not np.allclose(*numbers, rtol=1e-3)
 
 
 def kept(of_prompt: dict, count: int) -> dict:

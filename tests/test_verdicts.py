@@ -198,6 +198,7 @@ def test_distances_of_right_pictures_are_those_of_all_models_together(places, mo
         ({"base": 1.0, "a__0": 2.0}, {"base": 1, "a__0": 1}),
         ({"base": 1.0, "a__0": 3.0}, {"base": 2, "a__0": 2}),
         ({"base": 1.0, "b__0": 2.0}, {"base": 2, "a__0": 2}),  # another lot
+        ({"base": 1 + 1e-5, "b__0": 2.0}, {"base": 2, "a__0": 2}),  # of another machine
         ({"base": 1.5, "b__0": 2.0}, None),  # its base is not that of the first lot
         ({"base": 1.5, "a__0": 3.0, "b__0": 2.0}, {"base": 3, "a__0": 3, "b__0": 3}),
     ):
