@@ -190,14 +190,19 @@ def bottles(seeds) -> dict[str, float]:
     return {model: share_with("bottle", drawn("roses", model)["Four roses"]) for model in models}
 
 
-def many(key: str, name: str, first: str, second: str, seeds) -> list[float]:
-    """Differences of a figure between two methods over the prompts of an evaluation, and seeds."""
-    run = lambda method, seed: "base" if method == "base" else f"{method}__{seed}"
-    return [
-        figure(name, run(first, seed), key, prompt) - figure(name, run(second, seed), key, prompt)
-        for prompt in evaluated(name)["base"]
-        for seed in seeds
-    ]
+def by_prompt(key: str, name: str, first: str, second: str, seeds) -> np.ndarray:
+    """Differences of a figure between two models over the prompts of an evaluation, and seeds.
+
+    A model has {seed} in its name, or is the base.
+    """
+    return np.array(
+        [
+            figure(name, first.format(seed=seed), key, prompt)
+            - figure(name, second.format(seed=seed), key, prompt)
+            for prompt in evaluated(name)["base"]
+            for seed in seeds
+        ]
+    )
 
 
 def value_function_helps(seeds) -> list[Part]:
@@ -208,7 +213,7 @@ def value_function_helps(seeds) -> list[Part]:
         Part("reward, with - without", single("reward", "dpok", without, seeds)),
         Part(
             "reward on many prompts, with - without",
-            many("reward", "many", "dpok", without, seeds),
+            by_prompt("reward", "many", "dpok__{seed}", without + "__{seed}", seeds),
         ),
         Part("mean training reward on many prompts, with - without", while_training),
     ]
@@ -220,9 +225,9 @@ def many_prompts_at_equal_quality(seeds) -> list[Part]:
         for prompt in evaluated("many")["base"]
         for _ in seeds
     ]
-    cost = many("distance", "many", "dpok", "base", seeds)
+    cost = by_prompt("distance", "many", "dpok__{seed}", "base", seeds)
     return [
-        Part("reward, DPOK - base", many("reward", "many", "dpok", "base", seeds)),
+        Part("reward, DPOK - base", by_prompt("reward", "many", "dpok__{seed}", "base", seeds)),
         Part("a tenth of the base's distance - what DPOK adds", np.array(base) / 10 - cost),
     ]
 
@@ -238,7 +243,7 @@ def unseen_prompts_gain(seeds) -> list[Part]:
             for seed in seeds
         ]
         parts.append(Part(f"{key} on the unseen prompt of the kind, trained - base", of_kind))
-        after_many = many(key, "many_unseen", "dpok", "base", seeds)
+        after_many = by_prompt(key, "many_unseen", "dpok__{seed}", "base", seeds)
         parts.append(Part(f"{key} on unseen prompts after many, trained - base", after_many))
     return parts
 
@@ -294,10 +299,8 @@ def on_the_way(run: str, seed: int, key: str) -> list[float]:
 
 
 def over_optimised(seeds) -> list[Part]:
-    late = {
-        key: less("over", "ddpo-image-reward", "after_180", "after_45", key, seeds)
-        for key in ("reward", "success")
-    }
+    stops = ["ddpo-image-reward__{seed}__after_180", "ddpo-image-reward__{seed}__after_45"]
+    late = {key: by_prompt(key, "over", *stops, seeds) for key in ("reward", "success")}
     name, run = "over_incompressibility", "ddpo-incompressibility"
     empty = [
         figure(name, f"{run}__{seed}__after_180", "empty", prompt)
@@ -327,27 +330,9 @@ def over_optimised(seeds) -> list[Part]:
     ]
 
 
-def less(name: str, run: str, later: str, earlier: str, key: str, seeds) -> np.ndarray:
-    """What a figure has changed between two stops of a run, by prompt and seed."""
-    return np.array(
-        [
-            figure(name, f"{run}__{seed}__{later}", key, prompt)
-            - figure(name, f"{run}__{seed}__{earlier}", key, prompt)
-            for prompt in evaluated(name)["base"]
-            for seed in seeds
-        ]
-    )
-
-
 def gains(name: str, run: str, spec: str, seeds) -> np.ndarray:
     """Of the runs of a name over the base, by prompt and seed."""
-    return np.array(
-        [
-            figure(name, f"{run}__{seed}", spec, prompt) - figure(name, "base", spec, prompt)
-            for prompt in evaluated(name)["base"]
-            for seed in seeds
-        ]
-    )
+    return by_prompt(spec, name, run + "__{seed}", "base", seeds)
 
 
 def joint_run_keeps_gains(seeds) -> list[Part]:

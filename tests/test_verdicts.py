@@ -276,7 +276,7 @@ def test_figures_are_those_of_the_prompt_method_and_seed(figures, monkeypatch):
     gained, equal = claim_parts.many_prompts_at_equal_quality(SEEDS)
     of = figures["many"]
     pairs = [(of[f"dpok__{seed}"][p], of["base"][p]) for p in of["base"] for seed in SEEDS]
-    assert gained.differences == [reward_of(a) - reward_of(b) for a, b in pairs]
+    assert [*gained.differences] == [reward_of(a) - reward_of(b) for a, b in pairs]
     expected = [b["distance"] / 10 - (a["distance"] - b["distance"]) for a, b in pairs]
     assert np.allclose(equal.differences, expected)
 
