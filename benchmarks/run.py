@@ -7,9 +7,11 @@ after the other. Here a paragraph with its seed is a job, and jobs run side by s
 a job run one after the other: those that go on with a run, or take what an earlier one has drawn.
 
 Each command names the folder of its run by --output-dir, or by --resume. What is finished there is
-written into wall_time.json and not run again; a run that was stopped is resumed.
+written into wall_time.json and not run again; a run that was stopped is resumed. A pattern stands
+for the finished runs that match: where there are more of them, the command is run again.
 """
 
+import glob
 import itertools
 import json
 import os
@@ -98,9 +100,19 @@ def reached_its_end(folder: Path) -> bool:
     return bool(iterations) and iterations[-1] + 1 >= json.loads(args.read_text())["num_iterations"]
 
 
+def with_paths(command: str) -> str:
+    """The command with the paths that its patterns stand for, but for runs short of their end."""
+
+    def paths(pattern: re.Match) -> str:
+        found = sorted(glob.glob(pattern[0], root_dir=ROOT))
+        return " ".join(path for path in found if reached_its_end(ROOT / path)) or pattern[0]
+
+    return re.sub(r"\S*\*\S*", paths, command)
+
+
 def is_finished(command: str) -> bool:
-    """Whether exactly this command, with its seed, has ended well."""
-    return command in read_wall_time(folder_of(command))["finished"]
+    """Whether exactly this command, with its seed and the paths of today, has ended well."""
+    return with_paths(command) in read_wall_time(folder_of(command))["finished"]
 
 
 def resumed(command: str) -> str:
@@ -115,6 +127,7 @@ def run_command(command: str, jobs: int) -> bool:
     """Run a command that is not finished; whether it is afterwards."""
     if is_finished(command):
         return True
+    command = with_paths(command)
     command_now = resumed(command)
     print(f"$ {command_now}", flush=True)
     env = os.environ | {

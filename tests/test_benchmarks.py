@@ -107,6 +107,24 @@ def test_runner_runs_keeps_and_skips(tmp_path):
     assert not ran.exists()
 
 
+def test_runner_takes_in_runs_as_they_are_finished(tmp_path, monkeypatch):
+    """A command that takes runs by a pattern: those at their end, and again when there are more."""
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    for name, iterations in (("a", 2), ("b", 1)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "args.json").write_text('{"num_iterations": 2}')
+        lines = [json.dumps({"iteration": i}) for i in range(iterations)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines))
+    command = "echo [ab]* x* >> ran # --output-dir of"
+    for _ in range(2):  # the second finds it finished
+        assert run.run_command(command, 1)
+        assert (tmp_path / "ran").read_text() == "a x*\n"
+    (tmp_path / "b/metrics.jsonl").write_text(json.dumps({"iteration": 1}))
+    assert not run.is_finished(command)
+    assert run.run_command(command, 1)
+    assert (tmp_path / "ran").read_text() == "a x*\na b x*\n"
+
+
 def test_runner_refuses_a_command_without_a_folder(tmp_path):
     (tmp_path / "commands.sh").write_text("python -c pass\n")
     with pytest.raises(SystemExit, match="no --output-dir"):
