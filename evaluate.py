@@ -73,7 +73,7 @@ class Args:
     seed: int = 0
     """Seed of the noise; picture i of prompt j is a function of (seed, j, i)."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """What the UNet's forward pass runs in; all else is float32. On CPU fp32 alone."""
+    """What the UNet's forward pass runs in; all else is float32."""
     shown_prompts: int = 8
     """Prompts in comparison.png, the first ones."""
     shown_images: int = 8

@@ -86,7 +86,7 @@ class BuildArgs:
     seed: int = 0
     """Seed of the noise; picture i of prompt j is a function of (seed, j, i)."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """What the UNet's forward pass runs in. On CPU fp32 alone."""
+    """What the UNet's forward pass runs in."""
     output_dir: Path | None = None
     """Where human_eval.html and key.json go; by default runs/human_eval__TIME."""
 

@@ -111,7 +111,7 @@ def markdown_of(name: str, table: dict) -> str:
         row, cells = table[script], [METHODS[script]]
         for key in keys:
             values = sign[key] * np.array([numbers[key] for numbers in row["runs"]])
-            spread = f" ± {values.std():.2f}" if len(values) > 1 else ""
+            spread = f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else ""
             cells.append(f"{values.mean():.2f}{spread}")
         cells += [f"{np.mean(row['queries']):.0f}", f"{np.median(row['minutes']):.1f}"]
         rows.append([*cells, "yes" if script in ANY_REWARD else "no"])

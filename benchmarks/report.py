@@ -416,7 +416,7 @@ def print_large_scale_ppo(results: dict) -> None:
     for name, seeds in rows.items():
         cells = [np.array([numbers[task] for numbers in seeds]) * sign[task] for task in TASKS]
         if len(seeds) > 1:
-            cells = [f"{cell.mean():.3f} ± {cell.std():.3f}" for cell in cells]
+            cells = [f"{cell.mean():.3f} ± {cell.std(ddof=1):.3f}" for cell in cells]
         else:
             cells = [f"{cell[0]:.3f}" for cell in cells]
         distance = np.mean([numbers["distance"] for numbers in seeds])

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,20 @@ def test_copied_script_trains_as_here(copy, tiny_sd, tmp_path):
         differ = {key for key in wanted if line.get(key) != wanted[key]}
         differ -= {"time/sample_s", "time/reward_s", "time/train_s"}
         assert differ <= {"grad_norm", "advantages/std", "updates/skipped"}
+
+
+def test_a_reward_that_is_carried_along_scores(copy, tmp_path):
+    shutil.copytree(copy, tmp_path, dirs_exist_ok=True)
+    (carried,) = re.findall(r"To take a reward from here, carry (.*?)\(", PAGE, re.DOTALL)
+    for name in re.findall(r"`(\S+)`", carried):
+        (shutil.copytree if name.endswith("/") else shutil.copy)(ROOT / name, tmp_path / name)
+    code = (
+        "import torch; from common.rewards import load_reward; "
+        "print(load_reward('jpeg_compressibility', 'cpu')(torch.ones(2, 3, 8, 8), ['a', 'b']))"
+    )
+    env = os.environ | {"PYTHONPATH": ""}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True)
+    assert ran.stdout.startswith(b"tensor([-"), ran.stderr
 
 
 @pytest.mark.parametrize("script", ["dpok.py", "ddpo.py", "rwr.py", "sft_kl.py"])
