@@ -38,9 +38,10 @@ def score_with_gradients(
     """Scores (B,) of images (B, 3, H, W), and of each its gradient in its own image, (B, 3, H, W).
 
     `reward` has with_gradient. About `size` images are in its graph at a time. Collective: ranks,
-    whose B may differ, call the reward equally often.
+    whose B and `size` may differ, call the reward equally often.
     """
-    calls = math.ceil(min(everybodys(len(images))) / size)
+    lengths, sizes = zip(*everybodys((len(images), size)))
+    calls = math.ceil(min(lengths) / min(sizes))
     parts = torch.arange(len(images)).tensor_split(calls)
     scores, gradients = [], []
     for start, stop in [(part[0].item(), part[-1].item() + 1) for part in parts]:

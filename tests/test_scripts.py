@@ -198,6 +198,8 @@ def on_ranks(tiny_sd, tmp_path_factory):
             # ones, and with the default guidance of 7.5, rounding is amplified.
             flags = [*tiny_and_own(script, folder, smooth), "--num-iterations", 2]
             flags += ["--learning-rate", 2e-3, "--guidance-scale", 2, "--lora-rank", 4]
+            # Of 3, so that ranks with 3 and 4 samples have micro-batches of other sizes.
+            flags += ["--micro-batch-size", 3]
             flags += ["--model", tiny_sd, "--output-dir", folder / f"{script}-{ranks}"]
             commands.append([script, *flags])
         run_together(commands, ranks, folder)
