@@ -162,18 +162,19 @@ def restoring(run_dir: Path, name: str):
         raise CheckpointError(f"{fault}; {PUT_BACK}") from error
 
 
-def read_part(path: Path, device: torch.device) -> dict:
-    """What torch.save has written, as data alone: nothing in it is run."""
-    return torch.load(path, map_location=device, weights_only=True)
+def read_part(path: Path) -> dict:
+    """What torch.save has written, as data alone: nothing in it is run.
+
+    On the CPU: a GPU may not have room for all of it, and AdamW, whose counts of steps stay where
+    they are read to, would wait for the GPU at every update to tell them.
+    """
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def read_shares(run_dir: Path, name: str, n: int, own: range) -> dict[str, torch.Tensor]:
-    """This rank's share, of n in dimension 1, of tensors whose shares some ranks have written.
-
-    On the CPU: a GPU may not have room for all shares.
-    """
+    """This rank's share, of n in dimension 1, of tensors whose shares some ranks have written."""
     paths = sorted((run_dir / "checkpoint").glob(f"{name}-*.pt"))
-    parts = [read_part(path, "cpu") for path in paths]
+    parts = [read_part(path) for path in paths]
     whole = {key: torch.cat([part[key] for part in parts], dim=1) for key in parts[0]}
     if any(value.shape[1] != n for value in whole.values()):
         raise ValueError(f"it is not of {n} samples")

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -58,7 +58,7 @@ class Run:
         self._fixed, self._contents = fixed or {}, contents_of_files(args)
         self._folder, self._grid = None, None
         self._iteration, self._unit = 0, 0
-        self._last_norms = deque(maxlen=args.max_skipped_updates)
+        self._last_norms = defaultdict(lambda: deque(maxlen=args.max_skipped_updates))
         self._metrics = self._before_unit = Metrics(self.device)
         self._state = None
         if args.resume:
@@ -179,7 +179,7 @@ class Run:
         self._scaler.update()
         optimizer.zero_grad(set_to_none=True)
         self._metrics.norms[metric].append(norm)
-        self._last_norms.append(norm)
+        self._last_norms[metric].append(norm)
 
     # Metrics
 
@@ -225,7 +225,7 @@ class Run:
     def _restore(self) -> None:
         """Where the run is, and the metrics of an iteration some of whose units are done."""
         with restoring(self._args.resume, "state.pt"):
-            self._state = read_part(self._args.resume / "checkpoint" / "state.pt", self.device)
+            self._state = read_part(self._args.resume / "checkpoint" / "state.pt")
             self._iteration, self._unit = int(self._state["iteration"]), int(self._state["unit"])
             self._scaler.load_state_dict(self._state["scaler"])
             self._metrics.load_state_dict(self._state["metrics"])
@@ -276,8 +276,10 @@ class Run:
         if not all_finite(self._trained):
             self._end("an update has left weights that are not finite")
         args, asked = self._args, self._any(bool(self._signals))
-        norms = self._last_norms
-        no_gradient = len(norms) == norms.maxlen and not any(map(math.isfinite, norms))
+        no_gradient = any(
+            len(norms) == norms.maxlen and not any(map(math.isfinite, norms))
+            for norms in self._last_norms.values()  # those of one network
+        )
         due = self._iteration % args.save_every == 0 or self._iteration == args.num_iterations
         if due or asked or no_gradient:
             self._save_grid(self._iteration)
