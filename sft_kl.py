@@ -43,6 +43,7 @@ from harness import (
     check_sampler,
     check_share,
     command,
+    digests_of_code,
     even_size,
     fail,
     fit_micro_batches,
@@ -64,7 +65,7 @@ class Args(RunArgs):
     model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     """Hub id or local folder in diffusers format."""
     prompt: str = "A green colored rabbit"
-    """The prompt, unless --prompts-file is given (5.1)."""
+    """The prompt, unless --prompts-file is given (5.2)."""
     prompts_file: Path | None = None
     """Text file, one prompt a line; every sample draws one of them at random."""
     reward: str = "image_reward"
@@ -162,7 +163,11 @@ def check(args: Args) -> None:
 def about_dataset(args, prompts) -> dict:
     """What the samples of a data set depend on: the file dataset.json beside them."""
     keys = ("model", "reward", "shard_size", "num_inference_steps", "guidance_scale", "eta", "seed")
-    return {"prompts_file": prompts} | {key: getattr(args, key) for key in keys}
+    about = {"prompts_file": prompts} | {key: getattr(args, key) for key in keys}
+    code = digests_of_code(args.reward)
+    if code:  # a reward of the user's own, which may change
+        about["reward"] = [args.reward, code]
+    return about
 
 
 def check_dataset(args, prompts) -> None:

@@ -13,6 +13,7 @@ from harness.guard import command
 from harness.loops import micro_batches, progress
 from harness.memory import even_size, fit_micro_batches, rollout_storage
 from harness.prompts import read_prompts, tag_of, warn_of_prompts
+from harness.resume import digests_of_code
 from harness.rewards import load_run_reward, score_with_gradients, scores_of
 from harness.run import Run
 from harness.seeds import GRID, PRETRAINING, PROGRESS, ROLLOUT, UPDATES, VALUE, seeded
@@ -34,6 +35,7 @@ __all__ = [
     "check_sampler",
     "check_share",
     "command",
+    "digests_of_code",
     "even_size",
     "fail",
     "fit_micro_batches",

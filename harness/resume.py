@@ -65,8 +65,13 @@ def contents_of_files(args) -> dict[str, str]:
     for name, value in vars(args).items():
         if isinstance(value, Path) and value.is_file():
             contents[flag_of(name)] = sha256(value)
-        contents |= {place(path): sha256(path) for path in code_files(value)}
+        contents |= digests_of_code(value)
     return contents
+
+
+def digests_of_code(value) -> dict[str, str]:
+    """Of the files of Python code that an argument names, by their place."""
+    return {place(path): sha256(path) for path in sorted(code_files(value))}
 
 
 def resume_after_restart(words: list[str]) -> list[str]:

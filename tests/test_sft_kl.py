@@ -313,3 +313,17 @@ def test_data_set_is_drawn_once_and_reused(tiny_sd, tmp_path):
     assert result.returncode == 2
     assert "--dataset" in result.stderr and "--guidance-scale" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_data_set_of_a_reward_whose_code_has_changed_is_refused(tmp_path, capsys):
+    code = tmp_path / "mine.py"
+    code.write_text("def f(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n")
+    args = sft_kl.Args(reward=f"{code}:f", dataset=tmp_path / "data")
+    (tmp_path / "data").mkdir()
+    about = json.dumps(sft_kl.about_dataset(args, [PROMPT]))
+    (tmp_path / "data/dataset.json").write_text(about)
+    sft_kl.check_dataset(args, [PROMPT])
+    code.write_text(code.read_text().replace("mean", "amax"))
+    with pytest.raises(SystemExit) as end:
+        sft_kl.check_dataset(args, [PROMPT])
+    assert end.value.code == 2 and "other --reward;" in capsys.readouterr().err
