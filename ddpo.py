@@ -59,7 +59,7 @@ class Args(RunArgs):
     prompt: str = ""
     """A single prompt, in place of --prompts-file."""
     prompts_file: Path | None = Path("prompts/imagenet_animals.txt")
-    """Text file, one prompt a line; every sample draws one at random. 398 animals (5.1)."""
+    """Text file, one prompt a line; every sample draws one at random. 398 animals (6.1)."""
     reward: str = "jpeg_compressibility"
     """Reward, as in docs/rewards.md: a name, name:WEIGHTS, or path/to/file.py:function."""
     num_iterations: int = 200
@@ -113,8 +113,8 @@ class Args(RunArgs):
 PRESETS = {
     "compressibility": Args(),
     "incompressibility": Args(reward="jpeg_incompressibility"),
-    "aesthetic": Args(reward="aesthetic", prompts_file=Path("prompts/animals.txt")),  # 5.2, A.7
-    "alignment": Args(  # 5.3
+    "aesthetic": Args(reward="aesthetic", prompts_file=Path("prompts/animals.txt")),  # 6.1, A.7
+    "alignment": Args(  # 5.3, 6.2
         reward="llava_bertscore",
         prompts_file=Path("prompts/animals_activities.txt"),
     ),
@@ -127,8 +127,8 @@ PRESETS = {
         micro_batch_size=64,
         num_inference_steps=12,
         guidance_scale=1.5,
-        # A latent of 1024 numbers instead of 16384: the mean over them leaves ratios about 16 times
-        # farther from 1.
+        # A latent of 1024 numbers instead of 16384: the mean over them scatters four times as
+        # much.
         clip_range=1e-3,
         gradient_steps=2,
         rewarded_share=0.5,

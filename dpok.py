@@ -61,7 +61,7 @@ class Args(RunArgs):
     model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     """Hub id or local folder in diffusers format."""
     prompt: str = "A green colored rabbit"
-    """The prompt, unless --prompts-file is given (5.1)."""
+    """The prompt, unless --prompts-file is given (5.2)."""
     prompts_file: Path | None = None
     """Text file, one prompt a line; every sample draws one of them at random (5.5)."""
     reward: str = "image_reward"
@@ -107,7 +107,8 @@ class Args(RunArgs):
     learning_rate: float = 1e-5
     """AdamW's learning rate (App. B)."""
     cooldown_share: float = 0.0
-    """Share of the run, its end, over which the learning rate falls to 0 in a straight line."""
+    """Share of the run, its end, over which the learning rate falls to 0 in a straight line: a run
+    that is resumed with more iterations has had one before."""
     weight_decay: float = 0.0
     """AdamW's weight decay (released code)."""
     max_grad_norm: float = 0.1
@@ -118,7 +119,8 @@ class Args(RunArgs):
 
 PRESETS = {
     "single-prompt": Args(),
-    "multi-prompt": Args(  # E.3
+    "multi-prompt": Args(  # E.3, whose prompts are not listed
+        prompts_file=Path("prompts/dpok.txt"),
         samples_per_iteration=45,
         num_iterations=1112,
         beta=0.001,
@@ -134,8 +136,8 @@ PRESETS = {
         guidance_scale=1.5,
         beta=0.1,
         kl="exact",
-        # A latent of 1024 numbers instead of 16384: the mean over them leaves ratios about 16 times
-        # farther from 1.
+        # A latent of 1024 numbers instead of 16384: the mean over them scatters four times as
+        # much.
         clip_range=1e-3,
         gradient_steps=2,
         batch_size=96,
@@ -267,9 +269,9 @@ class Replay:
         """
         shape = (slots, self.m, len(self.noisy_steps))
         drawn = torch.randperm(shape[0] * shape[1] * shape[2], generator=generator)[:count]
-        slot, sample, step = torch.unravel_index(drawn, shape)
-        mine = (sample >= self.own.start) & (sample < self.own.stop)
-        transitions = torch.stack([slot, sample - self.own.start, self.noisy_steps[step]])
+        s, i, j = torch.unravel_index(drawn, shape)
+        mine = (i >= self.own.start) & (i < self.own.stop)
+        transitions = torch.stack([s, i - self.own.start, self.noisy_steps[j]])
         return len(drawn), transitions[:, mine]
 
     def prompts_of(self, prompts, transitions) -> list[str]:

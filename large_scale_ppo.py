@@ -6,7 +6,7 @@ end. Algorithm 1, each iteration:
 
     for each task, a reward r and a source of prompts p(c), in turn:
         sample prompts c ~ p(c), and x_{T:0} ~ p_theta several times for each
-        A <- (r - mean of the batch) / sqrt(variance of the batch + eps)                   (Eq. 10)
+        A <- (r - mean of the batch) / sqrt(variance of the batch + 1e-8)                  (Eq. 10)
         for each of 5 random timesteps t, an update on all samples:
             theta <- theta + lr grad E min(w_t A, g(eps, A))                                (Eq. 7)
             g = (1 + eps) A if A >= 0 else (1 - eps) A
@@ -127,8 +127,8 @@ PRESETS = {
         micro_batch_size=64,
         num_inference_steps=12,
         guidance_scale=1.5,
-        # A latent of 1024 numbers instead of 16384: the mean over them leaves ratios about 16 times
-        # farther from 1.
+        # A latent of 1024 numbers instead of 16384: the mean over them scatters four times as
+        # much.
         clip_range=1e-3,
         pretrain_data="zoo/pairs.py:biased",
         # With 1 the pre-training gradient has some ten times the policy's norm, and they share one
@@ -238,9 +238,10 @@ def check_pretraining(args):
 
 
 def pretraining_loss(args, sd, pictures, captions, t, noise):
-    """|eps - eps_theta(z_t, t, c)|^2 of the conditional prediction (Eq. 9), (B,), mean over z.
+    """|eps - eps_theta(z_t, t, c)|^2 of the conditional prediction, (B,) (Zhang et al., Eq. 9).
 
     pictures (B, 3, H, W) in [0, 1], t (B,), noise (B, 2, C, H, W): of the VAE's posterior, and eps.
+    The square is a mean over z.
     """
     z, eps = sd.latents(pictures, noise[:, 0]), noise[:, 1]
     target = {"epsilon": eps, "v_prediction": sd.scheduler.get_velocity(z, eps, t), "sample": z}
@@ -251,7 +252,7 @@ def pretraining_loss(args, sd, pictures, captions, t, noise):
 
 
 def pretrain(args, run, sd, pairs, number):
-    """Add the gradient of beta E |eps - eps_theta(z_t, t, c)|^2 on real pictures (Eq. 8, 9).
+    """Add the gradient of beta E |eps - eps_theta(z_t, t, c)|^2 on pictures (Zhang et al., Eq. 8).
 
     Theirs is batch `number` of the stream of pairs, of all ranks together; pair i of it has its own
     generator. Captions are left out now and then, so that guidance stays trained.

@@ -1,6 +1,7 @@
 """RAFT: a diffusion model learns from the best of its own samples (Dong et al. 2023).
 
-arXiv:2304.06767, as Zhang et al. 2024, arXiv:2401.12244, compare with it. Each iteration:
+arXiv:2304.06767, as Zhang et al. 2024, arXiv:2401.12244, compare with it (tables named here are
+theirs). Each iteration:
 
     sample prompts c ~ p(c), and x_0 ~ p_theta(x_0 | c) G times for each
     A <- the best share of them by r(x_0, c): --acceptance, 1 of 24                        (Table 6)
@@ -246,9 +247,10 @@ def check_pretraining(args):
 
 
 def pretraining_loss(args, sd, pictures, captions, t, noise):
-    """|eps - eps_theta(z_t, t, c)|^2 of the conditional prediction (Eq. 9), (B,), mean over z.
+    """|eps - eps_theta(z_t, t, c)|^2 of the conditional prediction, (B,) (Zhang et al., Eq. 9).
 
     pictures (B, 3, H, W) in [0, 1], t (B,), noise (B, 2, C, H, W): of the VAE's posterior, and eps.
+    The square is a mean over z.
     """
     z, eps = sd.latents(pictures, noise[:, 0]), noise[:, 1]
     target = {"epsilon": eps, "v_prediction": sd.scheduler.get_velocity(z, eps, t), "sample": z}
@@ -259,7 +261,7 @@ def pretraining_loss(args, sd, pictures, captions, t, noise):
 
 
 def pretrain(args, run, sd, pairs, number):
-    """Add the gradient of beta E |eps - eps_theta(z_t, t, c)|^2 on real pictures (Eq. 8, 9).
+    """Add the gradient of beta E |eps - eps_theta(z_t, t, c)|^2 on pictures (Zhang et al., Eq. 8).
 
     Theirs is batch `number` of the stream of pairs, of all ranks together; pair i of it has its own
     generator. Captions are left out now and then, so that guidance stays trained.

@@ -1,7 +1,8 @@
 """Reward-weighted likelihood on samples of the original model (Lee et al. 2023, arXiv:2302.12192).
 
-As Zhang et al. 2024, arXiv:2401.12244, compare with it: the samples are drawn while the model is
-trained, and never by the model that is trained. Each iteration:
+As Zhang et al. 2024, arXiv:2401.12244, compare with it (tables named here are theirs): the
+samples are drawn while the model is trained, and never by the model that is trained. Each
+iteration:
 
     sample prompts c ~ p(c), and x_0 ~ p_pre(x_0 | c) G times for each
     w <- (r - min r) / (max r - min r), over all samples so far                            (App. A)
@@ -238,9 +239,10 @@ def check_pretraining(args):
 
 
 def pretraining_loss(args, sd, pictures, captions, t, noise):
-    """|eps - eps_theta(z_t, t, c)|^2 of the conditional prediction (Eq. 9), (B,), mean over z.
+    """|eps - eps_theta(z_t, t, c)|^2 of the conditional prediction, (B,) (Zhang et al., Eq. 9).
 
     pictures (B, 3, H, W) in [0, 1], t (B,), noise (B, 2, C, H, W): of the VAE's posterior, and eps.
+    The square is a mean over z.
     """
     z, eps = sd.latents(pictures, noise[:, 0]), noise[:, 1]
     target = {"epsilon": eps, "v_prediction": sd.scheduler.get_velocity(z, eps, t), "sample": z}
@@ -251,7 +253,7 @@ def pretraining_loss(args, sd, pictures, captions, t, noise):
 
 
 def pretrain(args, run, sd, pairs, number):
-    """Add the gradient of beta E |eps - eps_theta(z_t, t, c)|^2 on real pictures (Eq. 8, 9).
+    """Add the gradient of beta E |eps - eps_theta(z_t, t, c)|^2 on pictures (Zhang et al., Eq. 8).
 
     Theirs is batch `number` of the stream of pairs, of all ranks together; pair i of it has its own
     generator. Captions are left out now and then, so that guidance stays trained.

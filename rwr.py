@@ -58,7 +58,7 @@ class Args(RunArgs):
     prompt: str = ""
     """A single prompt, in place of --prompts-file."""
     prompts_file: Path | None = Path("prompts/imagenet_animals.txt")
-    """Text file, one prompt a line; every sample draws one at random. 398 animals (5.1)."""
+    """Text file, one prompt a line; every sample draws one at random. 398 animals (6.1)."""
     reward: str = "jpeg_compressibility"
     """Reward, as in docs/rewards.md: a name, name:WEIGHTS, or path/to/file.py:function."""
     num_iterations: int = 10

@@ -18,6 +18,7 @@ def seeded(*key: int) -> torch.Generator:
     """A CPU generator that is a function of `key` alone.
 
     A key and the same with zeros at its end give the same numbers: keep keys of one use as long.
+    torch takes the low 32 bits of the seed: of n keys about n^2 / 2^33 pairs have the same numbers.
     """
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> 1))
