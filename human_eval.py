@@ -43,7 +43,7 @@ from evaluation.page import KEY_NAME, PAGE_NAME, QUESTIONNAIRES, write_page
 from evaluation.pairs import choose_models, shuffled_pairs
 from evaluation.places import check_place, check_text, to_json, write_whole, writing
 from evaluation.settings import SHARD_SIZE, check_size, check_world_size, read_settings
-from evaluation.tally import check_output, tables, tally
+from evaluation.tally import check_output, key_of, tables, tally
 from harness.args import check_dtype, check_numbers, parse_args, read_words
 from harness.guard import command
 from harness.project import program
@@ -203,8 +203,9 @@ def main():
     elif what == "tally":
         args = read_words(TallyArgs, words, __doc__, prog=f"{program()} tally")
         check_text(args)
-        check_output(args.output, (*args.answers, args.key))
-        results = tally(args.answers, args.key)
+        key = key_of(args.answers, args.key)
+        check_output(args.output, (*args.answers, key))
+        results = tally(args.answers, key)
         print(tables(results))
         if args.output:
             with writing(args.output, "choose another --output, or make room"):

@@ -12,11 +12,12 @@ from tqdm import tqdm
 from common.rewards import RewardError
 from common.stable_diffusion import load_pipeline
 from evaluation.folder import read_shard, shard_file, write_description, write_shard
-from evaluation.models import Model, check_finite, finetuned
+from evaluation.models import Model, check_finite, digest_of_lora, finetuned
 from evaluation.places import writing
 from evaluation.sampler import PictureError, Sampler
 from evaluation.settings import STEPS, Settings, check_steps, shards_of
 from harness.args import fail
+from harness.project import portable
 from harness.prompts import warn_of_prompts
 from harness.rewards import everybodys, load_reward_or_fail
 from harness.stop import end_run, join_ranks
@@ -68,6 +69,11 @@ def draw_and_score(
     progress = tqdm(total=total, disable=rank > 0, desc="evaluate", unit="picture")
     for model in drawn:
         unet = load_unet(base, model, settings.model)
+        if any(everybodys(digest_of_lora(model.path) != model.digest if model.path else False)):
+            end_run(
+                f"--lora {model.path} has changed since it was read; what is whole stays in "
+                f"{folder}; evaluate it, when its run has ended, into another --output-dir"
+            )
         for number, shard in enumerate(shards):
             pictures = [(j, i) for j in shard.tolist() for i in range(N)]
             # The other ranks may not see the folder.
@@ -92,7 +98,8 @@ def draw_and_score(
             for spec, reward in loaded.items():
                 if rewards[spec] in stored:
                     continue
-                if any(key.startswith(f"{spec} sha256:") for key in stored) and spec not in changed:
+                before_it = any(key.startswith(f"{portable(spec)} sha256:") for key in stored)
+                if before_it and spec not in changed:
                     changed.add(spec)
                     if rank == 0:
                         text = f"warning: {spec} has changed; the pictures are scored anew"

@@ -86,7 +86,7 @@ def read_models(args) -> list[Model]:
     models = [Model(BASE, None, digest_of_model(args.model), [])]
     for name, path, place in zip(names_of(places), args.lora, places):
         run = read_run_args(place.parent) if place.name in (FILE_NAME, "unet") else {}
-        models.append(Model(name, path, weights_digest(path, place), rewards_of(run) or None))
+        models.append(Model(name, path, digest_of_lora(path), rewards_of(run) or None))
         keys = ("model", "num_inference_steps", "guidance_scale", "eta")
         keys = [key for key in keys if key in run]
         differ = [k for k in keys if portable(run[k]) != portable(getattr(args, k))]
@@ -123,10 +123,10 @@ def names_of(places: list[Path]) -> list[str]:
     return [f"{name[:40]}__{digest[:8]}" for name, digest in zip(short, digests)]
 
 
-def weights_digest(path: Path, place: Path) -> str:
-    """`digest_of` the weights `place` of --lora `path`; what cannot be read ends the command."""
+def digest_of_lora(path: Path) -> str:
+    """`digest_of` the weights of --lora `path`; what cannot be read ends the command."""
     try:
-        return digest_of(place)
+        return digest_of(weights_of(path))
     except OSError as error:
         fail(f"--lora {path} cannot be read ({error.strerror}: {error.filename}); check it")
 

@@ -61,16 +61,14 @@ def wilson_interval(k: int, n: int, confidence: float = 0.95) -> tuple[float, fl
     return (0.0 if k == 0 else low), (1.0 if k == n else high)
 
 
-def tally(answers: tuple[Path, ...], key: Path | None) -> dict:
-    """The figures of the raters' files `answers`, by `key` or the one that lies near them.
+def tally(answers: tuple[Path, ...], key: Path) -> dict:
+    """The figures of the raters' files `answers`, by the key's file.
 
     {"questions", "set_size", "raters", "pairs", "answers", "majority", "models"}: `rates` of all
     answers, and of the majorities of each pair, by question. Files that do not belong together end
     the command.
     """
-    if not answers:
-        fail("there are no answers; name the files that the page has saved, e.g. answers/*.json")
-    key = read_key(answers, key)
+    key = read_key(key)
     models = key["models"]
     of_all, of_majority = {}, {}
     raters = read_raters(answers, key)
@@ -90,20 +88,26 @@ def tally(answers: tuple[Path, ...], key: Path | None) -> dict:
     }
 
 
-def read_key(answers: tuple[Path, ...], path: Path | None) -> Key:
-    """The key of the page, from `path` or else from beside the answers or one folder up.
+def key_of(answers: tuple[Path, ...], path: Path | None) -> Path:
+    """The key's file: `path`, or else what is beside the answers or one folder up.
 
-    With "questions" and "set_size" of every page. Raises StoredError.
+    Without answers or a key the command ends.
     """
-    if path is None:
-        folder = answers[0].parent
-        places = [folder / KEY_NAME, folder.parent / KEY_NAME]
-        path = next((place for place in places if os.path.lexists(place)), None)
+    if not answers:
+        fail("there are no answers; name the files that the page has saved, e.g. answers/*.json")
+    folder = answers[0].parent
+    places = [place / KEY_NAME for place in (folder, folder.parent)]
+    path = path or next((place for place in places if os.path.lexists(place)), None)
     if path is None:
         fail(
             f"--key is missing, and there is no {KEY_NAME} beside the answers; "
             "name the one that build has written"
         )
+    return path
+
+
+def read_key(path: Path) -> Key:
+    """The key of a page, with "questions" and "set_size" of every page. Raises StoredError."""
     remedy = f"name with --key the {KEY_NAME} that build has written, as it was"
     key = {"questions": "pictures", "set_size": 1} | read_stored(path, Key, remedy)
     models, pairs = key["models"], key["pairs"]

@@ -741,6 +741,17 @@ def test_scores_of_an_edited_reward_are_not_reused(spec, place, monkeypatch, cap
     assert "has changed" not in capsys.readouterr().err and results(place / "out") == before
 
 
+def test_a_lora_that_is_saved_again_meanwhile_is_not_drawn(place, monkeypatch, capsys):
+    """Its pictures would lie under the digest of what was there before."""
+    file = place / "run/pytorch_lora_weights.safetensors"
+    again = file.read_bytes()[:-1] + b"\x01"
+    monkeypatch.setattr("evaluation.draw.warn_of_prompts", lambda *_: file.write_bytes(again))
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, evaluate.main, "evaluate.py", f"{FLAGS}-again --lora run")
+    assert end.value.code == 1 and "--lora run has changed" in capsys.readouterr().err
+    assert [path.name for path in (place / "out-again/samples").iterdir()] == ["base"]
+
+
 def test_scores_are_keyed_by_the_files_of_a_folder_of_weights(tmp_path):
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights/model.safetensors").write_bytes(b"one")

@@ -435,6 +435,10 @@ def test_tally_of_several_raters(study, tmp_path, monkeypatch, capsys):
     assert found["answers"]["fidelity"]["preference"] is None and found["raters"] == 3
     output = capsys.readouterr().out
     assert "3 raters, 6 pairs" in output and "| overall | 1 | 2 | 1 | 1 | 1 | 67%" in output
+    # The key that was found is not written over.
+    with pytest.raises(SystemExit) as end:
+        run_here(monkeypatch, "tally", *files, "--output", tmp_path / "key.json")
+    assert end.value.code == 2 and json.loads((tmp_path / "key.json").read_text()) == key
 
 
 def test_tally_of_sets(sets, tmp_path, monkeypatch, capsys):
