@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from contextlib import contextmanager
 
 import torch
@@ -133,3 +133,8 @@ def all_finite(trained: dict[object, list[torch.nn.Parameter]]) -> bool:
     """Whether all weights are finite, those of all optimizers."""
     weights = [p.detach().isfinite().all() for of_one in trained.values() for p in of_one]
     return not weights or torch.stack(weights).all().item()
+
+
+def none_finite(norms: deque[float]) -> bool:
+    """Whether there are as many last norms as are kept, and none of them is finite."""
+    return len(norms) == norms.maxlen and not any(map(math.isfinite, norms))

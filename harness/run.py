@@ -24,7 +24,7 @@ from harness.checkpoint import (
     write_text,
 )
 from harness.folder import RunFolder, choose_run_dir
-from harness.metrics import Metrics, all_finite, warn_where_above
+from harness.metrics import Metrics, all_finite, none_finite, warn_where_above
 from harness.prompts import read_validation_prompts
 from harness.ranks import sum_gradients
 from harness.resume import checkpoint_form, contents_of_files
@@ -276,10 +276,7 @@ class Run:
         if not all_finite(self._trained):
             self._end("an update has left weights that are not finite")
         args, asked = self._args, self._any(bool(self._signals))
-        no_gradient = any(
-            len(norms) == norms.maxlen and not any(map(math.isfinite, norms))
-            for norms in self._last_norms.values()  # those of one network
-        )
+        no_gradient = any(map(none_finite, self._last_norms.values()))
         due = self._iteration % args.save_every == 0 or self._iteration == args.num_iterations
         if due or asked or no_gradient:
             self._save_grid(self._iteration)
