@@ -37,7 +37,8 @@ from benchmarks.zoo_eval import ROOT
 class Part:
     """Something that a claim asserts: that `differences` are above 0, each of a prompt and seed.
 
-    Where `bounded` it asserts that they are not above 0.
+    Prompt after prompt, with all seeds of each. Where `bounded` it asserts that they are not above
+    0.
     """
 
     what: str
@@ -52,15 +53,32 @@ class Part:
     def standard_error(self) -> float:
         return float(np.std(self.differences, ddof=1) / len(self.differences) ** 0.5)
 
-    @property
-    def verdict(self) -> str:
-        above = self.mean > 2 * self.standard_error
+    def other_errors(self, seeds: int) -> dict[str, float]:
+        """Standard errors of the mean over other seeds of the same prompts, and over other prompts.
+
+        `standard_error` takes the pairs for independent, as if each seed had had prompts of its
+        own.
+        """
+        by_prompt = np.reshape(self.differences, (-1, seeds))
+        within = by_prompt.var(axis=1, ddof=1).mean() / by_prompt.size
+        errors = {"other seeds": float(within**0.5)}
+        if len(by_prompt) > 1:
+            of_means = by_prompt.mean(axis=1).std(ddof=1) / len(by_prompt) ** 0.5
+            errors["other prompts"] = float(of_means)
+        return errors
+
+    def verdict_at(self, error: float) -> str:
+        """The verdict, `error` being the mean's standard error."""
+        above = self.mean > 2 * error
         if self.bounded:
             return "does not hold" if above else "holds"
         if above:
             return "holds"
-        below = self.mean < -2 * self.standard_error
-        return "does not hold" if below else "cannot be told"
+        return "does not hold" if self.mean < -2 * error else "cannot be told"
+
+    @property
+    def verdict(self) -> str:
+        return self.verdict_at(self.standard_error)
 
     def __str__(self) -> str:
         return f"{self.what} {self.mean:+.3g} ± {self.standard_error:.2g}: {self.verdict}"
@@ -70,14 +88,26 @@ class Part:
 class InAllSeeds(Part):
     """Something that is asserted of every seed."""
 
-    @property
-    def verdict(self) -> str:
+    def verdict_at(self, error: float) -> str:
         return "holds" if min(self.differences) > 0 else "does not hold"
 
 
 def verdict_of(parts: Sequence[Part]) -> str:
     """Of a claim: it holds if all of its parts do."""
-    verdicts = {part.verdict for part in parts}
+    return verdict_of_all([part.verdict for part in parts])
+
+
+def other_verdicts(parts: Sequence[Part], seeds: int) -> dict[str, str]:
+    """Those of a claim by `Part.other_errors`, where they differ from its verdict."""
+    verdicts = {}
+    for kind in ("other seeds", "other prompts"):
+        errors = [part.other_errors(seeds).get(kind, part.standard_error) for part in parts]
+        verdicts[kind] = verdict_of_all([p.verdict_at(e) for p, e in zip(parts, errors)])
+    return {kind: verdict for kind, verdict in verdicts.items() if verdict != verdict_of(parts)}
+
+
+def verdict_of_all(verdicts: Sequence[str]) -> str:
+    """The worst of the parts' verdicts."""
     for word in ("does not hold", "cannot be told"):
         if word in verdicts:
             return word
@@ -228,7 +258,7 @@ def many_prompts_at_equal_quality(seeds) -> list[Part]:
     cost = by_prompt("distance", "many", "dpok__{seed}", "base", seeds)
     return [
         Part("reward, DPOK - base", by_prompt("reward", "many", "dpok__{seed}", "base", seeds)),
-        Part("a tenth of the base's distance - what DPOK adds", np.array(base) / 10 - cost),
+        Part("what DPOK adds to the distance - a tenth", cost - np.array(base) / 10, bounded=True),
     ]
 
 
@@ -252,12 +282,13 @@ def ddpo_beats_rwr(seeds) -> list[Part]:
     parts = []
     for reward, spec in REWARDS.items():
         final = {
-            method: np.concatenate(
+            method: np.stack(
                 [
                     in_standard_deviations("queries", f"{method}__{reward}__{seed}", spec)
                     for seed in seeds
-                ]
-            )
+                ],
+                axis=1,
+            ).flatten()
             for method in METHODS
         }
         behind = final["ddpo-sf"] - final["ddpo-is"]

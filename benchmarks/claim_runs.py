@@ -15,7 +15,8 @@ import torch
 from benchmarks.report import metrics_of
 from benchmarks.run import reached_its_end
 from benchmarks.zoo_eval import ROOT, weights_digest
-from evaluation.digests import digest_of_model
+from common.lora import FILE_NAME
+from evaluation.digests import digest_of, digest_of_model
 from evaluation.judge import ZooJudge, load_judge
 from zoo import judge as judging
 
@@ -92,6 +93,7 @@ def collect_evaluation(name: str, results: dict) -> None:
     found = {
         model: {prompt: kept(of_prompt, count) for prompt, of_prompt in of["prompts"].items()}
         for model, of in results["models"].items()
+        if is_of_todays_weights(name, model, of)
     }
     if name == "over_incompressibility":
         for model, of_prompts in found.items():
@@ -101,12 +103,22 @@ def collect_evaluation(name: str, results: dict) -> None:
     before = of_models.get(name, {})
     of_models[name] = before | found
     if name.startswith("single__"):
-        # Of all models together. The pictures of some that are stored may not be here: what was
-        # found of those stays, as long as none of them has changed.
-        if any(model in before and differ(before[model], found[model]) for model in found):
+        # Of all models of claim 2 together. The pictures of some that are stored may not be here:
+        # what was found of those stays, as long as none of them has changed.
+        compared = {model for model in of_models[name] if in_claim_2(model)}
+        if any(m in found and m in before and differ(before[m], found[m]) for m in compared):
             distances.pop(name, None)
-        if {*of_models[name]} == {*found} and {*distances.get(name, ())} != {*found}:
+        if compared <= {*found} and {*distances.get(name, ())} != compared:
             distances[name] = right_distances(name)
+
+
+def is_of_todays_weights(name: str, model: str, of: dict) -> bool:
+    """Whether a model was judged with the LoRA that is in its folder; true if there is none now."""
+    file = of["path"] and RUNS.parent / of["path"] / FILE_NAME
+    if not file or not file.exists() or digest_of(file) == of["sha256"]:
+        return True
+    print(f"{name}/{model} is left out: its run was made again; evaluate it in another folder")
+    return False
 
 
 def differ(one: dict[str, dict], other: dict[str, dict]) -> bool:
@@ -191,19 +203,28 @@ def as_floats(pictures: np.ndarray) -> torch.Tensor:
 
 
 def share_with(thing: str | None, pictures: np.ndarray) -> float:
-    """Of pictures the share in which the judge sees the thing; None is for no thing at all."""
+    """Of pictures the share in which the judge sees the thing; None is for no thing at all.
+
+    A portrait has none: the judge sees one in noise, too.
+    """
     scenes = judging.read(judge().network, as_floats(pictures))
     kinds = [{group.kind for group in scene.groups} or {None} for scene in scenes]
     return float(np.mean([thing in seen for seen in kinds]))
 
 
+def in_claim_2(model: str) -> bool:
+    """Whether it compares this model's right pictures with others'."""
+    return model.partition("__")[0] in ("base", "dpok", "sft")
+
+
 def right_distances(name: str) -> dict[str, float | None]:
     """By model the distance of right pictures alone, equally many of each: the fewest that one has.
 
-    Of an evaluation of one prompt; None where a model has less than `FEWEST_RIGHT`.
+    Of an evaluation of one prompt and the models of claim 2; None where one of them has less than
+    `FEWEST_RIGHT`.
     """
     right = {}
-    for model in evaluated(name):
+    for model in filter(in_claim_2, evaluated(name)):
         ((prompt, pictures),) = drawn(name, model).items()
         images = as_floats(pictures)
         right[model] = images[torch.from_numpy(judge().success(images, prompt)[0]) > 0]
@@ -227,7 +248,7 @@ def core_hours() -> dict[str, float]:
 
 
 def hours_of(file: Path) -> float:
-    """Seconds of finished commands, times the cores that each had, in hours."""
+    """Seconds of all its commands, times the cores that each had, in hours."""
     wall_time = json.loads(file.read_text())
     cores = max(1, wall_time["cores"] // wall_time["jobs_side_by_side"])
     return wall_time["seconds"] * cores / 3600

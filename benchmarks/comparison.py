@@ -158,7 +158,8 @@ def save_pictures(prompts: list[str]) -> None:
 def main(args: Args) -> None:
     path = ROOT / "benchmarks/results/comparison.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    results["weights"] = weights_digest()
+    if results.get("weights") != weights_digest():
+        results = {"weights": weights_digest()}
     for name in args.tables:
         results[name] = table_of(name, args.seeds)
     save_results("comparison", results)

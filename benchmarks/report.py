@@ -34,7 +34,9 @@ from benchmarks.run import (
     with_seed,
 )
 from benchmarks.zoo_eval import ROOT, load_pipeline, measure, pictures, weights_digest
+from common.lora import FILE_NAME
 from common.rewards import load_reward
+from evaluation.digests import digest_of
 from zoo import judge as judging
 from zoo import world
 
@@ -346,9 +348,10 @@ def large_scale_ppo_share(name: str, seeds: tuple[int, ...], count: int) -> None
 
 
 class HeldOutScores:
-    """The columns of Table 5 on held-out prompts, and image quality; they stay beside the weights.
+    """The columns of Table 5 on held-out prompts, and image quality.
 
-    Parity is over all pictures of a prompt.
+    They stay beside the weights, for as long as those and the zoo's are the same. Parity is over
+    all pictures of a prompt.
     """
 
     def __init__(self, count: int):
@@ -360,11 +363,14 @@ class HeldOutScores:
     def __call__(self, folder: Path, tasks=tuple(TASKS), lora: bool = True) -> dict[str, float]:
         """Those of the LoRA in a folder, or of the base model."""
         path = folder / f"scores_{self.count}.json"
-        if not path.exists():
+        of = {"zoo": weights_digest(), "lora": digest_of(folder / FILE_NAME) if lora else None}
+        stored = json.loads(path.read_text()) if path.exists() else {}
+        if stored.get("of") != of:
             folder.mkdir(exist_ok=True)
             scores = self.measure(load_pipeline(folder if lora else None), tasks)
-            path.write_text(json.dumps(scores))
-        return json.loads(path.read_text())
+            stored = {"of": of, "scores": scores}
+            path.write_text(json.dumps(stored))
+        return stored["scores"]
 
     def measure(self, pipeline, tasks) -> dict[str, float]:
         numbers = {}
@@ -481,6 +487,7 @@ def all_weights(name: str, seeds: tuple[int, ...], count: int) -> None:
     reward, results = load_reward(ZOO_REWARD), {"weights": weights_digest(), "pictures": count}
     results["runs"] = {}
     for command in commands_of(name):
+        (command,) = finished(command, seeds[:1])
         folder = folder_of(command)
         prompts = prompts_of(command)
         if "--tasks" in values_of(command):

@@ -101,11 +101,15 @@ def reached_its_end(folder: Path) -> bool:
 
 
 def with_paths(command: str) -> str:
-    """The command with the paths that its patterns stand for, but for runs short of their end."""
+    """The command with the paths that its patterns stand for, but for runs short of their end.
+
+    A pattern of none but such runs is quoted, and names no file: the command will refuse it.
+    """
 
     def paths(pattern: re.Match) -> str:
         found = sorted(glob.glob(pattern[0], root_dir=ROOT))
-        return " ".join(path for path in found if reached_its_end(ROOT / path)) or pattern[0]
+        finished = [path for path in found if reached_its_end(ROOT / path)]
+        return " ".join(finished) or (shlex.quote(pattern[0]) if found else pattern[0])
 
     return re.sub(r"\S*\*\S*", paths, command)
 

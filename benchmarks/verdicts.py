@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import tyro
 
 from benchmarks import claim_parts as parts_of
-from benchmarks.claim_parts import Part, verdict_of
+from benchmarks.claim_parts import Part, other_verdicts, verdict_of
 from benchmarks.claim_pictures import PICTURES
 from benchmarks.claim_runs import NotHereError, collect, core_hours
 from benchmarks.pages import fill, markdown_table
@@ -127,7 +127,8 @@ class Args:
 def main(args: Args) -> None:
     path = ROOT / "benchmarks/results/claims.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    results["weights"] = weights_digest()
+    if results.get("weights") != weights_digest():
+        results = {"weights": weights_digest()}
     collect()
     for number in args.claims:
         claim = CLAIMS[number]
@@ -140,11 +141,13 @@ def main(args: Args) -> None:
             continue
         result = results.setdefault(number, {})
         result |= {"verdict": verdict_of(parts), "seeds": args.seeds}
+        result["other_verdicts"] = other_verdicts(parts, len(args.seeds))
         result["parts"] = {
             part.what: {
                 "differences": [*map(float, part.differences)],
                 "mean": part.mean,
                 "standard_error": part.standard_error,
+                "other_errors": part.other_errors(len(args.seeds)),
                 "verdict": part.verdict,
             }
             for part in parts
@@ -177,6 +180,8 @@ def markdown_of(results: dict) -> str:
                 for what, part in results[number]["parts"].items()
             )
             verdict = f"**{results[number]['verdict']}**"
+            for kind, other in results[number].get("other_verdicts", {}).items():
+                verdict += f"<br>by {kind}: {other}"
             rows.append([number, about, figures, verdict])
     return markdown_table(["", "claim", "difference ± standard error", ""], rows)
 

@@ -86,7 +86,9 @@ def write_results(folder, figures: dict, count: int) -> None:
                     "image_quality": of["distance"],
                 }
                 for prompt, of in drawn.items()
-            }
+            },
+            "path": f"runs/{model}",
+            "sha256": "that of its run",
         }
         for model, drawn in figures.items()
     }
@@ -189,18 +191,20 @@ def test_distances_of_right_pictures_are_those_of_all_models_together(places, mo
 
     def distances(name):
         calls.append(name)
-        return dict.fromkeys(claim_runs.evaluated(name), len(calls))
+        models = filter(claim_runs.in_claim_2, claim_runs.evaluated(name))
+        return dict.fromkeys(models, len(calls))
 
     monkeypatch.setattr(claim_runs, "right_distances", distances)
     of = {"rewards": {claim_runs.REWARD: 1.0}, "success": 1.0, "std": 1.0}
     for models, expected in (
-        ({"base": 1.0, "a__0": 2.0}, {"base": 1, "a__0": 1}),
-        ({"base": 1.0, "a__0": 2.0}, {"base": 1, "a__0": 1}),
-        ({"base": 1.0, "a__0": 3.0}, {"base": 2, "a__0": 2}),
-        ({"base": 1.0, "b__0": 2.0}, {"base": 2, "a__0": 2}),  # another lot
-        ({"base": 1 + 1e-5, "b__0": 2.0}, {"base": 2, "a__0": 2}),  # of another machine
-        ({"base": 1.5, "b__0": 2.0}, None),  # its base is not that of the first lot
-        ({"base": 1.5, "a__0": 3.0, "b__0": 2.0}, {"base": 3, "a__0": 3, "b__0": 3}),
+        ({"base": 1.0, "dpok__0": 2.0}, {"base": 1, "dpok__0": 1}),
+        ({"base": 1.0, "dpok__0": 2.0}, {"base": 1, "dpok__0": 1}),
+        ({"base": 1.0, "dpok__0": 3.0}, {"base": 2, "dpok__0": 2}),
+        ({"base": 1.0, "sft__0": 2.0}, {"base": 2, "dpok__0": 2}),  # another lot
+        ({"base": 1.0, "dpok-without-kl__0": 2.0}, {"base": 2, "dpok__0": 2}),  # of another claim
+        ({"base": 1 + 1e-5, "sft__0": 2.0}, {"base": 2, "dpok__0": 2}),  # of another machine
+        ({"base": 1.5, "sft__0": 2.0}, None),  # its base is not that of the first lot
+        ({"base": 1.5, "dpok__0": 3.0, "sft__0": 2.0}, {"base": 3, "dpok__0": 3, "sft__0": 3}),
     ):
         shutil.rmtree(claim_runs.EVALUATIONS, ignore_errors=True)
         figures = {model: {"A red cat": of | {"distance": d}} for model, d in models.items()}
@@ -277,7 +281,7 @@ def test_figures_are_those_of_the_prompt_method_and_seed(figures, monkeypatch):
     of = figures["many"]
     pairs = [(of[f"dpok__{seed}"][p], of["base"][p]) for p in of["base"] for seed in SEEDS]
     assert [*gained.differences] == [reward_of(a) - reward_of(b) for a, b in pairs]
-    expected = [b["distance"] / 10 - (a["distance"] - b["distance"]) for a, b in pairs]
+    expected = [a["distance"] - b["distance"] - b["distance"] / 10 for a, b in pairs]
     assert np.allclose(equal.differences, expected)
 
 
@@ -289,7 +293,7 @@ def test_queries_are_compared_by_reward(figures):
     std = np.sqrt(np.mean([of_prompt["std"] ** 2 for of_prompt in of["base"].values()]))
     prompt = [*of["base"]][4]
     reward = lambda method: of[f"{method}__compressibility__2"][prompt]["rewards"][spec]
-    place = 2 * len(of["base"]) + 4
+    place = 3 * 4 + 2
     found = parts["compressibility, SF - sparse RWR"].differences[place]
     assert found == pytest.approx((reward("ddpo-sf") - reward("rwr-sparse")) / std)
     found = parts["compressibility, SF - IS"].differences[place]
@@ -410,6 +414,35 @@ def test_rounds_are_counted_by_the_samples_after_them(figures):
     assert claim_parts.InAllSeeds("", [5, 5, -0.1]).verdict == "does not hold"
 
 
+def test_errors_over_seeds_and_over_prompts():
+    """Of two prompts with three seeds each, from a model of the mean of each in turn."""
+    part = claim_parts.Part("", [1, 2, 3, 11, 12, 13])
+    errors = part.other_errors(seeds=3)
+    assert errors["other prompts"] == pytest.approx(stats.sem([2, 12]))
+    of_prompts = [stats.sem([1, 2, 3]), stats.sem([11, 12, 13])]
+    assert errors["other seeds"] == pytest.approx(np.hypot(*of_prompts) / 2)
+    # 7 is far above the scatter of seeds, and not above that of two prompts.
+    assert part.verdict == "holds"
+    assert claim_parts.other_verdicts([part], seeds=3) == {"other prompts": "cannot be told"}
+    one_prompt = claim_parts.Part("", [1, 2, 3])
+    assert one_prompt.other_errors(seeds=3) == {"other seeds": pytest.approx(stats.sem([1, 2, 3]))}
+    assert claim_parts.other_verdicts([one_prompt], seeds=3) == {}
+
+
+def test_a_model_whose_run_was_made_again_is_left_out(places, capsys):
+    of = {"success": 0.5, "distance": 1.0, "std": 1.0, "rewards": {claim_runs.REWARD: 0.0}}
+    write_results(
+        claim_runs.EVALUATIONS / "roses",
+        {model: {"Four roses": of} for model in ("base", "a", "b")},
+        count=16,
+    )
+    (claim_runs.RUNS / "a").mkdir()
+    (claim_runs.RUNS / "a" / FILE_NAME).write_bytes(b"another LoRA")
+    claim_runs.collect()
+    assert [*claim_runs.stored()["evaluations"]["roses"]] == ["base", "b"]
+    assert "roses/a is left out" in capsys.readouterr().out
+
+
 def test_a_claim_holds_if_all_of_its_parts_do():
     holds, fails, open_ = (
         claim_parts.Part("", values) for values in ([1, 2, 3], [-1, -2, -3], [-1, 2, 0])
@@ -441,7 +474,7 @@ def test_right_pictures_are_compared_equally_many(tmp_path, monkeypatch):
     )
     right, wrong = render(prompt, 10), render("A blue dog", 5)
     judge = load_judge(str(ROOT / "zoo/sd"))
-    models = {"base": right, "other": np.concatenate([wrong, right[:9]])}
+    models = {"base": right, "dpok__0": np.concatenate([wrong, right[:9]])}
     monkeypatch.setattr(claim_runs, "EVALUATIONS", tmp_path)
     evaluated = {model: {prompt: {}} for model in models}
     monkeypatch.setattr(claim_runs, "evaluated", lambda name: evaluated)
@@ -452,9 +485,9 @@ def test_right_pictures_are_compared_equally_many(tmp_path, monkeypatch):
     found = claim_runs.right_distances(name)
     images = torch.from_numpy(right[:9]).permute(0, 3, 1, 2).float() / 255
     expected = judging.image_quality(judge.network, judge.vae, images)
-    assert found == {"base": pytest.approx(expected), "other": pytest.approx(expected)}
-    np.savez(tmp_path / name / "samples/other/00000.npz", images=right[:7])
-    assert claim_runs.right_distances(name) == {"base": None, "other": None}
+    assert found == {"base": pytest.approx(expected), "dpok__0": pytest.approx(expected)}
+    np.savez(tmp_path / name / "samples/dpok__0/00000.npz", images=right[:7])
+    assert claim_runs.right_distances(name) == {"base": None, "dpok__0": None}
 
 
 def test_rates_are_those_of_the_last_tenth(tmp_path, monkeypatch):
@@ -466,7 +499,7 @@ def test_rates_are_those_of_the_last_tenth(tmp_path, monkeypatch):
         folder = tmp_path / values["--output-dir"]
         folder.mkdir(parents=True)
         count, rate = int(values.get("--num-iterations", 5)), values["--learning-rate"]
-        args = {"num_iterations": count, "learning_rate": float(rate)}
+        args = {"num_iterations": count, "learning_rate": float(rate), "seed": 3}
         (folder / "args.json").write_text(json.dumps(args))
         rewards = rng.random(count)
         lines = [json.dumps({"reward/mean": reward}) for reward in rewards]
@@ -487,7 +520,11 @@ def test_rates_refuse_a_run_that_is_not_finished(tmp_path, monkeypatch):
     monkeypatch.setattr(claim_runs, "RUNS", tmp_path)
     folder = tmp_path / "claims-tuning/dpok-1e-3__3"
     folder.mkdir(parents=True)
-    (folder / "args.json").write_text('{"num_iterations": 2, "learning_rate": 1e-3}')
+    args = {"num_iterations": 2, "learning_rate": 1e-3, "seed": 3}
+    (folder / "args.json").write_text(json.dumps(args))
     (folder / "metrics.jsonl").write_text('{"reward/mean": 1.0}\n')
     with pytest.raises(SystemExit, match="not finished"):
+        rates.tried()
+    (folder / "args.json").write_text(json.dumps(args | {"num_iterations": 1, "seed": 0}))
+    with pytest.raises(SystemExit, match="on seed 3"):
         rates.tried()

@@ -1,7 +1,8 @@
 """The zoo's ground truth: a classifier of pictures, and a distance to real renders.
 
-The classifier reads a picture back into a `world.Scene`. For evaluation alone: rewards are trained
-on other data and nothing is trained against this.
+The classifier reads a picture back into a `world.Scene`. For evaluation alone: no policy is trained
+against it. Rewards are other networks, which learn from the same labels and from more pictures of
+the same scenes, so that they may share blind spots.
 """
 
 from collections import Counter

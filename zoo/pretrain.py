@@ -4,9 +4,10 @@
     python -m zoo.pretrain --stages vae unet    # some of it
     python -m zoo.pretrain --device cuda
 
-Every stage keeps a checkpoint in --build-dir and continues from it; a finished stage is skipped
-until its checkpoint is deleted. Data and batches are functions of --seed, so a run that is stopped
-and continued sees what an undisturbed one sees.
+Stages that train keep a checkpoint in --build-dir and continue from it; a finished one is skipped
+until its checkpoint is deleted, as are the data. What lies between, tokenizer, latents and pictures
+that were passed through the model, is made again. Data and batches are functions of --seed, so a
+run that is stopped and continued sees what an undisturbed one sees.
 """
 
 import copy
