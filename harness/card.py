@@ -99,8 +99,8 @@ def settings(args: dict) -> dict[str, str]:
     given = {name: value for name, value in args.items() if value not in (None, "")}
     shown = {name: str(value) for name, value in given.items() if name not in of_harness}
     shown["model"] = shared_path(args["model"])
-    if args.get("prompts_file"):
-        shown["prompts_file"] = Path(args["prompts_file"]).name
+    for name in {"prompts_file", "dataset", "pretrain_data"} & set(shown):
+        shown[name] = Path(args[name]).name
     for name in {"reward", "tasks"} & set(args):
         shown[name] = ", ".join(rewards_of(args))
     return {f"--{name.replace('_', '-')}": value for name, value in shown.items()}

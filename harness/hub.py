@@ -7,18 +7,22 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from common.lora import FILE_NAME
+from harness.export import EXPORTED
 from harness.project import call_of_export
 from harness.stop import end_run, fail
 
 FILES = (
     "README.md",
-    "*.safetensors",
+    FILE_NAME,
+    EXPORTED,
     "unet/*",
     "learning_curve.png",
     "samples/*.png",
     "metrics.jsonl",
 )
-"""Of a run's folder; args.json, which has paths of this machine, and the checkpoint stay here."""
+"""Of a run's folder. What it learned from, its checkpoint, and args.json, which has paths of this
+machine, stay here."""
 
 
 def check_push(repo: str | None) -> None:
@@ -37,7 +41,7 @@ def push(run: Path, repo: str) -> str:
     """Upload FILES to the model `repo`, which is made where it is not there; its address."""
     api = HfApi()
     api.create_repo(repo, exist_ok=True)
-    about = {"folder_path": run, "allow_patterns": [*FILES], "ignore_patterns": ["checkpoint*"]}
+    about = {"folder_path": run, "allow_patterns": [*FILES]}
     api.upload_folder(repo_id=repo, commit_message="Upload the run", **about)
     return f"{api.endpoint}/{repo}"
 

@@ -88,7 +88,8 @@ def stored_args(folder: Path, default, may_change: set[str], flags: set[str]):
     """Arguments of the run in `folder`, of the same class as `default`.
 
     `flags` are those of the command line. Files of code that the run names are run again only if
-    their flag is among them, or if they are part of this project and unchanged.
+    their flag is among them, or if they are part of this project and unchanged; servers are asked,
+    which get a key of the user's, and repositories pushed to, only if it is.
     """
     try:
         check_checkpoint(folder)
@@ -107,8 +108,13 @@ def stored_args(folder: Path, default, may_change: set[str], flags: set[str]):
         flag = flag_of(name)
         if flag in kept["contents"]:
             check_unchanged(folder, flag, value, kept["contents"][flag])
-        for path in code_files(value) if flag not in flags else ():
+        if flag in flags:
+            continue
+        for path in code_files(value):
             check_code(folder, flag, path, kept["contents"])
+        asks_a_server = flag in ("--reward", "--tasks") and "://" in str(value)
+        if asks_a_server or (flag == "--push-to-hub" and value):
+            fail(f"--resume {folder}: it has {flag} {value}; give that again if you trust it")
     return args
 
 
@@ -128,6 +134,13 @@ def typed(stored: dict, default, path: Path):
         hint = type(None) if isinstance(value, bool) and "bool" not in str(hint) else hint
         values[field.name] = checked(value, hint, f"{field.name!r} of {path}", PUT_BACK)
     return replace(default, **values)
+
+
+def check_fixed(before: dict, fixed: dict) -> None:
+    """Refuse a run in which what must stay the same is not what it was."""
+    for name, value in fixed.items():
+        if before.get(name) != value:
+            fail(f"--resume: {name} were {before.get(name)} and are {value}; put them back")
 
 
 def check_unchanged(folder: Path, flag: str, path: Path | None, digest: str) -> None:

@@ -11,10 +11,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import ROOT, run_script
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
 
 from evaluation.export import main
-from harness.card import model_card
+from harness.card import model_card, settings
 from harness.export import EXPORTED
+from harness.hub import FILES
 
 COMMIT = "0" * 40
 ARGS = {"model": "zoo/sd", "seed": 0, "lora_rank": 4, "reward": "image_reward:zoo/image_reward"}
@@ -93,6 +95,24 @@ def test_a_run_goes_to_the_hub(hub, tmp_path):
     card = ModelCard(hub.validated[0])
     assert card.content == hub.files["README.md"].decode()
     assert card.data.library_name == "diffusers" and card.data.instance_prompt == "a rabbit"
+
+
+def test_what_a_run_learns_from_is_not_pushed():
+    """The hub's patterns cross folders: rwr.py has a pool of samples, sft_kl.py a data set."""
+    files = ["pool/000/000000.safetensors", "dataset/000000.safetensors", "dataset/dataset.json"]
+    files += ["checkpoint/unet/model.safetensors", "checkpoint/state.pt", "args.json"]
+    files += ["checkpoint/pytorch_lora_weights.safetensors"]
+    pushed = ["pytorch_lora_weights.safetensors", EXPORTED, "unet/model.safetensors", "README.md"]
+    assert [*filter_repo_objects(files + pushed, allow_patterns=[*FILES])] == pushed
+
+
+def test_settings_show_no_folder_of_this_machine():
+    places = {"prompts_file": "/home/me/p.txt", "dataset": "/home/me/d", "pretrain_data": None}
+    shown = settings(ARGS | places)
+    assert shown["--prompts-file"] == "p.txt" and shown["--dataset"] == "d"
+    assert "--pretrain-data" not in shown
+    shown = settings(ARGS | {"pretrain_data": "/home/me/clients"})
+    assert shown["--pretrain-data"] == "clients"
 
 
 def export(*words) -> subprocess.CompletedProcess:
