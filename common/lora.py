@@ -4,6 +4,7 @@ No peft, nothing wrapped.
 """
 
 import copy
+import shutil
 from pathlib import Path
 
 import torch
@@ -143,12 +144,17 @@ def lora_rank(path: str | Path) -> int:
 def save_weights(unet: torch.nn.Module, folder: str | Path) -> None:
     """Write what is trained into `folder`.
 
-    With a LoRA its file, without one the UNet in diffusers' format as unet/.
+    With a LoRA its file, without one the UNet in diffusers' format as unet/, which takes the place
+    of the one before when it is whole.
     """
     if has_lora(unet):
         save_lora(unet, folder)
-    else:
-        unet.save_pretrained(Path(folder) / "unet")
+        return
+    place, partial = Path(folder) / "unet", Path(folder) / "unet.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    unet.save_pretrained(partial)
+    shutil.rmtree(place, ignore_errors=True)
+    partial.rename(place)
 
 
 def load_weights(unet: torch.nn.Module, folder: str | Path) -> None:

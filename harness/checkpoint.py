@@ -50,10 +50,10 @@ class CheckpointError(UserError):
 
 
 def lock(run_dir: Path):
-    """An open file that no other process has locked, so that two never write one run.
+    """An open file that no other process has locked, so that two never write one folder.
 
-    Raises OSError where another has. A process that is forked from this one closes it: else the
-    lock would live as long as a reward's worker.
+    Raises CheckpointError where another has. A process that is forked from this one closes it: else
+    the lock would live as long as a reward's worker.
     """
     file = (run_dir / ".lock").open("w")
     if fcntl is None:
@@ -61,12 +61,26 @@ def lock(run_dir: Path):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise OSError("another process is still writing it; end that first") from None
+        fault = f"another process is still writing {run_dir}; wait for it, or end it"
+        raise CheckpointError(fault) from None
     except OSError:  # a file system without locks
         pass
     alive = weakref.ref(file)
     os.register_at_fork(after_in_child=lambda: alive() and alive().close())
     return file
+
+
+def hold_dataset(folder: Path, about: str):
+    """`lock` of a data set that several runs may share; `about` tells what it depends on.
+
+    Raises CheckpointError where another run is drawing it, or has begun another one meanwhile.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    held, description = lock(folder), folder / "dataset.json"
+    if description.exists() and json.loads(description.read_text()) != json.loads(about):
+        raise CheckpointError(f"{folder} is a data set of other settings; choose another folder")
+    write_text(description, about)
+    return held
 
 
 @contextmanager

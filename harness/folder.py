@@ -20,12 +20,22 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from harness.card import describe_run, summary
-from harness.checkpoint import PUT_BACK, lock, saving, write_text
+from harness.checkpoint import (
+    PUT_BACK,
+    CheckpointError,
+    hold_dataset,
+    lock,
+    saving,
+    sha256,
+    write_text,
+)
 from harness.hub import push_or_end
 from harness.project import portable
 from harness.resume import stored_form
-from harness.stored import StoredError, checked, parse_json, read_text
+from harness.stored import LARGEST, StoredError, checked, parse_json, read_text
 
+LONGEST_LINE = 10_000
+"""Bytes of a line of metrics.jsonl; ours have some hundreds."""
 IN_A_ROW = 8
 """Pictures of a grid's row, and of the grid of a run's own prompts."""
 
@@ -59,7 +69,8 @@ def made_anew(path: Path) -> Path:
 
 def read_metrics(path: Path, count: int) -> list[dict]:
     """The first `count` lines of metrics.jsonl; what follows may be cut off. Raises StoredError."""
-    lines = read_text(path, PUT_BACK).splitlines()[:count] if count else []
+    most = max(LARGEST, LONGEST_LINE * count)
+    lines = read_text(path, PUT_BACK, most).splitlines()[:count] if count else []
     if len(lines) < count:
         raise StoredError(f"{path} has {len(lines)} lines, and the checkpoint {count}; {PUT_BACK}")
     history = []
@@ -76,16 +87,19 @@ def read_metrics(path: Path, count: int) -> list[dict]:
 class RunFolder:
     """Writes a run's files; every rank makes one and calls `log`, and rank 0 writes.
 
-    On resume the lines of iterations from `first_iteration` on are dropped.
+    On resume the lines of iterations from `first_iteration` on are dropped; `index` is the digest
+    of the checkpoint's files.json as it was read.
     """
 
-    def __init__(self, path: Path, args, rank: int, first_iteration: int = 0):
+    def __init__(self, path: Path, args, rank: int, first_iteration: int = 0, index: str = ""):
         self.path, self.args, self.rank, self.history, self.wandb = path, args, rank, [], None
-        metrics = path / "metrics.jsonl"
+        self.dataset_lock, metrics = None, path / "metrics.jsonl"
         with saving(path):
             if rank == 0:
                 (path / "samples").mkdir(parents=True, exist_ok=True)
                 self.lock = lock(path)
+                if index and sha256(path / "checkpoint" / "files.json") != index:
+                    raise CheckpointError(f"{path} has gone on meanwhile; resume it again")
                 self.history = read_metrics(metrics, first_iteration)
                 write_text(metrics, "".join(json.dumps(line) + "\n" for line in self.history))
                 write_text(path / "args.json", stored_form(args))
@@ -96,6 +110,16 @@ class RunFolder:
 
             self.wandb = wandb
             wandb.init(project="clean-diffusion-rl", name=path.name, config=portable(asdict(args)))
+
+    def hold_dataset(self, folder: Path, about: str) -> None:
+        """Until `release_dataset` no other run draws samples into the folder, nor others there."""
+        with saving(self.path):
+            if self.rank == 0 and self.dataset_lock is None:
+                self.dataset_lock = hold_dataset(folder, about)
+
+    def release_dataset(self) -> None:
+        if self.dataset_lock:
+            self.dataset_lock.close()
 
     def close(self) -> None:
         """Let go of the lock and of the events' file; whoever still has the run keeps neither."""

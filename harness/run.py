@@ -20,6 +20,7 @@ from harness.checkpoint import (
     read_shares,
     restoring,
     saving,
+    sha256,
     write_tensors,
     write_text,
 )
@@ -27,8 +28,8 @@ from harness.folder import RunFolder, choose_run_dir
 from harness.metrics import Metrics, all_finite, none_finite, warn_where_above
 from harness.prompts import read_validation_prompts
 from harness.ranks import sum_gradients
-from harness.resume import checkpoint_form, contents_of_files
-from harness.stop import catch_signals, end_alone, end_early, end_run, fail, join_ranks
+from harness.resume import check_fixed, checkpoint_form, contents_of_files
+from harness.stop import catch_signals, end_alone, end_early, end_run, join_ranks
 
 
 class Run:
@@ -56,11 +57,10 @@ class Run:
         self._scaler.scale(torch.zeros(1, device=self.device))
         self._kept, self._shares, self._trained = {}, {}, {}
         self._fixed, self._contents = fixed or {}, contents_of_files(args)
-        self._folder, self._grid = None, None
+        self._folder = self._grid = self._state = self._index = None
         self._iteration, self._unit = 0, 0
         self._last_norms = defaultdict(lambda: deque(maxlen=args.max_skipped_updates))
         self._metrics = self._before_unit = Metrics(self.device)
-        self._state = None
         if args.resume:
             self._restore()
 
@@ -126,11 +126,11 @@ class Run:
         if self._any(bool(self._signals)):
             self._save()
             end_early(self._folder.path, self._signals)
+        if about is not None:
+            self._folder.hold_dataset(path.parent, about)
         tensors = {key: self.gather(value, n).cpu() for key, value in make().items()}
         with saving(self._folder.path):
             if self._rank == 0:
-                if about is not None:
-                    write_text(path.parent / "dataset.json", about)
                 write_tensors(path, tensors)
         return tensors
 
@@ -142,7 +142,8 @@ class Run:
         and noise, (B, 3, H, W) in [0, 1]; `prompts` are others than its own.
         """
         self._open()
-        self._grid = grid
+        self._grid, self._state = grid, None  # all that is kept has been restored
+        self._folder.release_dataset()
         if (self._iteration, self._unit) == (0, 0):
             self._save_grid(0)
         numbers = range(self._iteration, self._args.num_iterations)
@@ -225,23 +226,22 @@ class Run:
     def _restore(self) -> None:
         """Where the run is, and the metrics of an iteration some of whose units are done."""
         with restoring(self._args.resume, "state.pt"):
-            self._state = read_part(self._args.resume / "checkpoint" / "state.pt")
+            folder = self._args.resume / "checkpoint"
+            self._index, self._state = sha256(folder / "files.json"), read_part(folder / "state.pt")
             self._iteration, self._unit = int(self._state["iteration"]), int(self._state["unit"])
             self._scaler.load_state_dict(self._state["scaler"])
             self._metrics.load_state_dict(self._state["metrics"])
             before, _ = dict(self._state["fixed"]), dict(self._state["kept"])
             if self._iteration < 0 or self._unit < 0:
                 raise ValueError(f"iteration {self._iteration}, unit {self._unit}")
-        for name, value in self._fixed.items():
-            if before.get(name) != value:
-                fail(f"--resume: {name} were {before.get(name)} and are {value}; put them back")
+        check_fixed(before, self._fixed)
 
     def _open(self) -> None:
         """Take the run's folder; a new run has a checkpoint from the start."""
         if self._begun:
             return
         path = choose_run_dir(self._script, self._tag, self._args)
-        self._folder = RunFolder(path, self._args, self._rank, self._iteration)
+        self._folder = RunFolder(path, self._args, self._rank, self._iteration, self._index)
         if self._state is None:
             self._save()
 

@@ -38,13 +38,13 @@ def parse_json(text: str, finite: bool = True):
         raise ValueError("its JSON is nested too deep") from None
 
 
-def read_text(path: Path, remedy: str) -> str:
-    """A small text file of ours; raises StoredError."""
+def read_text(path: Path, remedy: str, most: int = LARGEST) -> str:
+    """A text file of ours, of at most so many bytes; raises StoredError."""
     try:
         if not path.is_file():
             raise ValueError("is not a file" if path.exists() else "is not there")
-        if path.stat().st_size > LARGEST:
-            raise ValueError(f"has more than {LARGEST >> 20} MB")
+        if path.stat().st_size > most:
+            raise ValueError(f"has more than {most >> 20} MB")
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise StoredError(f"{path} is not text in UTF-8; {remedy}") from None

@@ -13,6 +13,7 @@ from common.lora import (
     lora_state_dict,
     project,
     save_lora,
+    save_weights,
     sharing_weights,
 )
 
@@ -180,3 +181,19 @@ def test_save_and_load(unet, shrunk_sd, tmp_path):
     add_lora(third, 2)
     with pytest.raises(ValueError, match="another model or rank"):
         load_lora(third, tmp_path)
+
+
+def test_a_unet_takes_the_place_of_the_one_before_when_it_is_whole(unet, tmp_path, monkeypatch):
+    save_weights(unet, tmp_path)
+    before = (tmp_path / "unet/config.json").read_bytes()
+
+    def killed(folder):
+        folder.mkdir()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(unet, "save_pretrained", killed)
+        save_weights(unet, tmp_path)
+    assert (tmp_path / "unet/config.json").read_bytes() == before
+    save_weights(unet, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["unet"]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from written_out import merged_unet, record_updates
 
 import sft_kl
+from harness.checkpoint import CheckpointError, hold_dataset, lock
 
 PROMPT = "A cat and a dog"
 FLAGS = ("--num-inference-steps", 4, "--dataset-size", 12)
@@ -313,6 +314,22 @@ def test_data_set_is_drawn_once_and_reused(tiny_sd, tmp_path):
     assert result.returncode == 2
     assert "--dataset" in result.stderr and "--guidance-scale" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_data_set_is_drawn_by_one_run_at_a_time(tiny_sd, tmp_path):
+    """And not by one that another began meanwhile, with other settings."""
+    data = tmp_path / "data"
+    flags = [*FLAGS, "--model", tiny_sd, "--dataset", data, "--output-dir"]
+    data.mkdir()
+    held = lock(data)
+    result = run_script("sft_kl.py", *flags, tmp_path / "one")
+    assert result.returncode == 1 and "another process is still writing" in result.stderr
+    held.close()
+    with pytest.raises(CheckpointError, match="other settings"):
+        for about in ('{"seed": 1}', '{"seed": 2}'):
+            hold_dataset(tmp_path / "others", about).close()
+    result = run_script("sft_kl.py", *flags, tmp_path / "two")
+    assert result.returncode == 0, result.stderr
 
 
 def test_data_set_of_a_reward_whose_code_has_changed_is_refused(tmp_path, capsys):

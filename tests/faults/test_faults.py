@@ -159,7 +159,7 @@ def test_two_processes_never_write_one_run(tmp_path):
     process = start("dpok.py", *flags, "--output-dir", tmp_path / "run")
     wait_for((tmp_path / "waiting").exists, process)
     second = start("dpok.py", *resume("dpok.py", tmp_path))
-    ends_in_one_line(second, 1, "another process is still writing it")
+    ends_in_one_line(second, 2, "another process is still writing")
     (tmp_path / "fault").unlink()
     finish(process)
     assert len(read_metrics(tmp_path / "run")) == 3
