@@ -285,8 +285,8 @@ def main():
     if learning_rate is None:
         learning_rate = 5e-5 if args.lora_rank else 1e-5
     optimizer = torch.optim.AdamW(sd.weights, learning_rate, weight_decay=args.weight_decay)
-    run.keep(model=sd, optimizer=optimizer)
     args = fit_micro_batches(args, sd, lambda *given: sd.decode_with_gradient(guided_noise(*given)))
+    run.keep(model=sd, optimizer=optimizer)
     own = run.share(m)
     sd.batch_size = even_size(len(own), args.micro_batch_size)
 

@@ -321,8 +321,8 @@ def main():
     if learning_rate is None:
         learning_rate = 3e-4 if args.lora_rank else 1e-5
     optimizer = torch.optim.AdamW(sd.weights, learning_rate, weight_decay=args.weight_decay)
-    run.keep(model=sd, optimizer=optimizer)
     args = fit_micro_batches(args, sd, lambda *given: sd.decode_with_gradient(guided_noise(*given)))
+    run.keep(model=sd, optimizer=optimizer)
     # The policy that learns, and that draws what it learns from.
     policy = args if args.cfg_training else replace(args, guidance_scale=1.0)
     own = run.share(m)

@@ -311,8 +311,8 @@ def main():
     optimizer = torch.optim.AdamW(sd.weights, learning_rate, weight_decay=args.weight_decay)
     # The least and the greatest reward so far, the same on all ranks.
     extremes = torch.tensor([float("inf"), -float("inf")], dtype=torch.float64)
-    run.keep(model=sd, optimizer=optimizer, extremes=extremes)
     args = fit_micro_batches(args, sd, guided_noise)
+    run.keep(model=sd, optimizer=optimizer, extremes=extremes)
     # Without CFG training the model that learns is not the one that samples.
     train_args = args if args.cfg_training else replace(args, guidance_scale=1.0)
     sd.batch_size = even_size(len(own), args.micro_batch_size)

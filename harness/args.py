@@ -99,6 +99,8 @@ def parse_args(
         args = replace(args, prompts_file=None)
     if isinstance(args, RunArgs):
         if args.resume:
+            if args.dtype == "auto":
+                args = replace(args, dtype=default.dtype)
             check_same(args, default, MAY_CHANGE)
             if "--output-dir" in flags and args.output_dir.resolve() != args.resume.resolve():
                 remedy = "leave --output-dir out, or copy the folder and resume the copy"
@@ -159,6 +161,9 @@ def check_run(args: RunArgs) -> None:
     """Refuse what no script can do: numbers, precision, folder."""
     check_numbers(args, {"seed", "lora_rank", "num_noise"})
     check_dtype(args.dtype)
+    rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if gpus and rank >= gpus:
+        fail(f"--nproc_per_node of torchrun is more than the {gpus} GPUs of this machine; lower it")
     installed = any((Path(folder) / "wandb").is_dir() for folder in sys.path)
     if args.track and not installed:
         fail("--track needs Weights & Biases: pip install wandb; TensorBoard is always written")
@@ -266,12 +271,18 @@ def check_sampler(args, needs_noise: bool = True) -> None:
     check_model(args.model)
     try:
         path = Path(args.model) / "scheduler" / "scheduler_config.json"
-        trained = json.loads(path.read_text()).get("num_train_timesteps", 1000)
+        scheduler = json.loads(path.read_text())
+        trained = scheduler.get("num_train_timesteps", 1000)
     except (OSError, ValueError):  # a hub id; or a fault that loading it will name
         return
-    if args.num_inference_steps > trained:
-        asked = f"--num-inference-steps is {args.num_inference_steps}"
-        fail(f"{asked}; {args.model} was trained with {trained}: take fewer")
+    last = 0
+    if scheduler.get("timestep_spacing", "leading") == "leading":
+        last = (T - 1) * (trained // T) + scheduler.get("steps_offset", 0)
+    if trained < T or last >= trained:
+        fail(
+            f"--num-inference-steps is {T}; {args.model} was trained with {trained}, and the "
+            "noisiest step would be beyond them: take fewer"
+        )
 
 
 def check_reward(spec: str, flag: str = "--reward", without_gradient: str | None = None) -> None:

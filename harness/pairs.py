@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from common.users_code import quoted, shortened, what_was_raised
 from harness.prompts import (
@@ -141,7 +141,7 @@ def opened(data: io.BytesIO | Path, name: str) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             picture = Image.open(data, formats=FORMATS)
             picture.load()
-        return picture
+        return ImageOps.exif_transpose(picture)
     except Exception as error:  # decoders meet damage with nearly any kind
         what = fault_of(what_was_raised(error))
         raise SourceError(f"{what}; leave it out of the data") from None

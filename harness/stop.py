@@ -5,6 +5,8 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,6 +14,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+ALONE_AFTER = 10.0
+"""Seconds in which torchrun has ended a rank, where the node's first one has failed."""
 HUNG = "hung reward"
 """Name of a thread that never ends."""
 
@@ -21,10 +25,19 @@ class Ended(SystemExit):
 
 
 def fail(message: str) -> NoReturn:
-    """One line on stderr, of a node's first rank, and exit code 2: the fault and the remedy."""
+    """One line on stderr and exit code 2: the fault and the remedy.
+
+    Of the ranks of a node the first one says it, and torchrun ends the others; one that fails
+    alone says it when they have not been ended for a while.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", 0)) if "WORLD_SIZE" in os.environ else 0
-    if local_rank == 0:
-        print(f"{Path(sys.argv[0]).name}: error: {one_line(message)}", file=sys.stderr)
+    of_rank = ""
+    if local_rank > 0:
+        with suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(ALONE_AFTER)
+        of_rank = f"rank {os.environ['RANK']}: "
+    print(f"{Path(sys.argv[0]).name}: error: {of_rank}{one_line(message)}", file=sys.stderr)
     if dist.is_initialized():
         dist.destroy_process_group()  # else gloo's threads may outlive the interpreter
     raise Ended(2)
@@ -47,13 +60,16 @@ def one_line(message: str, longest: int = 700) -> str:
 def join_ranks(device: torch.device) -> None:
     """dist.init_process_group, on a store of its own for each start by torchrun --max-restarts.
 
-    torchrun keeps its store over restarts: a rank would find the addresses of dead ranks there.
+    torchrun keeps its store over restarts: a rank would find the addresses of dead ranks there. A
+    rank may wait long for another, for its download or a slow reward; torchrun ends those that wait
+    for a dead one.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store, _, _ = next(dist.rendezvous("env://", rank, world_size))
     store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    patient = timedelta(days=7)
+    dist.init_process_group(backend, patient, store=store, rank=rank, world_size=world_size)
 
 
 def end_run(message: str) -> NoReturn:

@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +23,9 @@ from scripts import SCRIPTS, TABLE
 from short_runs import COMMON, SHORT, finish, iteration_of, start
 
 from common.rewards import parse_sum
-from harness import Run, guard, parse_args, project, resume
-from harness.checkpoint import lock, new_checkpoint, sha256
+from harness import Run, guard, parse_args, project, resume, stop
+from harness.args import check_sampler
+from harness.checkpoint import CheckpointError, lock, new_checkpoint, sha256
 from harness.folder import made_anew
 from harness.resume import code_files
 from harness.stop import Ended
@@ -611,6 +612,100 @@ def test_stored_code_is_run_when_it_is_named_again(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("reward", "http://localhost:1/score"),
+        ("reward", "1*llava_bertscore:http://localhost:1/v1+1*jpeg_compressibility"),
+        ("push_to_hub", "someone/else"),
+    ],
+)
+def test_stored_servers_and_repositories_are_named_again(
+    flag, value, tmp_path, monkeypatch, capsys
+):
+    """A server would get the user's key, a repository be pushed to with the user's token."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_test")
+    code, stderr = here(monkeypatch, capsys, *SMALL, "--output-dir", "run")
+    assert code == 0, stderr
+    index = json.loads((tmp_path / "run/checkpoint/files.json").read_text())
+    for name in ("args.json", "checkpoint/args.json"):
+        file = tmp_path / "run" / name
+        stored = json.loads(file.read_text())
+        stored.get("arguments", stored)[flag] = value
+        file.write_text(json.dumps(stored))
+    index["sha256"]["args.json"] = sha256(file)
+    (tmp_path / "run/checkpoint/files.json").write_text(json.dumps(index))
+    code, stderr = here(monkeypatch, capsys, "--resume", "run", "--num-iterations", 2)
+    name = f"--{flag.replace('_', '-')}"
+    assert code == 2 and f"{name} {value}; give that again" in stderr
+    flags = [name, "jpeg_compressibility" if flag == "reward" else "me/mine"]
+    monkeypatch.setattr("harness.folder.push_or_end", lambda run, repo: None)
+    resume = ["--resume", "run", "--num-iterations", 2, *flags]
+    code, stderr = here(monkeypatch, capsys, *resume)
+    if flag == "reward":  # another one than the run has
+        assert code == 2 and "other --reward" in stderr
+    else:
+        assert code == 0, stderr
+
+
+def test_auto_is_the_precision_that_the_run_has(tmp_path, monkeypatch, capsys):
+    """So that a command with --dtype auto can be started again, with --resume."""
+    flags = [*SMALL[1:-1], 2, "--dtype", "auto"]
+    words = ["zoo", *flags[:-3], 1, "--dtype", "auto", "--output-dir", tmp_path / "run"]
+    code, stderr = here(monkeypatch, capsys, *words)
+    assert code == 0, stderr
+    code, stderr = here(monkeypatch, capsys, "zoo", *flags, "--resume", tmp_path / "run")
+    assert code == 0 and len(read_metrics(tmp_path / "run")) == 2, stderr
+
+
+def test_the_noisiest_step_is_one_of_training(tmp_path, capsys):
+    """Stable Diffusion's scheduler has an offset of 1: of 1000 steps the first is at 1000."""
+    shutil.copytree(ROOT / "zoo/sd", tmp_path / "sd")
+    file = tmp_path / "sd/scheduler/scheduler_config.json"
+    offset = {"timestep_spacing": "leading", "steps_offset": 1}
+    file.write_text(json.dumps(json.loads(file.read_text()) | offset))
+    args = importlib.import_module("dpok").Args(model=str(tmp_path / "sd"))
+    check_sampler(replace(args, num_inference_steps=999))
+    with pytest.raises(SystemExit):
+        check_sampler(replace(args, num_inference_steps=1000))
+    assert "--num-inference-steps is 1000" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_meanwhile_is_not_mixed(tmp_path, monkeypatch, capsys):
+    """Another process saves while this one, which has read where the run was, loads its models."""
+    code, stderr = here(monkeypatch, capsys, *SMALL, "--output-dir", tmp_path / "run")
+    assert code == 0, stderr
+    dpok, index = importlib.import_module("dpok"), tmp_path / "run/checkpoint/files.json"
+    load = dpok.load_stable_diffusion
+
+    def load_meanwhile(*given):
+        index.write_text(index.read_text() + "\n")
+        return load(*given)
+
+    monkeypatch.setattr(dpok, "load_stable_diffusion", load_meanwhile)
+    resume = ["--resume", tmp_path / "run", "--num-iterations", 2]
+    code, stderr = here(monkeypatch, capsys, *resume)
+    assert code == 2 and "has gone on meanwhile" in stderr
+    monkeypatch.undo()
+    code, stderr = here(monkeypatch, capsys, *resume)
+    assert code == 0 and len(read_metrics(tmp_path / "run")) == 2, stderr
+
+
+def test_a_rank_that_fails_alone_says_so(monkeypatch, capsys):
+    """The first rank of a node says it at once; another, if torchrun has not ended it by then."""
+    monkeypatch.setattr(stop, "ALONE_AFTER", 0.1)
+    before = signal.getsignal(signal.SIGTERM)
+    for rank, expected in ((0, "error: no room"), (3, "error: rank 3: no room")):
+        for name in ("RANK", "LOCAL_RANK"):
+            monkeypatch.setenv(name, str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "4")
+        with pytest.raises(SystemExit):
+            stop.fail("no room")
+        assert expected in capsys.readouterr().err
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
     "spec",
     [
         "a.py:f",
@@ -833,7 +928,7 @@ def test_lock_ends_with_its_process(tmp_path):
         time.sleep(60)
         os._exit(0)
     try:
-        with pytest.raises(OSError, match="another process"):
+        with pytest.raises(CheckpointError, match="another process"):
             lock(tmp_path)
         time.sleep(0.2)
         file.close()

@@ -97,6 +97,19 @@ def test_sources(write, tmp_path):
         assert len(open_pairs(source + "/00001.tar", 0)) == 2
 
 
+def test_a_photo_is_turned_upright(tmp_path):
+    """A camera that lay on its side says so in the file: 6 is a quarter turn clockwise."""
+    exif = Image.Exif()
+    exif[274] = 6
+    picture = Image.new("RGB", (20, 10), "black")
+    picture.paste("white", (0, 0, 10, 10))
+    picture.save(tmp_path / "a.jpg", exif=exif)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "a cat"}')
+    upright, _ = open_pairs(tmp_path.as_posix(), 0)[0]
+    assert upright.size == (10, 20)
+    assert upright.getpixel((5, 3))[0] > 200 and upright.getpixel((5, 16))[0] < 50
+
+
 def test_broken_picture_is_replaced_by_the_next(tmp_path, capsys):
     source = write_folder(tmp_path / "data")
     whole, captions = take_pairs(open_pairs(source, 0), 0, 0, 5, 8)

@@ -95,7 +95,10 @@ def load(
             if len(of_group) == 1:
                 name = repr(group) if isinstance(group, str) else f"group {group}"
                 fault = f"statistical parity needs several pictures of a prompt, and {name} has one"
-                raise RewardError(f"{fault}; raise --samples-per-iteration or take fewer prompts")
+                remedy = (
+                    "raise --images-per-prompt or --samples-per-iteration, or take fewer prompts"
+                )
+                raise RewardError(f"{fault}; {remedy}")
         return {group: -statistical_parity(c, num_classes) for group, c in members.items()}
 
     reward.of_groups = of_groups
