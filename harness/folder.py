@@ -31,6 +31,7 @@ from harness.checkpoint import (
 )
 from harness.hub import push_or_end
 from harness.project import portable
+from harness.ranks import on_all_ranks
 from harness.resume import stored_form
 from harness.stored import LARGEST, StoredError, checked, parse_json, read_text
 
@@ -111,11 +112,15 @@ class RunFolder:
             self.wandb = wandb
             wandb.init(project="clean-diffusion-rl", name=path.name, config=portable(asdict(args)))
 
-    def hold_dataset(self, folder: Path, about: str) -> None:
-        """Until `release_dataset` no other run draws samples into the folder, nor others there."""
-        with saving(self.path):
-            if self.rank == 0 and self.dataset_lock is None:
+    def hold_dataset(self, folder: Path, about: str | None) -> None:
+        """Until `release_dataset` no other run draws into the folder; nothing without `about`."""
+
+        def hold():
+            if self.rank == 0 and about is not None and self.dataset_lock is None:
                 self.dataset_lock = hold_dataset(folder, about)
+
+        with saving(self.path):
+            on_all_ranks(hold, CheckpointError)
 
     def release_dataset(self) -> None:
         if self.dataset_lock:

@@ -34,7 +34,7 @@ from harness.prompts import (
     fault_of_prompt,
     json_object,
     json_prompt,
-    on_all_ranks,
+    read_on_all_ranks,
     taken,
 )
 
@@ -103,7 +103,7 @@ def take_pairs(
             captions.append(caption)
         return tensors, captions
 
-    return on_all_ranks(read)
+    return read_on_all_ranks(read)
 
 
 def to_tensor(picture: Image.Image, size: int) -> torch.Tensor:

@@ -36,7 +36,7 @@ from common.users_code import (
     users_code,
 )
 from harness.checkpoint import sha256
-from harness.ranks import everybodys
+from harness.ranks import on_all_ranks
 from harness.stored import is_text
 
 KEYS = ("prompt", "text", "caption")
@@ -113,7 +113,7 @@ def take(items: Sequence, seed: int, position: int, count: int) -> list:
 
     Collective where there are several ranks: the SourceError of one is raised on all of them.
     """
-    return on_all_ranks(lambda: taken(items, seed, position, count))
+    return read_on_all_ranks(lambda: taken(items, seed, position, count))
 
 
 def taken(items: Sequence, seed: int, position: int, count: int) -> list:
@@ -122,19 +122,17 @@ def taken(items: Sequence, seed: int, position: int, count: int) -> list:
     return [items[int(order(len(items), seed, epoch)[n])] for epoch, n in numbers]
 
 
-def on_all_ranks(read: Callable):
+def read_on_all_ranks(read: Callable):
     """read(), or on every rank the SourceError of the first rank where there is one. Collective."""
-    result, fault = None, None
-    try:
-        result = read()
-    except SourceError as error:
-        fault = str(error)
-    except MemoryError:
-        fault = "the memory does not suffice for what was read of prompts or pairs; give fewer"
-    for fault_of_rank in everybodys(fault):
-        if fault_of_rank is not None:
-            raise SourceError(fault_of_rank)
-    return result
+
+    def read_or_say():
+        try:
+            return read()
+        except MemoryError:
+            fault = "the memory does not suffice for what was read of prompts or pairs; give fewer"
+            raise SourceError(fault) from None
+
+    return on_all_ranks(read_or_say, SourceError)
 
 
 def identity(sequence: Sequence) -> str:

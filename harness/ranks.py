@@ -1,5 +1,7 @@
 """What all ranks know of each other."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
@@ -11,6 +13,19 @@ def everybodys(share) -> list:
     shares = [None] * dist.get_world_size()
     dist.all_gather_object(shares, share)
     return shares
+
+
+def on_all_ranks(read: Callable, kind: type[Exception]):
+    """read(), or on every rank the fault of that kind that the first such rank has. Collective."""
+    result, fault = None, None
+    try:
+        result = read()
+    except kind as error:
+        fault = str(error)
+    for fault_of_rank in everybodys(fault):
+        if fault_of_rank is not None:
+            raise kind(fault_of_rank)
+    return result
 
 
 def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:

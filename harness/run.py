@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from harness import guard
 from harness.checkpoint import (
+    CheckpointError,
     new_checkpoint,
     read_part,
     read_shard,
@@ -27,7 +28,7 @@ from harness.checkpoint import (
 from harness.folder import RunFolder, choose_run_dir
 from harness.metrics import Metrics, all_finite, none_finite, warn_where_above
 from harness.prompts import read_validation_prompts
-from harness.ranks import sum_gradients
+from harness.ranks import on_all_ranks, sum_gradients
 from harness.resume import check_fixed, checkpoint_form, contents_of_files
 from harness.stop import catch_signals, end_alone, end_early, end_run, join_ranks
 
@@ -122,12 +123,11 @@ class Run:
         self._open()
         path = self._folder.path / path
         if self._any(self._rank == 0 and path.exists()):
-            return read_shard(path, n)
+            return on_all_ranks(lambda: read_shard(path, n), CheckpointError)
         if self._any(bool(self._signals)):
             self._save()
             end_early(self._folder.path, self._signals)
-        if about is not None:
-            self._folder.hold_dataset(path.parent, about)
+        self._folder.hold_dataset(path.parent, about)
         tensors = {key: self.gather(value, n).cpu() for key, value in make().items()}
         with saving(self._folder.path):
             if self._rank == 0:
