@@ -18,7 +18,7 @@ from written_out import policies, record_rollouts, record_updates
 import ddpo
 from common.scheduler import ddim_step_with_logprob
 
-PROMPT = "A cat and a dog"
+PROMPTS = ["A cat and a dog", "Four wolves in the park"]
 
 
 def run_recorded(tiny_sd, tmp_path, monkeypatch, *flags):
@@ -30,7 +30,9 @@ def run_recorded(tiny_sd, tmp_path, monkeypatch, *flags):
     recorded_advantages = lambda *a: advantages.append(per_prompt_advantages(*a)) or advantages[-1]
     monkeypatch.setattr(ddpo, "per_prompt_advantages", recorded_advantages)
     recorded, rollouts = record_updates(monkeypatch), record_rollouts(monkeypatch, ddpo)
-    words = ["--model", tiny_sd, "--prompt", PROMPT]
+    tmp_path.mkdir(exist_ok=True)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    words = ["--model", tiny_sd, "--prompts-file", tmp_path / "prompts.txt", "--seed", 3]
     words += ["--reward", "jpeg_incompressibility", "--num-inference-steps", 4]
     words += ["--samples-per-iteration", 10, "--num-iterations", 1]
     words += ["--micro-batch-size", 10, "--guidance-scale", 3]
@@ -67,7 +69,10 @@ def test_gradient_is_that_of_the_paper_written_out(
     recorded, trajectory, log_prob, advantages = run
     assert len(recorded) == updates
 
-    generator = ddpo.seeded(0, 1, 0)
+    # Sample i has drawn its prompt before its noise.
+    chosen = [torch.randint(2, (1,), generator=ddpo.seeded(3, 0, 0, i)).item() for i in range(m)]
+    assert len(set(chosen)) == 2
+    generator = ddpo.seeded(3, 1, 0)
     learned = round(share * T)
     chosen_steps = torch.rand(m, learned, generator=generator).argsort(1)
     chosen_steps = chosen_steps[:, : round(fraction * learned)]
@@ -76,7 +81,8 @@ def test_gradient_is_that_of_the_paper_written_out(
     pairs = [(i, j) for i in samples.tolist() for j in chosen_steps[i].tolist()]
     i, j = torch.tensor(pairs).T
     weights = [weight for weight, _ in recorded[-1]]
-    leaves, policy, *_ = policies(tiny_sd, weights, T, 3.0, PROMPT, trajectory[i, j], j)
+    prompts = [PROMPTS[chosen[k]] for k in i.tolist()]
+    leaves, policy, *_ = policies(tiny_sd, weights, T, 3.0, prompts, trajectory[i, j], j)
     log_p = policy.log_prob(trajectory[i, j + 1].double()).flatten(1).mean(1)
     A = advantages[i]
     if estimator == "sf":

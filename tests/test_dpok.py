@@ -20,19 +20,23 @@ from common.scheduler import ddim_step_with_logprob
 from common.stable_diffusion import PromptEncoder, ddim_scheduler
 
 TINY = ("--num-inference-steps", "4", "--samples-per-iteration", "10")
-TINY += ("--reward", "jpeg_incompressibility")
+TINY += ("--reward", "jpeg_incompressibility", "--seed", "3")
+PROMPTS = ["A cat and a dog", "Four wolves in the park"]
 
 
 @pytest.mark.parametrize("kl, rewarded_share", [("exact", 1.0), ("released", 1.0), ("exact", 0.5)])
 def test_gradient_is_that_of_eq_9_written_out(tiny_sd, tmp_path, monkeypatch, kl, rewarded_share):
-    """The gradient that the script hands to its optimizer, against autograd of Eq. 9.
+    """The gradients that the script hands to its optimizers, against autograd of Eq. 9 and 24.
 
-    At the third update, where neither the ratios are 1 nor the KL is 0; in float64, with
-    torch.distributions and LoRA merged into the weights.
+    At the third update of the second iteration, where neither the ratios are 1 nor the KL is 0, on
+    transitions of two rollouts and two prompts; in float64, with torch.distributions and LoRA
+    merged into the weights.
     """
     alpha, beta, clip, w, n, T = 300.0, 30.0 if kl == "exact" else 150.0, 5e-4, 3.0, 12, 4
     recorded = record_updates(monkeypatch)
-    flags = f"--num-iterations 1 --gradient-steps 3 --batch-size {n} --micro-batch-size 5 "
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    flags = f"--num-iterations 2 --gradient-steps 3 --batch-size {n} --micro-batch-size 5 "
+    flags += f"--prompts-file {tmp_path / 'prompts.txt'} --value-batch-size 15 "
     flags += f"--learning-rate 3e-3 --alpha {alpha} --beta {beta} --clip-range {clip} --kl {kl} "
     flags += f"--guidance-scale {w} --max-grad-norm 1e9 --rewarded-share {rewarded_share} "
     flags += f"--value-function --output-dir {tmp_path / 'run'} --model {tiny_sd}"
@@ -42,23 +46,34 @@ def test_gradient_is_that_of_eq_9_written_out(tiny_sd, tmp_path, monkeypatch, kl
 
     replay = torch.load(tmp_path / "run/checkpoint/replay-00000.pt", weights_only=True)
     state = torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)
-    drawn = torch.randperm(10 * T, generator=dpok.seeded(0, 1, 0, 2))[:n]
-    i, j = drawn // T, drawn % T
-    x_t, x_prev = replay["trajectory"][0, i, j], replay["trajectory"][0, i, j + 1].double()
+
+    def transitions(count, *key):
+        drawn = torch.randperm(2 * 10 * T, generator=dpok.seeded(3, *key))[:count]
+        s, i, j = drawn // (10 * T), drawn // T % 10, drawn % T
+        assert len(s.unique()) == 2, "both rollouts should occur"
+        # Sample i of iteration s has drawn its prompt before its noise.
+        chosen = [
+            torch.randint(2, (), generator=dpok.seeded(3, 0, *place))
+            for place in zip(s.tolist(), i.tolist())
+        ]
+        assert len({*map(int, chosen)}) == 2, "both prompts should occur"
+        return s, i, j, [PROMPTS[k] for k in chosen]
+
+    s, i, j, prompts = transitions(n, 1, 1, 2)
+    x_t, x_prev = replay["trajectory"][s, i, j], replay["trajectory"][s, i, j + 1].double()
     weights = [weight for weight, _ in weights_and_gradients]
-    leaves, policy, pre, eps, eps_pre = policies(tiny_sd, weights, T, w, dpok.Args().prompt, x_t, j)
+    leaves, policy, pre, eps, eps_pre = policies(tiny_sd, weights, T, w, prompts, x_t, j)
     encode = PromptEncoder(StableDiffusionPipeline.from_pretrained(tiny_sd), "cpu")
-    _, pooled = encode([dpok.Args().prompt])
     value_function = dpok.ValueFunction(4 * 8 * 8 + 32, T)
     value_function.load_state_dict(state["kept"]["value_function"])
-    # It began at the mean of the first rewards, and has since made one step of AdamW with a
+    # It began at the mean of the first rewards, and has since made two steps of AdamW with a
     # learning rate of 1e-4.
-    assert abs(value_function.out.bias.item() - replay["reward"][0].mean().item()) < 2e-4
+    assert abs(value_function.out.bias.item() - replay["reward"][0].mean().item()) < 3e-4
     with torch.no_grad():
-        value = value_function(x_t.float(), j, pooled.expand(n, -1)).double()
-    advantages = replay["reward"][0, i].double() - value
+        value = value_function(x_t.float(), j, encode(prompts)[1]).double()
+    advantages = replay["reward"][s, i].double() - value
     log_prob = policy.log_prob(x_prev).flatten(1).mean(1)
-    ratio = (log_prob - replay["log_prob"][0, i, j].double()).exp()
+    ratio = (log_prob - replay["log_prob"][s, i, j].double()).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
     penalty = kl_divergence(policy, pre) if kl == "exact" else (eps - eps_pre) ** 2
     policy_loss = (-alpha * advantages * clipped * (j < rewarded_share * T)).mean()
@@ -74,6 +89,22 @@ def test_gradient_is_that_of_eq_9_written_out(tiny_sd, tmp_path, monkeypatch, kl
     assert 0.1 < (share := of_policy.norm() / of_kl.norm()) < 10, (
         f"{share}: both terms of Eq. 9 should matter in this case"
     )
+    assert (ours - expected).norm() < 1e-4 * expected.norm()
+
+    # Eq. 24, the value function's update of the same iteration: a mean over five batches.
+    of_value = recorded[-4]
+    value_function.load_state_dict(
+        dict(zip(value_function.state_dict(), (weight for weight, _ in of_value)))
+    )
+    value_function.double()
+    errors = []
+    for batch in range(5):
+        s, i, j, prompts = transitions(15, 2, 1, batch)
+        x_t, pooled = replay["trajectory"][s, i, j].double(), encode(prompts)[1].double()
+        errors.append((replay["reward"][s, i] - value_function(x_t, j, pooled)) ** 2)
+    gradients = torch.autograd.grad(torch.cat(errors).mean(), [*value_function.parameters()])
+    expected = torch.cat([gradient.flatten() for gradient in gradients])
+    ours = torch.cat([gradient.flatten() for _, gradient in of_value]).double()
     assert (ours - expected).norm() < 1e-4 * expected.norm()
 
 

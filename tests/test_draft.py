@@ -5,6 +5,7 @@ And what a run leaves, and which rewards it refuses.
 
 import sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -18,23 +19,28 @@ import draft
 from common.stable_diffusion import ddim_scheduler, load_stable_diffusion
 
 PROMPT, T, W, M = "A cat and a dog", 4, 3.0, 5
+PROMPTS = [PROMPT, "Four wolves in the park"]
 REWARD = """
+import torch
 def f(images, prompts):
     left, right = images.chunk(2, dim=3)
-    return 20 * (left - right).square().mean((1, 2, 3))
+    of_prompts = torch.tensor([len(prompt) for prompt in prompts])
+    return of_prompts * (left - right).square().mean((1, 2, 3))
 """
 
 
-def reward_of(images):
+def reward_of(images, prompt):
     left, right = images.chunk(2, dim=3)
-    return 20 * (left - right).square().mean((1, 2, 3))
+    return len(prompt) * (left - right).square().mean((1, 2, 3))
 
 
 @pytest.fixture
 def small(tiny_sd, tmp_path):
     """Flags of one iteration of five samples in four steps."""
     (tmp_path / "mine.py").write_text(REWARD)
-    flags = ["--model", tiny_sd, "--prompt", PROMPT, "--reward", f"{tmp_path}/mine.py:f"]
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    flags = ["--model", tiny_sd, "--reward", f"{tmp_path}/mine.py:f", "--seed", 3]
+    flags += ["--prompts-file", tmp_path / "prompts.txt"]
     flags += ["--num-iterations", 1, "--num-inference-steps", T, "--samples-per-iteration", M]
     flags += ["--guidance-scale", W, "--micro-batch-size", 3, "--max-grad-norm", 1e9]
     return [*flags, "--lora-rank", 4, "--learning-rate", 1e-3, "--output-dir", tmp_path / "run"]
@@ -76,12 +82,17 @@ def test_gradient_is_that_of_the_reward_written_out(tiny_sd, tmp_path, monkeypat
     vae, factor = pipeline.vae.double(), pipeline.vae.config.scaling_factor
     a = pipeline.scheduler.alphas_cumprod.double()[1]  # of the last step
     (update,) = recorded
-    leaves, guided, _ = merged_unet(tiny_sd, [w for w, _ in update], W, PROMPT)
+    # Sample i has drawn its prompt before its noise.
+    first_drawn = [torch.randint(2, (1,), generator=draft.seeded(3, 0, 0, i)) for i in range(M)]
+    prompts = [PROMPTS[k] for k in first_drawn]
+    assert len(set(prompts)) == 2
+    leaves, guided_rows, _ = merged_unet(tiny_sd, [w for w, _ in update], W, prompts)
 
     total, drawn_K, own = 0.0, [], []
     for i in range(M):
-        generator = draft.seeded(0, 0, 0, i)
-        torch.randint(1, (1,), generator=generator)
+        guided = partial(guided_rows, rows=slice(i, i + 1))
+        generator = draft.seeded(3, 0, 0, i)
+        torch.randint(2, (1,), generator=generator)
         noise = torch.randn(T + 1 + 2 * n, 4, 8, 8, generator=generator)
         torch.randint(T, (1,), generator=generator)
         if "random" in flags:
@@ -96,7 +107,7 @@ def test_gradient_is_that_of_the_reward_written_out(tiny_sd, tmp_path, monkeypat
             x_1 = a.sqrt() * trajectory[i : i + 1, -1].double() + (1 - a).sqrt() * eps
             x_0.append(last_steps_written_out(tiny_sd, guided, x_1, [step_noise] * T, T - 1))
         decoded = vae.decode(torch.cat(x_0) / factor).sample
-        r = reward_of((decoded / 2 + 0.5).clamp(0, 1))
+        r = reward_of((decoded / 2 + 0.5).clamp(0, 1), prompts[i])
         own.append(r[0].item())
         total = total + r.mean()
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(-total / M, leaves)])
@@ -126,7 +137,7 @@ def test_gradient_is_that_of_finite_differences(tiny_sd, monkeypatch, K):
 
     def total():
         x_0 = draft.last_steps(args, sd, x, text, noise, torch.tensor([K, K]))
-        return reward_of(sd.decode_with_gradient(x_0)).sum()
+        return reward_of(sd.decode_with_gradient(x_0), PROMPT).sum()
 
     (gradient,) = torch.autograd.grad(total(), weight)
     place, h, values = (0, 0, 1, 1), 1e-5, []

@@ -14,6 +14,7 @@ from written_out import merged_unet, record_rollouts, record_updates
 import raft
 
 PROMPT = "A cat and a dog"
+PROMPTS = [PROMPT, "Four wolves in the park"]
 
 
 @pytest.mark.parametrize("ranking", ["global", "local"])
@@ -51,8 +52,10 @@ def small(tiny_sd, tmp_path):
         "def f(seed):\n"
         "    return [(Image.new('RGB', (64, 64), color), color) for color in ('red', 'blue')]\n"
     )
-    flags = ["--model", tiny_sd, "--prompt", PROMPT, "--reward", "jpeg_incompressibility"]
-    flags += ["--samples-per-iteration", 12, "--images-per-prompt", 12, "--acceptance", 0.4]
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    flags = ["--model", tiny_sd, "--reward", "jpeg_incompressibility", "--seed", 3]
+    flags += ["--prompts-file", tmp_path / "prompts.txt"]
+    flags += ["--samples-per-iteration", 12, "--images-per-prompt", 6, "--acceptance", 0.4]
     flags += ["--num-iterations", 1, "--num-inference-steps", 4, "--gradient-steps", 2]
     flags += ["--guidance-scale", 3, "--micro-batch-size", 3, "--learning-rate", 1e-3]
     flags += ["--pretrain-data", f"{tmp_path}/pairs.py:f", "--pretrain-batch-size", 4]
@@ -95,13 +98,16 @@ def test_gradient_is_that_of_the_loss_written_out(
     # The grid of samples, of eight, is drawn before and after.
     drawn = torch.cat([rollout.trajectory[:, -1] for rollout in rollouts])
     x0 = drawn[8:20][numbers].double()
-    generator = raft.seeded(0, 1, 0, 1)
+    generator = raft.seeded(3, 1, 0, 1)
     t = torch.randint(1000, (5,), generator=generator)
     eps = torch.randn(5, 4, 8, 8, generator=generator).double()
     x_t = scheduler.add_noise(x0, eps, t)
     target = eps if prediction_type == "epsilon" else scheduler.get_velocity(x0, eps, t)
     w = 3.0 if guided else 1.0
-    leaves, predicted, _ = merged_unet(model, [weight for weight, _ in recorded[1]], w, PROMPT)
+    order = np.random.default_rng([3, 0]).permutation(np.arange(2, dtype=np.int32))
+    prompts = [PROMPTS[order[i // 6]] for i in numbers]
+    assert len(set(prompts)) == 2
+    leaves, predicted, _ = merged_unet(model, [weight for weight, _ in recorded[1]], w, prompts)
     loss = ((predicted(x_t, t) - target) ** 2).mean()
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, leaves)])
     assert (gradient(recorded[1]) - expected).norm() < 1e-3 * expected.norm() > 0

@@ -18,6 +18,7 @@ from common.stable_diffusion import load_stable_diffusion
 from harness import score_with_gradients, scores_of
 
 PROMPT, T, W = "A cat and a dog", 4, 3.0
+PROMPTS = [PROMPT, "Four wolves in the park"]
 REWARD = """
 def f(images, prompts):
     left, right = images.chunk(2, dim=3)
@@ -31,7 +32,9 @@ OFFSET = 0.8
 def small(tiny_sd, tmp_path):
     """Flags of one iteration of seven samples in four steps, without the pre-training loss."""
     (tmp_path / "mine.py").write_text(REWARD.format(offset=OFFSET))
-    flags = ["--model", tiny_sd, "--prompt", PROMPT, "--reward", f"{tmp_path}/mine.py:f"]
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    flags = ["--model", tiny_sd, "--reward", f"{tmp_path}/mine.py:f", "--seed", 3]
+    flags += ["--prompts-file", tmp_path / "prompts.txt"]
     flags += ["--num-iterations", 1, "--num-inference-steps", T, "--samples-per-iteration", 7]
     flags += ["--most-steps-left", 3, "--guidance-scale", W, "--micro-batch-size", 3]
     flags += ["--pretrain-beta", 0, "--lora-rank", 4, "--max-grad-norm", 1e9]
@@ -65,16 +68,16 @@ def test_gradient_is_that_of_the_loss_written_out(
     # Before them there is a grid of eight.
     trajectory = torch.cat([r.trajectory for r in rollouts])[8 : 8 + 7]
     assert len(recorded) == 1
-    steps = []
+    steps, prompts = [], []
     for i in range(7):
-        generator = refl.seeded(0, 0, 0, i)
-        torch.randint(1, (1,), generator=generator)
+        generator = refl.seeded(3, 0, 0, i)
+        prompts.append(PROMPTS[torch.randint(2, (1,), generator=generator)])
         torch.randn(T + 1, 4, 8, 8, generator=generator)
         steps.append(T - torch.randint(1, 4, (1,), generator=generator))
     steps = torch.cat(steps)
-    assert len(set(steps.tolist())) > 1
+    assert len(set(steps.tolist())) > 1 and len(set(prompts)) == 2
     leaves, guided, _ = merged_unet(
-        tiny_sd, [w for w, _ in recorded[0]], W if cfg_training else 1.0, PROMPT
+        tiny_sd, [w for w, _ in recorded[0]], W if cfg_training else 1.0, prompts
     )
     x_t = trajectory[torch.arange(7), steps]
     phi, r = written_out(tiny_sd, leaves, guided, x_t, steps)

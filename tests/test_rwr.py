@@ -17,8 +17,9 @@ from written_out import merged_unet, record_updates
 import rwr
 
 PROMPT = "A cat and a dog"
+PROMPTS = [PROMPT, "Four wolves in the park"]
 FLAGS = ("--num-inference-steps", 4, "--samples-per-iteration", 12)
-FLAGS += ("--shard-size", 6, "--prompt", PROMPT)
+FLAGS += ("--shard-size", 6)
 FLAGS += ("--reward", "jpeg_incompressibility", "--batch-size", 5)
 FLAGS += ("--gradient-steps", 2, "--micro-batch-size", 3)
 FLAGS += ("--lora-rank", 4)
@@ -60,7 +61,9 @@ def test_gradient_is_that_of_the_loss_written_out(tiny_sd, tmp_path, monkeypatch
     With the guided prediction (Eq. 5).
     """
     recorded = record_updates(monkeypatch)
-    flags = [*FLAGS, "--num-iterations", 1, "--model", tiny_sd]
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    flags = [*FLAGS, "--num-iterations", 1, "--model", tiny_sd, "--seed", 3]
+    flags += ["--prompts-file", tmp_path / "prompts.txt", "--normalise", "pool"]
     flags += ["--weights", weights, "--inverse-temperature", 9]
     flags += ["--percentile", 0.4, "--guidance-scale", 3]
     flags += ["--max-grad-norm", 1e9, "--output-dir", tmp_path / "run"]
@@ -73,7 +76,9 @@ def test_gradient_is_that_of_the_loss_written_out(tiny_sd, tmp_path, monkeypatch
         w = (reward.double().numpy() >= np.percentile(reward.double().numpy(), 40)).astype(float)
     assert len(set(w.round(3).tolist())) > 1
 
-    generator, order = rwr.seeded(0, 1, 0), []
+    # Sample i has drawn its prompt before its noise.
+    drawn = [torch.randint(2, (1,), generator=rwr.seeded(3, 0, 0, i)) for i in range(12)]
+    generator, order = rwr.seeded(3, 1, 0), []
     kept = torch.tensor(np.flatnonzero(w))
     for _ in range(2):
         while len(order) < 5:
@@ -83,7 +88,9 @@ def test_gradient_is_that_of_the_loss_written_out(tiny_sd, tmp_path, monkeypatch
         noise = torch.randn(5, 4, 8, 8, generator=generator).double()
     alphas = StableDiffusionPipeline.from_pretrained(tiny_sd).scheduler.alphas_cumprod.double()
     alpha = alphas[t].view(-1, 1, 1, 1)
-    leaves, guided, _ = merged_unet(tiny_sd, [weight for weight, _ in recorded[1]], 3.0, PROMPT)
+    prompts = [PROMPTS[drawn[i]] for i in batch]
+    assert len(set(prompts)) == 2
+    leaves, guided, _ = merged_unet(tiny_sd, [weight for weight, _ in recorded[1]], 3.0, prompts)
     error = noise - guided(alpha.sqrt() * x0[batch].double() + (1 - alpha).sqrt() * noise, t)
     loss = (torch.tensor(w)[batch] * (error**2).flatten(1).mean(1)).mean()
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, leaves)])

@@ -20,8 +20,9 @@ import sft_kl
 from harness.checkpoint import CheckpointError, hold_dataset, lock
 
 PROMPT = "A cat and a dog"
+PROMPTS = [PROMPT, "Four wolves in the park"]
 FLAGS = ("--num-inference-steps", 4, "--dataset-size", 12)
-FLAGS += ("--shard-size", 6, "--prompt", PROMPT, "--batch-size", 5)
+FLAGS += ("--shard-size", 6, "--batch-size", 5, "--seed", 3)
 FLAGS += ("--reward", "jpeg_incompressibility", "--gradient-steps", 2)
 FLAGS += ("--micro-batch-size", 3, "--num-iterations", 1)
 FLAGS += ("--samples-per-iteration", 2)
@@ -208,7 +209,7 @@ def test_kl_to_the_pretrained_model_is_taken_at_random_steps(tiny_sd, tmp_path, 
     for iteration in range(2):
         drawn = []
         for i in range(8):
-            generator = sft_kl.seeded(0, 2, iteration, i)
+            generator = sft_kl.seeded(3, 2, iteration, i)
             torch.randint(1, (1,), generator=generator)
             torch.randn(5, 4, 8, 8, generator=generator)
             drawn.append(timesteps[torch.randint(4, (1,), generator=generator)])
@@ -264,15 +265,22 @@ def test_x0_and_weights_against_the_scheduler(prediction_type):
 def test_gradient_is_that_of_the_loss_written_out(tiny_sd, tmp_path, monkeypatch, regularization):
     """The gradient of the second update against autograd in float64 of Algorithm 2's."""
     recorded = record_updates(monkeypatch)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     flags = [*FLAGS, "--model", tiny_sd, "--guidance-scale", 3]
+    flags += ["--prompts-file", tmp_path / "prompts.txt"]
     flags += ["--max-grad-norm", 1e9, "--learning-rate", 1e-2]
     flags += ["--regularization", regularization, "--gamma", 1.5, "--output-dir", tmp_path / "run"]
     monkeypatch.setattr(sys, "argv", ["sft_kl.py", *map(str, flags)])
     sft_kl.main()
     shards = [load_file(tmp_path / f"run/dataset/{first:06d}.safetensors") for first in (0, 6)]
     x0, reward = (torch.cat([shard[key] for shard in shards]).double() for key in ("x0", "reward"))
-    generator = sft_kl.seeded(0, 1, 0, 1)
+    generator = sft_kl.seeded(3, 1, 0, 1)
     batch = torch.randint(12, (5,), generator=generator)
+    # Sample i of a shard has drawn its prompt before its noise.
+    places = [(first, i) for first in (0, 6) for i in range(6)]
+    drawn = [torch.randint(2, (1,), generator=sft_kl.seeded(3, 0, *place)) for place in places]
+    prompts = [PROMPTS[drawn[i]] for i in batch]
+    assert len(set(prompts)) == 2
     t = torch.randint(1, 1000, (5,), generator=generator)
     noise = torch.randn(5, 4, 8, 8, generator=generator).double()
     alphas = StableDiffusionPipeline.from_pretrained(tiny_sd).scheduler.alphas_cumprod.double()
@@ -280,7 +288,7 @@ def test_gradient_is_that_of_the_loss_written_out(tiny_sd, tmp_path, monkeypatch
     x0, r = x0[batch], reward[batch].view(-1, 1, 1, 1)
     x_t = alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
     weights = [weight for weight, _ in recorded[1]]
-    leaves, *networks = merged_unet(tiny_sd, weights, 3.0, PROMPT)
+    leaves, *networks = merged_unet(tiny_sd, weights, 3.0, prompts)
     f, f_pre = ((x_t - (1 - alpha).sqrt() * eps(x_t, t)) / alpha.sqrt() for eps in networks)
     variance = (1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)
     if regularization == "kl-o":

@@ -34,14 +34,14 @@ def record_rollouts(monkeypatch, script) -> list:
     return recorded
 
 
-def merged_unet(model, weights: list[torch.Tensor], w: float, prompt: str):
+def merged_unet(model, weights: list[torch.Tensor], w: float, prompts: list[str]):
     """With LoRA `weights` (A and B in turn): the weights as leaves, and two guided outputs.
 
-    They are f(x_t, t) with the LoRA and without.
+    They are f(x_t, t, rows) with the LoRA and without; `prompts` are those of all rows, or one.
     """
     pipeline = StableDiffusionPipeline.from_pretrained(model)
     encode = PromptEncoder(pipeline, "cpu")
-    text, no_text = (encode([p])[0] for p in (prompt, ""))
+    text, no_text = (encode(texts)[0] for texts in (prompts, [""]))
     unet = pipeline.unet.double()
     frozen = dict(unet.named_parameters())
     leaves = [weight.double().requires_grad_() for weight in weights]
@@ -52,9 +52,10 @@ def merged_unet(model, weights: list[torch.Tensor], w: float, prompt: str):
             a, b = next(pairs)
             merged[key] = frozen[key].detach() + b @ a
 
-    def guided(weights, x_t, t):
+    def guided(weights, x_t, t, rows=slice(None)):
         def run(embedding):
-            inputs = (x_t, t, embedding.double().expand(len(x_t), -1, -1))
+            of_rows = embedding if len(embedding) == 1 else embedding[rows]
+            inputs = (x_t, t, of_rows.double().expand(len(x_t), -1, -1))
             return torch.func.functional_call(unet, weights, inputs).sample
 
         return w * run(text) + (1 - w) * run(no_text)
@@ -67,7 +68,7 @@ def policies(
     weights: list[torch.Tensor],
     num_steps: int,
     w: float,
-    prompt: str,
+    prompts: list[str],
     x_t: torch.Tensor,
     steps,
 ):
@@ -79,7 +80,7 @@ def policies(
     scheduler = DDIMScheduler.from_pretrained(model, subfolder="scheduler")
     scheduler.set_timesteps(num_steps)
     t, x_t = scheduler.timesteps[steps], x_t.double()
-    leaves, guided, guided_pre = merged_unet(model, weights, w, prompt)
+    leaves, guided, guided_pre = merged_unet(model, weights, w, prompts)
     eps, eps_pre = guided(x_t, t), guided_pre(x_t, t).detach()
     alphas = scheduler.alphas_cumprod.double()
     prev_t = t - 1000 // num_steps
