@@ -158,8 +158,8 @@ def ten_samples(script: str, reward: str, prompts) -> list:
 
 
 def tiny(script: str, folder, reward: str) -> list:
-    """Ten samples of one prompt in four steps."""
-    (folder / "prompt.txt").write_text(PROMPT)
+    """Ten samples of two prompts in four steps."""
+    (folder / "prompt.txt").write_text(f"{PROMPT}\nFour wolves in the park\n")
     return ["--num-inference-steps", 4, *ten_samples(script, reward, folder / "prompt.txt")]
 
 

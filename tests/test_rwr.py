@@ -98,6 +98,17 @@ def test_gradient_is_that_of_the_loss_written_out(tiny_sd, tmp_path, monkeypatch
     assert (ours - expected).norm() < 1e-4 * expected.norm()
 
 
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_round_begins_with_a_fresh_optimizer(tiny_sd, tmp_path, monkeypatch, fresh):
+    flags = [*FLAGS, "--num-iterations", 2, "--model", tiny_sd, "--output-dir", tmp_path / "run"]
+    flags += ["--prompt", PROMPT, "--fresh-optimizer" if fresh else "--no-fresh-optimizer"]
+    monkeypatch.setattr(sys, "argv", ["rwr.py", *map(str, flags)])
+    rwr.main()
+    state = torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)
+    steps = {of["step"].item() for of in state["kept"]["optimizer"]["state"].values()}
+    assert steps == {2 if fresh else 4}
+
+
 def test_round_goes_on_with_the_samples_that_are_there(tiny_sd, tmp_path, monkeypatch):
     """A round whose second shard could not be scored ends, resumed, as an undisturbed one.
 

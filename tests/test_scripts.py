@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from scripts import PROMPT, SCRIPTS, TABLE, ten_samples, tiny, tiny_and_own
 from short_runs import assert_same_run, steady_metrics
 from transformers import CLIPTextModel
+from written_out import record_updates
 
 from common.stable_diffusion import PromptEncoder
 from harness.folder import run_name
@@ -84,9 +85,41 @@ def test_rate_without_a_flag_is_that_of_what_is_trained(tiny_sd, tmp_path, scrip
     for rank, rate in ((0, TABLE[script].rate), (4, TABLE[script].rate_of_lora)):
         flags = [*tiny(script, tmp_path, "jpeg_compressibility"), "--num-iterations", 1]
         flags += ["--model", tiny_sd, "--lora-rank", rank, "--output-dir", tmp_path / str(rank)]
-        run_here(monkeypatch, script, *flags)
+        run_here(monkeypatch, script, *flags, "--weight-decay", 0.03)
         state = torch.load(tmp_path / str(rank) / "checkpoint/state.pt", weights_only=True)
-        assert state["kept"]["optimizer"]["param_groups"][0]["lr"] == rate
+        (group,) = state["kept"]["optimizer"]["param_groups"]
+        assert (group["lr"], group["weight_decay"]) == (rate, 0.03)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_updates_are_clipped_to_the_norm_of_the_flag(tiny_sd, tmp_path, script, monkeypatch):
+    """And the metric is the norm before."""
+    recorded, limit = record_updates(monkeypatch), 1e-6
+    flags = [*tiny_and_own(script, tmp_path, "jpeg_incompressibility"), "--num-iterations", 1]
+    flags += ["--model", tiny_sd, "--lora-rank", 4, "--max-grad-norm", limit]
+    run_here(monkeypatch, script, *flags, "--output-dir", tmp_path / "run")
+    # A value function's are not: its first weight has not the LoRA's rank.
+    of_lora = [update for update in recorded if len(update[0][0]) == 4]
+    norms = [torch.cat([g.flatten() for _, g in update]).norm().item() for update in of_lora]
+    assert norms and norms == pytest.approx([limit] * len(norms), rel=1e-3)
+    assert read_metrics(tmp_path / "run")[0]["grad_norm"] > 10 * limit
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_half_precision_has_the_gradients_of_float32(
+    tiny_sd, tmp_path, smooth, script, monkeypatch
+):
+    """In norm, up to rounding: fp16's are scaled by 65536 and more until they are clipped."""
+    norms = {}
+    for dtype in ("fp32", "bf16", "fp16"):
+        flags = [*tiny_and_own(script, tmp_path, smooth), "--num-iterations", 1]
+        flags += ["--model", tiny_sd, "--lora-rank", 4, "--learning-rate", 1e-9, "--dtype", dtype]
+        if script == "sft_kl.py":  # the paper's weights make gradients of 1000 and more
+            flags += ["--weighting", "simple"]
+        run_here(monkeypatch, script, *flags, "--output-dir", tmp_path / dtype)
+        norms[dtype] = read_metrics(tmp_path / dtype)[0]["grad_norm"]
+    assert norms["bf16"] == pytest.approx(norms["fp32"], rel=0.05)
+    assert norms["fp16"] == pytest.approx(norms["fp32"], rel=0.01)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
