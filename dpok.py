@@ -107,8 +107,8 @@ class Args(RunArgs):
     learning_rate: float = 1e-5
     """AdamW's learning rate (App. B)."""
     cooldown_share: float = 0.0
-    """Share of the run, its end, over which the learning rate falls to 0 in a straight line: a run
-    that is resumed with more iterations has had one before."""
+    """Share of the run, its end, over which the learning rate falls to 0 in a straight line. A run
+    that is resumed with more iterations has cooled down once before."""
     weight_decay: float = 0.0
     """AdamW's weight decay (released code)."""
     max_grad_norm: float = 0.1

@@ -42,7 +42,7 @@ from evaluation.settings import (
     read_settings,
 )
 from evaluation.sheet import check_sheet
-from harness.args import check_dtype, check_numbers, parse_args
+from harness.args import check_gpus, check_numbers, parse_args
 from harness.guard import command
 
 
@@ -101,7 +101,7 @@ def check(args: Args, world_size: int) -> tuple[Settings, list[Model], dict[str,
     """Refuse what cannot work before anything slow is loaded; returns what goes where."""
     check_text(args)
     check_numbers(args, {"seed"})
-    check_dtype(args.dtype)
+    check_gpus(args.dtype)
     check_rewards(args.rewards, args.images_per_prompt)
     settings = read_settings(args)
     models = read_models(args)

@@ -44,7 +44,7 @@ from evaluation.pairs import choose_models, shuffled_pairs
 from evaluation.places import check_place, check_text, to_json, write_whole, writing
 from evaluation.settings import SHARD_SIZE, check_size, check_world_size, read_settings
 from evaluation.tally import check_output, key_of, tables, tally
-from harness.args import check_dtype, check_numbers, parse_args, read_words
+from harness.args import check_gpus, check_numbers, parse_args, read_words
 from harness.guard import command
 from harness.project import program
 from harness.stop import fail
@@ -160,7 +160,7 @@ def check(args: BuildArgs, output_dir: Path) -> None:
 
 def draw(args: BuildArgs, folder: Path) -> list[str]:
     """Pictures of two models as evaluate.py draws them, into `folder`; returns their names."""
-    check_dtype(args.dtype)
+    check_gpus(args.dtype)
     settings = read_settings(args, shard_size=SHARD_SIZE)
     models = read_models(args)
     check_world_size(settings, int(os.environ.get("WORLD_SIZE", 1)))

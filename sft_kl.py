@@ -164,19 +164,18 @@ def about_dataset(args, prompts) -> dict:
     """What the samples of a data set depend on: the file dataset.json beside them."""
     keys = ("model", "reward", "shard_size", "num_inference_steps", "guidance_scale", "eta", "seed")
     about = {"prompts_file": prompts} | {key: getattr(args, key) for key in keys}
-    code = digests_of_code(args.reward)
-    if code:  # a reward of the user's own, which may change
-        about["reward"] = [args.reward, code]
-    return about
+    return about | {"reward_code": digests_of_code(args.reward)}
 
 
 def check_dataset(args, prompts) -> None:
     """Refuse a --dataset that was drawn with other settings."""
     if args.dataset is None or not (args.dataset / "dataset.json").exists():
         return
-    there = read_stored(args.dataset / "dataset.json", dict, "choose another --dataset")
     wanted = about_dataset(args, prompts)
-    differ = [f"--{k.replace('_', '-')}" for k in wanted if there.get(k) != wanted[k]]
+    there = read_stored(args.dataset / "dataset.json", dict, "choose another --dataset")
+    there = {"reward_code": wanted["reward_code"]} | there  # earlier versions did not write it
+    differ = [key.removesuffix("_code") for key in wanted if there.get(key) != wanted[key]]
+    differ = [f"--{key.replace('_', '-')}" for key in dict.fromkeys(differ)]
     if differ:
         remedy = "choose another folder or the same settings"
         fail(f"--dataset {args.dataset} was drawn with other {', '.join(differ)}; {remedy}")

@@ -59,9 +59,10 @@ class Part:
         `standard_error` takes the pairs for independent, as if each seed had had prompts of its
         own.
         """
-        by_prompt = np.reshape(self.differences, (-1, seeds))
-        within = by_prompt.var(axis=1, ddof=1).mean() / by_prompt.size
-        errors = {"other seeds": float(within**0.5)}
+        by_prompt, errors = np.reshape(self.differences, (-1, seeds)), {}
+        if seeds > 1:
+            within = by_prompt.var(axis=1, ddof=1).mean() / by_prompt.size
+            errors["other seeds"] = float(within**0.5)
         if len(by_prompt) > 1:
             of_means = by_prompt.mean(axis=1).std(ddof=1) / len(by_prompt) ** 0.5
             errors["other prompts"] = float(of_means)

@@ -100,7 +100,8 @@ def collect_evaluation(name: str, results: dict) -> None:
             for prompt, pictures in drawn(name, model, [*of_prompts]).items():
                 of_prompts[prompt]["empty"] = share_with(None, pictures)
     of_models, distances = stored()["evaluations"], stored()["right_distances"]
-    before = of_models.get(name, {})
+    gone = results["models"].keys() - found.keys()
+    before = {m: of for m, of in of_models.get(name, {}).items() if m not in gone}
     of_models[name] = before | found
     if name.startswith("single__"):
         # Of all models of claim 2 together. The pictures of some that are stored may not be here:
@@ -117,7 +118,7 @@ def is_of_todays_weights(name: str, model: str, of: dict) -> bool:
     file = of["path"] and RUNS.parent / of["path"] / FILE_NAME
     if not file or not file.exists() or digest_of(file) == of["sha256"]:
         return True
-    print(f"{name}/{model} is left out: its run was made again; evaluate it in another folder")
+    print(f"{name}/{model} is left out: its run was made again; remove claims-evaluations/{name}")
     return False
 
 
@@ -205,7 +206,7 @@ def as_floats(pictures: np.ndarray) -> torch.Tensor:
 def share_with(thing: str | None, pictures: np.ndarray) -> float:
     """Of pictures the share in which the judge sees the thing; None is for no thing at all.
 
-    A portrait has none: the judge sees one in noise, too.
+    In a portrait there is no thing; the judge sees portraits in noise, too.
     """
     scenes = judging.read(judge().network, as_floats(pictures))
     kinds = [{group.kind for group in scene.groups} or {None} for scene in scenes]

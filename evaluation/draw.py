@@ -15,8 +15,8 @@ from evaluation.folder import read_shard, shard_file, write_description, write_s
 from evaluation.models import Model, check_finite, digest_of_lora, finetuned
 from evaluation.places import writing
 from evaluation.sampler import PictureError, Sampler
-from evaluation.settings import STEPS, Settings, check_steps, shards_of
-from harness.args import fail
+from evaluation.settings import Settings, shards_of
+from harness.args import check_steps, fail
 from harness.project import portable
 from harness.prompts import warn_of_prompts
 from harness.rewards import everybodys, load_reward_or_fail
@@ -46,7 +46,7 @@ def draw_and_score(
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = load_pipeline(settings.model)
-    check_steps(settings.num_inference_steps, pipeline.scheduler.config.get(STEPS), settings.model)
+    check_steps(settings.num_inference_steps, pipeline.scheduler.config, settings.model)
     base = pipeline.unet.to(device, DTYPES[settings.dtype], memory_format=torch.channels_last)
     base.eval().requires_grad_(False)
     for model in models:

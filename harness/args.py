@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -160,10 +160,7 @@ def join_repeated(words: Sequence[str], flags: Sequence[str]) -> list[str]:
 def check_run(args: RunArgs) -> None:
     """Refuse what no script can do: numbers, precision, folder."""
     check_numbers(args, {"seed", "lora_rank", "num_noise"})
-    check_dtype(args.dtype)
-    rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if gpus and rank >= gpus:
-        fail(f"--nproc_per_node of torchrun is more than the {gpus} GPUs of this machine; lower it")
+    check_gpus(args.dtype)
     installed = any((Path(folder) / "wandb").is_dir() for folder in sys.path)
     if args.track and not installed:
         fail("--track needs Weights & Biases: pip install wandb; TensorBoard is always written")
@@ -207,8 +204,11 @@ def check_numbers(args, may_be_0: set[str]) -> None:
         fail(f"--seed is {args.seed}; it must be less than 2**63")
 
 
-def check_dtype(dtype: str) -> None:
-    """Refuse what this GPU cannot do; a CPU can do all."""
+def check_gpus(dtype: str) -> None:
+    """Refuse what this machine's GPUs cannot do; a CPU can do all."""
+    rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if gpus and rank >= gpus:
+        fail(f"--nproc_per_node of torchrun is more than the {gpus} GPUs of this machine; lower it")
     if dtype != "bf16" or not torch.cuda.is_available():
         return
     if not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -272,16 +272,20 @@ def check_sampler(args, needs_noise: bool = True) -> None:
     try:
         path = Path(args.model) / "scheduler" / "scheduler_config.json"
         scheduler = json.loads(path.read_text())
-        trained = scheduler.get("num_train_timesteps", 1000)
     except (OSError, ValueError):  # a hub id; or a fault that loading it will name
         return
-    last = 0
+    check_steps(T, scheduler, args.model)
+
+
+def check_steps(num_inference_steps: int, scheduler: Mapping, model: str) -> None:
+    """Refuse steps of which the noisiest is beyond those of training, by a scheduler's settings."""
+    T, trained, last = num_inference_steps, scheduler.get("num_train_timesteps", 1000), 0
     if scheduler.get("timestep_spacing", "leading") == "leading":
         last = (T - 1) * (trained // T) + scheduler.get("steps_offset", 0)
     if trained < T or last >= trained:
         fail(
-            f"--num-inference-steps is {T}; {args.model} was trained with {trained}, and the "
-            "noisiest step would be beyond them: take fewer"
+            f"--num-inference-steps is {T}; {model} was trained with {trained}, and the noisiest "
+            "step would be beyond them: take fewer"
         )
 
 

@@ -73,13 +73,19 @@ def lock(run_dir: Path):
 def hold_dataset(folder: Path, about: str):
     """`lock` of a data set that several runs may share; `about` tells what it depends on.
 
-    Raises CheckpointError where another run is drawing it, or has begun another one meanwhile.
+    Raises CheckpointError where another run is drawing it, or has begun another one meanwhile, and
+    where it cannot be written. What an earlier version did not write may be anything.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    held, description = lock(folder), folder / "dataset.json"
-    if description.exists() and json.loads(description.read_text()) != json.loads(about):
-        raise CheckpointError(f"{folder} is a data set of other settings; choose another folder")
-    write_text(description, about)
+    description, wanted = folder / "dataset.json", json.loads(about)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = lock(folder)
+        there = json.loads(description.read_text()) if description.exists() else {}
+        if any(wanted.get(key) != value for key, value in there.items()):
+            raise CheckpointError(f"{folder} is a data set of other settings; choose another one")
+        write_text(description, about)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written ({error}); make room") from None
     return held
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -92,16 +93,20 @@ class RunFolder:
     of the checkpoint's files.json as it was read.
     """
 
-    def __init__(self, path: Path, args, rank: int, first_iteration: int = 0, index: str = ""):
+    def __init__(
+        self, path: Path, args, rank: int, first_iteration: int = 0, index: str | None = None
+    ):
         self.path, self.args, self.rank, self.history, self.wandb = path, args, rank, [], None
         self.dataset_lock, metrics = None, path / "metrics.jsonl"
         with saving(path):
             if rank == 0:
                 (path / "samples").mkdir(parents=True, exist_ok=True)
-                self.lock = lock(path)
-                if index and sha256(path / "checkpoint" / "files.json") != index:
-                    raise CheckpointError(f"{path} has gone on meanwhile; resume it again")
-                self.history = read_metrics(metrics, first_iteration)
+                (path / ".lock").touch()
+        on_all_ranks(partial(self.hold, index), CheckpointError)
+        first = first_iteration if rank == 0 else 0
+        self.history = on_all_ranks(lambda: read_metrics(metrics, first), StoredError)
+        with saving(path):
+            if rank == 0:
                 write_text(metrics, "".join(json.dumps(line) + "\n" for line in self.history))
                 write_text(path / "args.json", stored_form(args))
                 threading.excepthook = warn_of_threads
@@ -112,15 +117,25 @@ class RunFolder:
             self.wandb = wandb
             wandb.init(project="clean-diffusion-rl", name=path.name, config=portable(asdict(args)))
 
+    def hold(self, index: str | None) -> None:
+        """Lock the run, which must be where the checkpoint of `index` left it."""
+        if self.rank == 0:
+            self.lock = lock(self.path)
+        if index and sha256(self.path / "checkpoint" / "files.json") != index:
+            raise CheckpointError(f"{self.path} has gone on meanwhile; resume it again")
+
     def hold_dataset(self, folder: Path, about: str | None) -> None:
-        """Until `release_dataset` no other run draws into the folder; nothing without `about`."""
+        """Let no other run draw into the folder, until `release_dataset`.
+
+        Without `about` the folder is the run's alone.
+        """
 
         def hold():
-            if self.rank == 0 and about is not None and self.dataset_lock is None:
+            shared = about is not None and folder.resolve() != self.path.resolve()
+            if self.rank == 0 and shared and self.dataset_lock is None:
                 self.dataset_lock = hold_dataset(folder, about)
 
-        with saving(self.path):
-            on_all_ranks(hold, CheckpointError)
+        on_all_ranks(hold, CheckpointError)
 
     def release_dataset(self) -> None:
         if self.dataset_lock:
@@ -128,6 +143,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Let go of the lock and of the events' file; whoever still has the run keeps neither."""
+        self.release_dataset()
         if self.rank == 0:
             self.lock.close()
             with suppress(OSError):  # of a full disk, which has been told

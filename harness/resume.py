@@ -113,8 +113,8 @@ def stored_args(folder: Path, default, may_change: set[str], flags: set[str]):
         for path in code_files(value):
             check_code(folder, flag, path, kept["contents"])
         asks_a_server = flag in ("--reward", "--tasks") and "://" in str(value)
-        if asks_a_server or (flag == "--push-to-hub" and value):
-            fail(f"--resume {folder}: it has {flag} {value}; give that again if you trust it")
+        if asks_a_server or (flag == "--push-to-hub" and given[name]):
+            fail(f"--resume {folder}: it has {flag} {given[name]}; give that again if you trust it")
     return args
 
 

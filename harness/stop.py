@@ -68,8 +68,8 @@ def join_ranks(device: torch.device) -> None:
     store, _, _ = next(dist.rendezvous("env://", rank, world_size))
     store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    patient = timedelta(days=7)
-    dist.init_process_group(backend, patient, store=store, rank=rank, world_size=world_size)
+    ranks = {"store": store, "rank": rank, "world_size": world_size}
+    dist.init_process_group(backend, timeout=timedelta(days=7), **ranks)
 
 
 def end_run(message: str) -> NoReturn:
