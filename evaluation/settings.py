@@ -14,8 +14,6 @@ from harness.prompts import read_prompts
 
 SHARD_SIZE = 64
 """Pictures that are drawn, scored and then stored at once, unless a command has a flag for it."""
-STEPS = "num_train_timesteps"
-"""In a scheduler's configuration: how many steps the model was trained with."""
 LEAST_ETA = 1e-3
 """With less noise in a step the KL, which is over its square, is that of rounding."""
 COPIES = 10
@@ -55,8 +53,13 @@ def read_settings(args, **others) -> Settings:
     check_model(args.model)
     if args.eta > 1 or 0 < args.eta < LEAST_ETA:
         fail(f"--eta is {args.eta}; it must be 0, or from {LEAST_ETA} to 1")
-    trained = stored_number(Path(args.model) / "scheduler/scheduler_config.json", STEPS)
-    check_steps(args.num_inference_steps, trained, args.model)
+    scheduler = Path(args.model) / "scheduler/scheduler_config.json"
+    trained = stored_number(scheduler, "num_train_timesteps")
+    if trained is not None and args.num_inference_steps > trained:
+        fail(
+            f"--num-inference-steps is {args.num_inference_steps}, and --model {args.model} was "
+            f"trained with {trained}; take fewer"
+        )
     prompts = list(dict.fromkeys(read_prompts(args)))
     values = vars(args) | others | {"prompts": prompts}
     return Settings(**{field.name: values[field.name] for field in fields(Settings)})
@@ -69,15 +72,6 @@ def stored_number(path: Path, key: str) -> int | None:
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
     return value if type(value) is int and value > 0 else None
-
-
-def check_steps(steps: int, trained: int | None, model: str) -> None:
-    """Refuse more steps than the model was trained with, where that is known."""
-    if trained is not None and steps > trained:
-        fail(
-            f"--num-inference-steps is {steps}, and --model {model} was trained with {trained}; "
-            "take fewer"
-        )
 
 
 def check_size(settings: Settings, models: int, micro_batch_size: int, folder: Path) -> None:
