@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from common import UserError
 from harness.ranks import everybodys
 from harness.stop import end_run
-from harness.stored import checked, read_stored
+from harness.stored import StoredError, checked, read_stored
 
 try:
     import fcntl
@@ -70,8 +70,10 @@ def lock(run_dir: Path):
     return file
 
 
-def hold_dataset(folder: Path, about: str):
+def hold_dataset(folder: Path, about: str, own: bool = False):
     """`lock` of a data set that several runs may share; `about` tells what it depends on.
+
+    None where the folder is the run's `own`, which is locked already.
 
     Raises CheckpointError where another run is drawing it, or has begun another one meanwhile, and
     where it cannot be written. What an earlier version did not write may be anything.
@@ -79,11 +81,14 @@ def hold_dataset(folder: Path, about: str):
     description, wanted = folder / "dataset.json", json.loads(about)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = lock(folder)
-        there = json.loads(description.read_text()) if description.exists() else {}
+        held = None if own else lock(folder)
+        remedy = "choose another folder"
+        there = read_stored(description, dict, remedy) if description.exists() else {}
         if any(wanted.get(key) != value for key, value in there.items()):
-            raise CheckpointError(f"{folder} is a data set of other settings; choose another one")
+            raise CheckpointError(f"{folder} is a data set of other settings; {remedy}")
         write_text(description, about)
+    except StoredError as error:
+        raise CheckpointError(str(error)) from None
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written ({error}); make room") from None
     return held

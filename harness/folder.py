@@ -131,9 +131,9 @@ class RunFolder:
         """
 
         def hold():
-            shared = about is not None and folder.resolve() != self.path.resolve()
-            if self.rank == 0 and shared and self.dataset_lock is None:
-                self.dataset_lock = hold_dataset(folder, about)
+            if self.rank == 0 and about is not None and self.dataset_lock is None:
+                own = folder.resolve() == self.path.resolve()
+                self.dataset_lock = hold_dataset(folder, about, own)
 
         on_all_ranks(hold, CheckpointError)
 

@@ -36,7 +36,7 @@ def fail(message: str) -> NoReturn:
         with suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(ALONE_AFTER)
-        of_rank = f"rank {os.environ['RANK']}: "
+        of_rank = f"rank {os.environ.get('RANK')}: "
     print(f"{Path(sys.argv[0]).name}: error: {of_rank}{one_line(message)}", file=sys.stderr)
     if dist.is_initialized():
         dist.destroy_process_group()  # else gloo's threads may outlive the interpreter

@@ -338,6 +338,9 @@ def test_data_set_is_drawn_by_one_run_at_a_time(tiny_sd, tmp_path):
             hold_dataset(tmp_path / "others", about).close()
     result = run_script("sft_kl.py", *flags, tmp_path / "two")
     assert result.returncode == 0, result.stderr
+    both = tmp_path / "both"  # a folder that the run has locked already
+    result = run_script("sft_kl.py", *flags, both, "--dataset", both)
+    assert result.returncode == 0 and (both / "dataset.json").exists(), result.stderr
 
 
 def test_data_set_of_a_reward_whose_code_has_changed_is_refused(tmp_path, capsys):
