@@ -316,9 +316,9 @@ PROMPT_FILES = {
         lambda tmp, name: write(tmp / name, bomb_of_a_line()),
         "line 1 is longer",
     ),
-    "parquet that is none": ("p.parquet", "PAR1 and no more", "p.parquet"),
-    "parquet that is empty": ("p.parquet", "", "p.parquet"),
-    "parquet cut": ("p.parquet", b"PAR1" + b"\xff" * 8 + b"PAR1", "p.parquet"),
+    "parquet that is none": ("p.parquet", "PAR1 and no more", "cannot be read"),
+    "parquet that is empty": ("p.parquet", "", "cannot be read"),
+    "parquet cut": ("p.parquet", b"PAR1" + b"\xff" * 8 + b"PAR1", "cannot be read"),
 }
 
 

@@ -6,14 +6,17 @@ And formats, faults, the paper's lists.
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections import Counter
 
 import numpy as np
+import pyarrow
 import pytest
 from conftest import ROOT
+from pyarrow import parquet
 
 from common.rewards.object_detection import objects_of
 from harness import prompts
@@ -149,15 +152,23 @@ def test_parquet_without_pyarrow_says_so(tmp_path, monkeypatch):
 
 
 def test_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
     table = pyarrow.table({"id": [1, 2, 3, 4], "caption": ["a cat", None, "two\nlines", ""]})
     parquet.write_table(table, tmp_path / "p.parquet")
     for source in ("p.parquet", "p.parquet#caption"):
         assert list(open_prompts(str(tmp_path / source), 0)) == ["a cat", "two\nlines"]
     with pytest.raises(SourceError, match="id, caption"):
         open_prompts(str(tmp_path / "p.parquet#words"), 0)
+
+
+def test_the_docs_make_a_text_file_of_diffusiondb(tmp_path):
+    """Each prompt once, in a line, by the command of docs/prompts.md."""
+    page = (ROOT / "docs/prompts.md").read_text()
+    (code,) = re.findall(r'python -c "\n(.*?)"\n```', page, re.DOTALL)
+    (tmp_path / "prompts").mkdir()
+    table = pyarrow.table({"prompt": ["a cat", None, "two\n lines", "", "a cat"], "seed": [1] * 5})
+    parquet.write_table(table, tmp_path / "prompts/diffusiondb.parquet")
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    assert (tmp_path / "prompts/diffusiondb.txt").read_text() == "a cat\ntwo lines\n"
 
 
 def test_objects_reach_the_reward(tmp_path):
