@@ -357,7 +357,7 @@ def test_a_vlm_server_that_stays_down_stops_the_run_and_the_state_is_saved(
     assert lines[0].startswith("error:"), result.stderr
     assert "iteration 1" in lines[0] and "503" in lines[0] and str(run) in lines[0]
     VisionServer.faults = []
-    run_here(monkeypatch, "dpok.py", "--resume", run)
+    run_here(monkeypatch, "dpok.py", "--resume", run, "--reward", spec)
     assert [line["iteration"] for line in read_metrics(run)] == [0, 1, 2]
 
 
@@ -535,7 +535,7 @@ def test_statistical_parity_groups_by_prompt(clip_folder, detector_folders):
     reward = load_reward(f"statistical_parity:{detector_folders['multi-label']}")
     assert reward(images, prompts).shape == (8,)
     reward = load_reward(f"statistical_parity:{clip_folder}")
-    message = r"several pictures.*'a chef' has one; raise --samples-per-iteration"
+    message = r"several pictures.*'a chef' has one; raise --images-per-prompt or --samples"
     with pytest.raises(RewardError, match=message):
         reward(images[:3], ["a nurse", "a nurse", "a chef"])
 
