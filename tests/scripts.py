@@ -131,6 +131,7 @@ ddpo.py, raft.py and draft.py keep nothing that dpok.py does not; reward_weighte
 have units in an iteration as sft_kl.py has.
 """
 PROMPT = "A green colored rabbit"
+PROMPTS = [PROMPT, "Four wolves in the park"]
 
 
 def usable(script: str, reward: str) -> str:
@@ -159,7 +160,7 @@ def ten_samples(script: str, reward: str, prompts) -> list:
 
 def tiny(script: str, folder, reward: str) -> list:
     """Ten samples of two prompts in four steps."""
-    (folder / "prompt.txt").write_text(f"{PROMPT}\nFour wolves in the park\n")
+    (folder / "prompt.txt").write_text("\n".join(PROMPTS))
     return ["--num-inference-steps", 4, *ten_samples(script, reward, folder / "prompt.txt")]
 
 
