@@ -113,7 +113,10 @@ class Args(RunArgs):
 PRESETS = {
     "compressibility": Args(),
     "incompressibility": Args(reward="jpeg_incompressibility"),
-    "aesthetic": Args(reward="aesthetic", prompts_file=Path("prompts/animals.txt")),  # 6.1, A.7
+    "aesthetic": Args(  # 5.2, 6.1, A.7
+        reward="aesthetic",
+        prompts_file=Path("prompts/animals.txt"),
+    ),
     "alignment": Args(  # 5.3, 6.2
         reward="llava_bertscore",
         prompts_file=Path("prompts/animals_activities.txt"),

@@ -173,7 +173,7 @@ def check_dataset(args, prompts) -> None:
         return
     wanted = about_dataset(args, prompts)
     there = read_stored(args.dataset / "dataset.json", dict, "choose another --dataset")
-    there = {"reward_code": wanted["reward_code"]} | there  # earlier versions did not write it
+    there = {"reward_code": wanted["reward_code"]} | there  # a file may lack this key
     differ = [key.removesuffix("_code") for key in wanted if there.get(key) != wanted[key]]
     differ = [f"--{key.replace('_', '-')}" for key in dict.fromkeys(differ)]
     if differ:

@@ -76,7 +76,7 @@ def hold_dataset(folder: Path, about: str, own: bool = False):
     None where the folder is the run's `own`, which is locked already.
 
     Raises CheckpointError where another run is drawing it, or has begun another one meanwhile, and
-    where it cannot be written. What an earlier version did not write may be anything.
+    where it cannot be written. A description with fewer keys is compared by those that it has.
     """
     description, wanted = folder / "dataset.json", json.loads(about)
     try:

@@ -138,6 +138,7 @@ class RunFolder:
         on_all_ranks(hold, CheckpointError)
 
     def release_dataset(self) -> None:
+        """Let others draw into what `hold_dataset` holds, if anything."""
         if self.dataset_lock:
             self.dataset_lock.close()
 

@@ -651,12 +651,13 @@ def test_stored_servers_and_repositories_are_named_again(
 
 def test_auto_is_the_precision_that_the_run_has(tmp_path, monkeypatch, capsys):
     """So that a command with --dtype auto can be started again, with --resume."""
-    flags = [*SMALL[1:-1], 2, "--dtype", "auto"]
-    words = ["zoo", *flags[:-3], 1, "--dtype", "bf16", "--output-dir", tmp_path / "run"]
-    code, stderr = here(monkeypatch, capsys, *words)
+    run = tmp_path / "run"
+    code, stderr = here(monkeypatch, capsys, *SMALL, "--dtype", "bf16", "--output-dir", run)
     assert code == 0, stderr
-    code, stderr = here(monkeypatch, capsys, "zoo", *flags, "--resume", tmp_path / "run")
-    assert code == 0 and len(read_metrics(tmp_path / "run")) == 2, stderr
+    resume = ["--resume", run, "--num-iterations", 2, "--dtype", "auto"]
+    code, stderr = here(monkeypatch, capsys, *resume)
+    assert code == 0 and len(read_metrics(run)) == 2, stderr
+    assert json.loads((run / "args.json").read_text())["dtype"] == "bf16"
 
 
 def test_the_noisiest_step_is_one_of_training(tmp_path, capsys):
