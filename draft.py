@@ -1,7 +1,7 @@
 """DRaFT: the reward's gradient through the last steps of sampling (Clark et al. 2024, 2309.17400).
 
-The reward must have a gradient. It goes through the VAE and the last K of the sampler's T steps,
-their guidance included. Each iteration:
+arXiv:2309.17400. The reward must have a gradient. It goes through the VAE and the last K of the
+sampler's T steps, their guidance included. Each iteration:
 
     sample prompts c, and x_0 from x_T ~ N(0, I)
     DRaFT-K:   theta <- theta + lr grad E r(x_0, c),  with no gradient to x_K
@@ -9,7 +9,7 @@ their guidance included. Each iteration:
                x_1' = sqrt(alpha_1) x_0 + sqrt(1 - alpha_1) eps,  x_0' <- the last step from x_1'
                theta <- theta + lr grad E (r(x_0, c) + r(x_0'_1, c) + ... + r(x_0'_n, c)) / (1 + n)
 
-AlignProp (Prabhudesai et al. 2023, 2310.03739) draws K at random for each sample.
+AlignProp (Prabhudesai et al. 2023, arXiv:2310.03739) draws K at random for each sample.
 
 A laptop, minutes:         python draft.py zoo
 One GPU, SD v2, DRaFT-1:   python draft.py lora --prompts-file PROMPTS

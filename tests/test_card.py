@@ -12,14 +12,33 @@ import pytest
 from conftest import ROOT, run_script
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
+from scripts import SCRIPTS
 
 from evaluation.export import main
-from harness.card import model_card, settings
+from harness.card import model_card, named, settings
 from harness.export import EXPORTED
 from harness.hub import FILES
 
 COMMIT = "0" * 40
 ARGS = {"model": "zoo/sd", "seed": 0, "lora_rank": 4, "reward": "image_reward:zoo/image_reward"}
+
+
+PAPERS = {
+    "dpok.py": "2305.16381",
+    "ddpo.py": "2305.13301",
+    "rwr.py": "2305.13301",
+    "sft_kl.py": "2305.16381",
+    "large_scale_ppo.py": "2401.12244",
+    "refl.py": "2304.05977",
+    "draft.py": "2309.17400",
+    "raft.py": "2304.06767",
+    "reward_weighted.py": "2302.12192",
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_card_names_the_paper_of_the_algorithm(script):
+    assert f"https://arxiv.org/abs/{PAPERS[script]})" in named(ROOT / script)
 
 
 class Hub(BaseHTTPRequestHandler):
