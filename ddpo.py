@@ -148,7 +148,8 @@ def check(args: Args) -> None:
         share, flag = getattr(args, name), "--" + name.replace("_", "-")
         require(0 < share <= 1, f"{flag} is {share}; it must be more than 0 and at most 1")
     steps, m = args.gradient_steps, args.samples_per_iteration
-    require(steps <= m, f"--gradient-steps is {steps}; at most --samples-per-iteration, {m}")
+    fits = steps <= m or args.estimator == "sf"
+    require(fits, f"--gradient-steps is {steps}; at most --samples-per-iteration, {m}")
     count, size = args.min_count, args.buffer_size
     require(size <= 100_000, f"--buffer-size is {size}; it can be at most 100000")
     require(count <= size, f"--min-count is {count}; it can be at most --buffer-size, {size}")
