@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, read_metrics, run_here
 from diffusers import DDIMScheduler
 from written_out import policies, record_rollouts, record_updates
 
@@ -98,6 +98,30 @@ def test_gradient_is_that_of_the_paper_written_out(
         assert all((g == 0).all() for g in of_outside)
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(-objective.mean(), leaves)])
     assert (gradient(recorded[-1]) - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_kl_to_the_pretrained_model_is_torchs(tiny_sd, tmp_path, monkeypatch):
+    """DPOK, Eq. 7: that of a step of each sample, times the steps; the sample has drawn which."""
+    T, recorded, rollouts = 2, record_updates(monkeypatch), record_rollouts(monkeypatch, ddpo)
+    flags = ["--model", tiny_sd, "--prompt", PROMPTS[0], "--reward", "jpeg_incompressibility"]
+    flags += ["--num-inference-steps", T, "--samples-per-iteration", 2, "--num-iterations", 2]
+    flags += ["--estimator", "sf", "--learning-rate", 3e-3, "--guidance-scale", 3]
+    flags += ["--min-count", 1, "--lora-rank", 4, "--output-dir", tmp_path / "run"]
+    run_here(monkeypatch, "ddpo.py", *flags)
+    of_grid = 4  # eight pictures, before and after
+    assert len(rollouts) == of_grid + 2 + of_grid
+    first, second = (rollout.trajectory for rollout in rollouts[of_grid : of_grid + 2])
+    weights = [weight for weight, _ in recorded[1]]
+    kl = torch.empty(2, T)
+    for j in range(T):
+        at = torch.full((2,), j)
+        x_t = second[:, j]
+        _, policy, pre, *_ = policies(tiny_sd, weights, T, 3.0, [PROMPTS[0]], x_t, at)
+        kl[:, j] = torch.distributions.kl_divergence(policy, pre).flatten(1).sum(1)
+    could_be = [T * (kl[0, j] + kl[1, k]).item() / 2 for j in range(T) for k in range(T)]
+    before, after = (line["kl/pretrained"] for line in read_metrics(tmp_path / "run"))
+    assert not first.equal(second) and before == 0
+    assert min(could_be) > 1e-3 and any(after == pytest.approx(x, rel=1e-3) for x in could_be)
 
 
 def test_importance_sampling_at_ratio_1_is_the_score_function(tiny_sd, tmp_path, monkeypatch):
