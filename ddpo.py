@@ -25,7 +25,12 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from common.scheduler import ddim_step_kl, ddim_step_with_logprob, steps_with_noise
+from common.scheduler import (
+    ddim_mean_and_std,
+    ddim_step_kl,
+    ddim_step_with_logprob,
+    steps_with_noise,
+)
 from common.stable_diffusion import load_stable_diffusion
 from harness import (
     GRID,
@@ -171,13 +176,14 @@ class Rollout(NamedTuple):
 
 
 def guided_noise(args, sd, unet, latents, timesteps, text):
-    """w eps(x_t, t, z) + (1 - w) eps(x_t, t), (B, C, H, W) float32, in one forward pass.
+    """Classifier-free guidance: w out(text) + (1 - w) out(no text), (B, C, H, W) float32.
 
-    latents (B, C, H, W), timesteps (B,), text (B, L, D). The policy is this combination. The UNet
-    gets sd.batch_size rows, whatever B is; what the others give is dropped, and has no gradient.
+    out is the UNet's output: eps, or v or x_0 where it predicts that. With w of 1 or less it is
+    out(text) alone. latents (B, C, H, W), timesteps (B,), text (B, L, D). The policy is this
+    combination. `sd.pad` adds rows to the batch; theirs are dropped, and have no gradient.
     """
     w, dtype, B = args.guidance_scale, unet.conv_in.weight.dtype, len(latents)
-    latents, timesteps, text = (sd.pad(x) for x in (latents.to(dtype), timesteps, text.to(dtype)))
+    latents, timesteps, text = sd.pad(latents.to(dtype)), sd.pad(timesteps), sd.pad(text.to(dtype))
     if w <= 1:
         return unet(latents, timesteps, text, return_dict=False)[0][:B].float()
     both_texts = torch.cat([sd.no_text.to(dtype).expand_as(text), text])
@@ -194,24 +200,31 @@ def sample(args, sd, unet, text, noise) -> Rollout:
     trajectory, log_probs, means = [x_t], [], []
     for j, timestep in enumerate(sd.timesteps):
         t = timestep.expand(len(text))
-        model_output = guided_noise(args, sd, unet, x_t, t, text)
+        prediction = guided_noise(args, sd, unet, x_t, t, text)
         step = ddim_step_with_logprob(
-            sd.scheduler, model_output, t, x_t, args.eta, noise=noise[:, j + 1]
+            sd.scheduler, prediction, t, x_t, args.eta, noise=noise[:, j + 1]
         )
         x_t = step.prev_sample
         trajectory.append(x_t)
         log_probs.append(step.log_prob)
         means.append(step.mean)
-    return Rollout(*(torch.stack(steps, dim=1) for steps in (trajectory, log_probs, means)))
+    return Rollout(
+        trajectory=torch.stack(trajectory, dim=1),
+        log_prob=torch.stack(log_probs, dim=1),
+        mean=torch.stack(means, dim=1),
+    )
 
 
-def draw_grid(args, sd, prompts, numbers):
-    """Pictures of fixed prompts and noise, so that the grids of a run compare."""
+def draw_grid(args, sd, prompts, indices):
+    """Pictures (n, 3, H, W) in [0, 1] at n indices of a grid, of fixed prompts and noise.
+
+    So the grids of a run compare.
+    """
     shape, pictures = (args.num_inference_steps + 1, *sd.latent_shape), []
-    for rows in micro_batches(len(numbers), sd.batch_size):
-        generators = [seeded(args.seed, GRID, i) for i in numbers[rows]]
+    for rows in micro_batches(len(indices), sd.batch_size):
+        generators = [seeded(args.seed, GRID, i) for i in indices[rows]]
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(sd.device)
-        text = sd.encode([prompts[i % len(prompts)] for i in numbers[rows]])
+        text = sd.encode([prompts[i % len(prompts)] for i in indices[rows]])
         pictures.append(sd.decode(sample(args, sd, sd.unet, text, noise).trajectory[:, -1]))
     return torch.cat(pictures)
 
@@ -226,28 +239,29 @@ def kl_to_pretrained(args, sd, text, rollout, steps):
     DPOK Eq. 7, as a mean over the latent's dimensions. Nothing learns from it.
     """
     i, t = torch.arange(len(steps), device=sd.device), sd.timesteps[steps]
-    x_t, x_prev = rollout.trajectory[i, steps], rollout.trajectory[i, steps + 1]
+    x_t = rollout.trajectory[i, steps]
     with sd.pretrained() as unet:
-        noise = guided_noise(args, sd, unet, x_t, t, text)
-    pre = ddim_step_with_logprob(sd.scheduler, noise, t, x_t, args.eta, prev_sample=x_prev)
-    return ddim_step_kl(rollout.mean[i, steps], pre.mean, pre.std)
+        prediction = guided_noise(args, sd, unet, x_t, t, text)
+    pre_mean, std = ddim_mean_and_std(sd.scheduler, prediction, t, x_t, args.eta)
+    return ddim_step_kl(rollout.mean[i, steps], pre_mean, std)
 
 
 # ---
 
 
-def per_prompt_advantages(history, prompts, rewards, min_count: int):
+def per_prompt_advantages(history, prompt_ids, rewards, min_count: int):
     """(r - mean) / std over the last rewards of each prompt (A.3), float64 (m,).
 
     history (number of prompts, buffer size) float64, nan where there is no reward yet, is updated
-    in place with rewards (m,) of prompts (m,) int64, which take part. For a prompt with fewer than
-    `min_count` rewards it is the mean and std of `rewards`.
+    in place with rewards (m,), which take part; prompt_ids (m,) int64 are their rows. For a prompt
+    with fewer than `min_count` rewards it is the mean and std of `rewards`.
     """
     rewards = rewards.double()
-    for prompt, reward in zip(prompts, rewards):
+    for prompt, reward in zip(prompt_ids, rewards):
         history[prompt] = torch.cat([history[prompt, 1:], reward[None]])
-    past = history[prompts]
-    mean, enough = past.nanmean(1), (~past.isnan()).sum(1) >= min_count
+    past = history[prompt_ids]
+    mean = past.nanmean(1)
+    enough = (~past.isnan()).sum(1) >= min_count
     std = ((past - mean[:, None]) ** 2).nanmean(1).sqrt()
     mean = torch.where(enough, mean, rewards.mean())
     std = torch.where(enough, std, rewards.std(correction=0))
@@ -271,6 +285,14 @@ def choose_steps(args, noisy_steps, generator):
     return rewarded[order[:, :K]]
 
 
+def monitor(run, ratio, clipped, loss, count, num_updates, update) -> None:
+    """The metrics of a micro-batch of one of `num_updates` updates on `count` transitions."""
+    run.add("ratio/clip_fraction", (ratio != clipped).double().sum() / count / num_updates)
+    run.add("loss/policy", loss.double() / num_updates)
+    if update == 0:
+        run.add("ratio/first_max_deviation", (ratio - 1).abs().max(), "max")
+
+
 @command
 def main():
     args = parse_args(PRESETS, __doc__, check)
@@ -280,7 +302,7 @@ def main():
     reward_function = load_run_reward(run, args, args.reward, prompts)
     warn_of_prompts(sd.encoder, prompts)
     m, T = args.samples_per_iteration, args.num_inference_steps
-    own = run.share(m)
+    own = run.share(m)  # this rank's samples, a range
 
     learning_rate = args.learning_rate
     if learning_rate is None:
@@ -323,29 +345,30 @@ def main():
         with run.timer("reward"):
             rewards = run.gather(reward_function(torch.cat(images), own_prompts), m).cpu()
             if args.normalise == "per-prompt":
-                all_prompts = run.gather(chosen.to(run.device), m).cpu()
-                advantages = per_prompt_advantages(history, all_prompts, rewards, args.min_count)
+                prompt_ids = run.gather(chosen.to(run.device), m).cpu()
+                advantages = per_prompt_advantages(history, prompt_ids, rewards, args.min_count)
             else:
                 advantages = per_batch_advantages(rewards)
             advantages = advantages.clamp(-args.advantage_clip, args.advantage_clip)
             own_advantages = advantages[own.start : own.stop].float()
 
-        # Updates, each on an equal share of the samples and all of their steps (Eq. 3, 4).
+        # Updates, each on an equal share of the samples and the steps chosen for them (Eq. 3, 4).
         with run.timer("train"):
             generator = seeded(args.seed, UPDATES, iteration)
             steps = choose_steps(args, noisy_steps, generator)
             minibatches = torch.randperm(m, generator=generator).tensor_split(gradient_steps)
             for update, minibatch in enumerate(minibatches):
                 count = len(minibatch) * steps.shape[1]
-                samples = minibatch[(minibatch >= own.start) & (minibatch < own.stop)] - own.start
-                i_all = samples.repeat_interleave(steps.shape[1])
-                j_all = steps[samples + own.start].flatten()
+                # The transitions of this rank's samples: step j of sample i.
+                mine = minibatch[(minibatch >= own.start) & (minibatch < own.stop)]
+                i_all = (mine - own.start).repeat_interleave(steps.shape[1])
+                j_all = steps[mine].flatten()
                 t_all = sd.timesteps[j_all.to(run.device)]
                 A_all = own_advantages[i_all].to(run.device)
-                prompts_all = [own_prompts[i] for i in i_all.tolist()]
-                for rows in micro_batches(len(prompts_all), sd.batch_size):
+                transition_prompts = [own_prompts[i] for i in i_all.tolist()]
+                for rows in micro_batches(len(transition_prompts), sd.batch_size):
                     i, j = i_all[rows], j_all[rows]
-                    t, A, text = t_all[rows], A_all[rows], sd.encode(prompts_all[rows])
+                    t, A, text = t_all[rows], A_all[rows], sd.encode(transition_prompts[rows])
                     x_t, x_prev = trajectory[i, j], trajectory[i, j + 1]
                     prediction = guided_noise(train_args, sd, sd.unet, x_t, t, text)
                     step = ddim_step_with_logprob(
@@ -357,14 +380,10 @@ def main():
                         objective = A * step.log_prob  # Eq. 3
                     else:
                         objective = torch.minimum(A * ratio, A * clipped)  # Eq. 4 (A.1)
+                    # The mean over transitions, where Eq. 3 and 4 sum over a sample's steps.
                     loss = -objective.sum() / count
                     run.backward(loss)
-
-                    outside = (ratio != clipped).double().sum() / count / gradient_steps
-                    run.add("ratio/clip_fraction", outside)
-                    run.add("loss/policy", loss.detach().double() / gradient_steps)
-                    if update == 0:
-                        run.add("ratio/first_max_deviation", (ratio - 1).abs().max(), "max")
+                    monitor(run, ratio, clipped, loss, count, gradient_steps, update)
                 run.step(optimizer, args.max_grad_norm)
         line = {"samples": (iteration + 1) * m, "reward": rewards, "advantages": advantages}
         # Without CFG training another policy sampled, and no ratio is 1.

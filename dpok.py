@@ -20,6 +20,7 @@ docs/dpok.md says what the paper does, what the released code does, what this fi
 explains every metric.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,12 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from common.scheduler import ddim_step_kl, ddim_step_with_logprob, steps_with_noise
+from common.scheduler import (
+    ddim_mean_and_std,
+    ddim_step_kl,
+    ddim_step_with_logprob,
+    steps_with_noise,
+)
 from common.stable_diffusion import load_stable_diffusion
 from harness import (
     GRID,
@@ -175,13 +181,14 @@ class Rollout(NamedTuple):
 
 
 def guided_noise(args, sd, unet, latents, timesteps, text):
-    """w eps(x_t, t, z) + (1 - w) eps(x_t, t), (B, C, H, W) float32, in one forward pass.
+    """Classifier-free guidance: w out(text) + (1 - w) out(no text), (B, C, H, W) float32.
 
-    latents (B, C, H, W), timesteps (B,), text (B, L, D). The policy is this combination. The UNet
-    gets sd.batch_size rows, whatever B is; what the others give is dropped, and has no gradient.
+    out is the UNet's output: eps, or v or x_0 where it predicts that. With w of 1 or less it is
+    out(text) alone. latents (B, C, H, W), timesteps (B,), text (B, L, D). The policy is this
+    combination. `sd.pad` adds rows to the batch; theirs are dropped, and have no gradient.
     """
     w, dtype, B = args.guidance_scale, unet.conv_in.weight.dtype, len(latents)
-    latents, timesteps, text = (sd.pad(x) for x in (latents.to(dtype), timesteps, text.to(dtype)))
+    latents, timesteps, text = sd.pad(latents.to(dtype)), sd.pad(timesteps), sd.pad(text.to(dtype))
     if w <= 1:
         return unet(latents, timesteps, text, return_dict=False)[0][:B].float()
     both_texts = torch.cat([sd.no_text.to(dtype).expand_as(text), text])
@@ -198,29 +205,40 @@ def sample(args, sd, unet, text, noise) -> Rollout:
     trajectory, log_probs, means = [x_t], [], []
     for j, timestep in enumerate(sd.timesteps):
         t = timestep.expand(len(text))
-        model_output = guided_noise(args, sd, unet, x_t, t, text)
+        prediction = guided_noise(args, sd, unet, x_t, t, text)
         step = ddim_step_with_logprob(
-            sd.scheduler, model_output, t, x_t, args.eta, noise=noise[:, j + 1]
+            sd.scheduler, prediction, t, x_t, args.eta, noise=noise[:, j + 1]
         )
         x_t = step.prev_sample
         trajectory.append(x_t)
         log_probs.append(step.log_prob)
         means.append(step.mean)
-    return Rollout(*(torch.stack(steps, dim=1) for steps in (trajectory, log_probs, means)))
+    return Rollout(
+        trajectory=torch.stack(trajectory, dim=1),
+        log_prob=torch.stack(log_probs, dim=1),
+        mean=torch.stack(means, dim=1),
+    )
 
 
-def draw_grid(args, sd, prompts, numbers):
-    """Pictures of fixed prompts and noise, so that the grids of a run compare."""
+def draw_grid(args, sd, prompts, indices):
+    """Pictures (n, 3, H, W) in [0, 1] at n indices of a grid, of fixed prompts and noise.
+
+    So the grids of a run compare.
+    """
     shape, pictures = (args.num_inference_steps + 1, *sd.latent_shape), []
-    for rows in micro_batches(len(numbers), sd.batch_size):
-        generators = [seeded(args.seed, GRID, i) for i in numbers[rows]]
+    for rows in micro_batches(len(indices), sd.batch_size):
+        generators = [seeded(args.seed, GRID, i) for i in indices[rows]]
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(sd.device)
-        text = sd.encode([prompts[i % len(prompts)] for i in numbers[rows]])
+        text = sd.encode([prompts[i % len(prompts)] for i in indices[rows]])
         pictures.append(sd.decode(sample(args, sd, sd.unet, text, noise).trajectory[:, -1]))
     return torch.cat(pictures)
 
 
 # ---
+
+
+VALUE_BATCHES = 5
+"""Batches of a value update (released code)."""
 
 
 class ValueFunction(torch.nn.Module):
@@ -247,18 +265,23 @@ class ValueFunction(torch.nn.Module):
 
 
 class Replay:
-    """The last rollouts of this rank's samples, indexed by slot, sample and step."""
+    """The last S rollouts of this rank's n samples, and this iteration's among them.
+
+    trajectory (S, n, T+1, C, H, W), x_T to x_0; log_prob (S, n, T); reward (S, n); prompt (S, n),
+    its index; pre_noise (S, n, T, C, H, W), what the pretrained UNet predicts, where has_pre_noise
+    (S, n, T) says that it is known.
+    """
 
     STORED = ("trajectory", "log_prob", "reward", "pre_noise")
 
     def __init__(self, args, sd, own: range):
-        self.own, self.m, self.T = own, args.samples_per_iteration, args.num_inference_steps
+        self.own, self.m = own, args.samples_per_iteration
         self.noisy_steps = steps_with_noise(sd.scheduler, args.eta).cpu()
         slots, n, T = args.replay_rollouts, len(own), args.num_inference_steps
-        latents = (slots, n, T + 1, *sd.latent_shape), (slots, n, T, *sd.latent_shape)
-        self.trajectory, self.pre_noise = rollout_storage(sd.device, *latents)
+        shapes = (slots, n, T + 1, *sd.latent_shape), (slots, n, T, *sd.latent_shape)
+        self.trajectory, self.pre_noise = rollout_storage(sd.device, *shapes)
         self.log_prob, self.reward = rollout_storage(sd.device, (slots, n, T), (slots, n))
-        # What is asked of these decides what is done next: there is no waiting for the GPU.
+        # On the CPU: Python decides by these what to do next, and must not wait for the GPU.
         self.prompt = torch.zeros(slots, n, dtype=torch.long)
         self.has_pre_noise = torch.zeros(slots, n, T, dtype=torch.bool)
 
@@ -268,7 +291,7 @@ class Replay:
         A step without noise has no log-prob and is never drawn.
         """
         shape = (slots, self.m, len(self.noisy_steps))
-        drawn = torch.randperm(shape[0] * shape[1] * shape[2], generator=generator)[:count]
+        drawn = torch.randperm(math.prod(shape), generator=generator)[:count]
         s, i, j = torch.unravel_index(drawn, shape)
         mine = (i >= self.own.start) & (i < self.own.stop)
         transitions = torch.stack([s, i - self.own.start, self.noisy_steps[j]])
@@ -281,7 +304,8 @@ class Replay:
 
     def predict_pretrained(self, args, sd, prompts, transitions) -> None:
         """Keep the pretrained model's predictions for the transitions (3, n) that lack them."""
-        lacking = transitions[:, ~self.has_pre_noise[tuple(transitions)]].unique(dim=1)
+        known = self.has_pre_noise[tuple(transitions)]
+        lacking = transitions[:, ~known].unique(dim=1)  # two updates may have drawn the same one
         texts, t_all = self.prompts_of(prompts, lacking), sd.timesteps[lacking[2].to(sd.device)]
         for rows in micro_batches(len(texts), sd.batch_size):
             s, i, j = lacking[:, rows]
@@ -299,21 +323,31 @@ class Replay:
             values.copy_(state[key])
 
 
-def monitor(run, args, count, scale, ratio, clipped, advantages, policy_loss, penalty, kl) -> None:
+def monitor(
+    run, args, count, to_nats, ratio, clipped, advantages, policy_loss, penalty, kl
+) -> None:
     """The metrics of a micro-batch of one of `gradient_steps` updates on `count` transitions.
 
-    `scale` turns the KL into nats of a whole chain.
+    `to_nats` turns the mean KL into nats of a whole chain.
     """
 
     def mean(values):
-        return values.detach().double().sum() / count / args.gradient_steps
+        return values.double().sum() / count / args.gradient_steps
 
     run.add("loss/policy", mean(policy_loss))
     run.add("loss/kl", args.beta * mean(penalty))
     run.add("ratio/clip_fraction", mean(ratio != clipped))
     run.add("advantages/mean", mean(advantages))
     run.add("advantages/square", mean(advantages.double() ** 2))
-    run.add("kl/pretrained", mean(kl) * scale)
+    run.add("kl/pretrained", mean(kl) * to_nats)
+
+
+def cooled_learning_rate(args, iteration: int) -> float:
+    """The learning rate; over the last --cooldown-share of the run it falls in a straight line."""
+    left = 1 - iteration / args.num_iterations
+    if left >= args.cooldown_share:
+        return args.learning_rate
+    return args.learning_rate * (left / args.cooldown_share)
 
 
 @command
@@ -324,14 +358,14 @@ def main():
     sd = load_stable_diffusion(args, run.device)
     warn_of_prompts(sd.encoder, prompts)
     m, T = args.samples_per_iteration, args.num_inference_steps
-    own = run.share(m)
+    own = run.share(m)  # this rank's samples, a range
 
     optimizer = torch.optim.AdamW(sd.weights, args.learning_rate, weight_decay=args.weight_decay)
     value_function = ValueFunction(sd.latent_size + sd.text_size, T).to(run.device)
     value_optimizer = torch.optim.AdamW(value_function.parameters(), args.value_learning_rate)
     reward_function = load_run_reward(run, args, args.reward, prompts)
     replay = Replay(args, sd, own)
-    nats = sd.latent_size * len(replay.noisy_steps)  # of a KL that is a mean over both
+    to_nats = sd.latent_size * len(replay.noisy_steps)  # the KL is a mean over both
     args = fit_micro_batches(args, sd, guided_noise)
     sd.batch_size = even_size(len(own), args.micro_batch_size)
     run.keep(model=sd, optimizer=optimizer)
@@ -340,7 +374,8 @@ def main():
 
     for iteration in run.iterations(grid=partial(draw_grid, args, sd, prompts=prompts)):
         # Rollout: m samples of the current policy (Alg. 1). Sample i has its own generator.
-        slot, slots = iteration % args.replay_rollouts, min(iteration + 1, args.replay_rollouts)
+        slot = iteration % args.replay_rollouts  # the oldest rollout's, which this one replaces
+        slots = min(iteration + 1, args.replay_rollouts)  # those that are filled
         with run.timer("sample"):
             generators = [seeded(args.seed, ROLLOUT, iteration, i) for i in own]
             chosen = [torch.randint(len(prompts), (), generator=g).item() for g in generators]
@@ -365,27 +400,26 @@ def main():
                 mean = run.gather(replay.reward[slot], m).double().sum().item() / m
                 torch.nn.init.constant_(value_function.out.bias, mean)
 
-        # Value function: one update on five batches (Eq. 24).
+        # Value function: one update (Eq. 24).
         with run.timer("train"):
-            for batch in range(5 if args.value_function else 0):
-                generator = seeded(args.seed, VALUE, iteration, batch)
-                count, transitions = replay.draw(args.value_batch_size, slots, generator)
-                of_transitions = replay.prompts_of(prompts, transitions)
-                if not of_transitions:  # all of them are other ranks'
-                    continue
-                s, i, j = transitions
-                x_t, pooled = replay.trajectory[s, i, j], sd.pooled(of_transitions)
-                value = value_function(x_t, j.to(run.device), pooled)
-                value_loss = ((replay.reward[s, i] - value) ** 2).sum() / count / 5  # Eq. 24
-                run.backward(value_loss)
-                run.add("loss/value", value_loss)
             if args.value_function:
+                for batch in range(VALUE_BATCHES):
+                    generator = seeded(args.seed, VALUE, iteration, batch)
+                    count, transitions = replay.draw(args.value_batch_size, slots, generator)
+                    transition_prompts = replay.prompts_of(prompts, transitions)
+                    if not transition_prompts:  # all of them are other ranks'
+                        continue
+                    s, i, j = transitions
+                    x_t, pooled = replay.trajectory[s, i, j], sd.pooled(transition_prompts)
+                    value = value_function(x_t, j.to(run.device), pooled)
+                    squared_error = (replay.reward[s, i] - value) ** 2
+                    value_loss = squared_error.sum() / count / VALUE_BATCHES  # Eq. 24
+                    run.backward(value_loss)
+                    run.add("loss/value", value_loss)
                 run.step(value_optimizer, metric="grad_norm/value")
 
             # Policy: gradient_steps updates on batch_size transitions each (Eq. 9, 26).
-            left = 1 - iteration / args.num_iterations
-            cooled = min(1.0, left / max(args.cooldown_share, 1e-9))
-            optimizer.param_groups[0]["lr"] = args.learning_rate * cooled
+            optimizer.param_groups[0]["lr"] = cooled_learning_rate(args, iteration)
             generators = [
                 seeded(args.seed, UPDATES, iteration, k) for k in range(args.gradient_steps)
             ]
@@ -393,39 +427,40 @@ def main():
             all_drawn = torch.cat([transitions for _, transitions in batches], dim=1)
             replay.predict_pretrained(args, sd, prompts, all_drawn)
             for update, (count, transitions) in enumerate(batches):
-                of_transitions = replay.prompts_of(prompts, transitions)
+                transition_prompts = replay.prompts_of(prompts, transitions)
                 steps = transitions[2].to(run.device)
                 is_newest = (transitions[0] == slot).to(run.device)
-                for rows in micro_batches(len(of_transitions), sd.batch_size):
+                for rows in micro_batches(len(transition_prompts), sd.batch_size):
                     s, i, j = transitions[:, rows]
-                    t, text = sd.timesteps[steps[rows]], sd.encode(of_transitions[rows])
+                    t, text = sd.timesteps[steps[rows]], sd.encode(transition_prompts[rows])
                     x_t, x_prev = replay.trajectory[s, i, j], replay.trajectory[s, i, j + 1]
                     pre_prediction = replay.pre_noise[s, i, j]
                     prediction = guided_noise(args, sd, sd.unet, x_t, t, text)
-                    step, pre = (
-                        ddim_step_with_logprob(
-                            sd.scheduler, output, t, x_t, args.eta, prev_sample=x_prev
-                        )
-                        for output in (prediction, pre_prediction)
+                    step = ddim_step_with_logprob(
+                        sd.scheduler, prediction, t, x_t, args.eta, prev_sample=x_prev
                     )
+                    pre_mean, _ = ddim_mean_and_std(sd.scheduler, pre_prediction, t, x_t, args.eta)
 
                     advantages = replay.reward[s, i]
                     if args.value_function:
-                        value = value_function(x_t, steps[rows], sd.pooled(of_transitions[rows]))
+                        value = value_function(
+                            x_t, steps[rows], sd.pooled(transition_prompts[rows])
+                        )
                         advantages = advantages - value.detach()  # Eq. 22
                     ratio = torch.exp(step.log_prob - replay.log_prob[s, i, j])  # Eq. 25
                     clipped = ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
                     rewarded = steps[rows] < args.rewarded_share * T
                     policy_loss = -args.alpha * advantages * clipped * rewarded  # Eq. 26
-                    kl = ddim_step_kl(step.mean, pre.mean, step.std)  # Eq. 7
+                    kl = ddim_step_kl(step.mean, pre_mean, step.std)  # Eq. 7
                     penalty = kl
                     if args.kl == "released":
                         penalty = ((prediction - pre_prediction) ** 2).flatten(1).mean(1)
-                    loss = (policy_loss + args.beta * penalty).sum() / count  # Eq. 9
+                    # The mean over transitions, where Eq. 9 sums over a sample's steps.
+                    loss = (policy_loss + args.beta * penalty).sum() / count
                     run.backward(loss)
 
                     terms = (ratio, clipped, advantages, policy_loss, penalty, kl)
-                    monitor(run, args, count, nats, *terms)
+                    monitor(run, args, count, to_nats, *terms)
                     if update == 0:
                         newest = (ratio - 1).abs() * is_newest[rows]
                         run.add("ratio/first_max_deviation", newest.max(), "max")

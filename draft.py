@@ -1,4 +1,4 @@
-"""DRaFT: the reward's gradient through the last steps of sampling (Clark et al. 2024, 2309.17400).
+"""DRaFT: the reward's gradient through the last steps of sampling (Clark et al. 2024).
 
 arXiv:2309.17400. The reward must have a gradient. It goes through the VAE and the last K of the
 sampler's T steps, their guidance included. Each iteration:
@@ -6,7 +6,8 @@ sampler's T steps, their guidance included. Each iteration:
     sample prompts c, and x_0 from x_T ~ N(0, I)
     DRaFT-K:   theta <- theta + lr grad E r(x_0, c),  with no gradient to x_K
     DRaFT-LV:  K = 1, and n times more, x_0 held fixed:
-               x_1' = sqrt(alpha_1) x_0 + sqrt(1 - alpha_1) eps,  x_0' <- the last step from x_1'
+               x_1' = sqrt(alpha_bar_1) x_0 + sqrt(1 - alpha_bar_1) eps
+               x_0' <- the last step from x_1'
                theta <- theta + lr grad E (r(x_0, c) + r(x_0'_1, c) + ... + r(x_0'_n, c)) / (1 + n)
 
 AlignProp (Prabhudesai et al. 2023, arXiv:2310.03739) draws K at random for each sample.
@@ -28,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from common.scheduler import ddim_step_kl, ddim_step_with_logprob
+from common.scheduler import ddim_mean_and_std, ddim_step_kl, ddim_step_with_logprob
 from common.stable_diffusion import load_stable_diffusion
 from harness import (
     GRID,
@@ -170,13 +171,14 @@ class Rollout(NamedTuple):
 
 
 def guided_noise(args, sd, unet, latents, timesteps, text):
-    """w eps(x_t, t, z) + (1 - w) eps(x_t, t), (B, C, H, W) float32, in one forward pass.
+    """Classifier-free guidance: w out(text) + (1 - w) out(no text), (B, C, H, W) float32.
 
-    latents (B, C, H, W), timesteps (B,), text (B, L, D). The policy is this combination. The UNet
-    gets sd.batch_size rows, whatever B is; what the others give is dropped, and has no gradient.
+    out is the UNet's output: eps, or v or x_0 where it predicts that. With w of 1 or less it is
+    out(text) alone. latents (B, C, H, W), timesteps (B,), text (B, L, D). The policy is this
+    combination. `sd.pad` adds rows to the batch; theirs are dropped, and have no gradient.
     """
     w, dtype, B = args.guidance_scale, unet.conv_in.weight.dtype, len(latents)
-    latents, timesteps, text = (sd.pad(x) for x in (latents.to(dtype), timesteps, text.to(dtype)))
+    latents, timesteps, text = sd.pad(latents.to(dtype)), sd.pad(timesteps), sd.pad(text.to(dtype))
     if w <= 1:
         return unet(latents, timesteps, text, return_dict=False)[0][:B].float()
     both_texts = torch.cat([sd.no_text.to(dtype).expand_as(text), text])
@@ -193,24 +195,31 @@ def sample(args, sd, unet, text, noise) -> Rollout:
     trajectory, log_probs, means = [x_t], [], []
     for j, timestep in enumerate(sd.timesteps):
         t = timestep.expand(len(text))
-        model_output = guided_noise(args, sd, unet, x_t, t, text)
+        prediction = guided_noise(args, sd, unet, x_t, t, text)
         step = ddim_step_with_logprob(
-            sd.scheduler, model_output, t, x_t, args.eta, noise=noise[:, j + 1]
+            sd.scheduler, prediction, t, x_t, args.eta, noise=noise[:, j + 1]
         )
         x_t = step.prev_sample
         trajectory.append(x_t)
         log_probs.append(step.log_prob)
         means.append(step.mean)
-    return Rollout(*(torch.stack(steps, dim=1) for steps in (trajectory, log_probs, means)))
+    return Rollout(
+        trajectory=torch.stack(trajectory, dim=1),
+        log_prob=torch.stack(log_probs, dim=1),
+        mean=torch.stack(means, dim=1),
+    )
 
 
-def draw_grid(args, sd, prompts, numbers):
-    """Pictures of fixed prompts and noise, so that the grids of a run compare."""
+def draw_grid(args, sd, prompts, indices):
+    """Pictures (n, 3, H, W) in [0, 1] at n indices of a grid, of fixed prompts and noise.
+
+    So the grids of a run compare.
+    """
     shape, pictures = (args.num_inference_steps + 1, *sd.latent_shape), []
-    for rows in micro_batches(len(numbers), sd.batch_size):
-        generators = [seeded(args.seed, GRID, i) for i in numbers[rows]]
+    for rows in micro_batches(len(indices), sd.batch_size):
+        generators = [seeded(args.seed, GRID, i) for i in indices[rows]]
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(sd.device)
-        text = sd.encode([prompts[i % len(prompts)] for i in numbers[rows]])
+        text = sd.encode([prompts[i % len(prompts)] for i in indices[rows]])
         pictures.append(sd.decode(sample(args, sd, sd.unet, text, noise).trajectory[:, -1]))
     return torch.cat(pictures)
 
@@ -225,11 +234,11 @@ def kl_to_pretrained(args, sd, text, rollout, steps):
     DPOK Eq. 7, as a mean over the latent's dimensions. Nothing learns from it.
     """
     i, t = torch.arange(len(steps), device=sd.device), sd.timesteps[steps]
-    x_t, x_prev = rollout.trajectory[i, steps], rollout.trajectory[i, steps + 1]
+    x_t = rollout.trajectory[i, steps]
     with sd.pretrained() as unet:
-        noise = guided_noise(args, sd, unet, x_t, t, text)
-    pre = ddim_step_with_logprob(sd.scheduler, noise, t, x_t, args.eta, prev_sample=x_prev)
-    return ddim_step_kl(rollout.mean[i, steps], pre.mean, pre.std)
+        prediction = guided_noise(args, sd, unet, x_t, t, text)
+    pre_mean, std = ddim_mean_and_std(sd.scheduler, prediction, t, x_t, args.eta)
+    return ddim_step_kl(rollout.mean[i, steps], pre_mean, std)
 
 
 # ---
@@ -246,6 +255,7 @@ def last_steps(args, sd, x, text, noise, K):
     if k > 1:
         predict = partial(checkpoint, predict, use_reentrant=False, preserve_rng_state=False)
     for j in range(T - k, T):
+        # Before its own last K steps a sample has no gradient.
         begins = K.eq(T - j).view(-1, 1, 1, 1)
         x = torch.where(begins, x.detach(), x)
         t = sd.timesteps[j].expand(len(x))
@@ -258,16 +268,17 @@ def last_steps(args, sd, x, text, noise, K):
 
 
 def starts_of(args, sd, trajectory, noise):
-    """From where x_0 is computed with gradient: x (B, 1 + n, C, H, W) and its noise for last_steps.
+    """Where the parts with gradient begin: x (B, 1 + n, C, H, W), noise (B, 1 + n, k, C, H, W).
 
-    First the sampler's own x_K; then, n times, x_0 noised to the level of the last step (LV). noise
-    (B, T+1 + 2n, C, H, W) is that of the sampler, and of each time the noising's and the step's.
+    k is --truncate. Part 0 is the sampler's own x_k, with the noise of its last k steps; the n
+    others are x_0 noised again to the level of the last step, with its noise (LV). noise
+    (B, T+1 + 2n, C, H, W): the sampler's, then of each of the n the noising's and the step's.
     """
     T, k, n = args.num_inference_steps, args.truncate, args.num_noise
     x_0, t = trajectory[:, -1], sd.timesteps[-1:].expand(len(trajectory))
-    noised = [sd.scheduler.add_noise(x_0, noise[:, T + 1 + 2 * i], t) for i in range(n)]
+    renoised = [sd.scheduler.add_noise(x_0, noise[:, T + 1 + 2 * i], t) for i in range(n)]
     noise_again = [noise[:, T + 2 + 2 * i, None] for i in range(n)]
-    x = torch.stack([trajectory[:, T - k], *noised], dim=1)
+    x = torch.stack([trajectory[:, T - k], *renoised], dim=1)
     return x, torch.stack([noise[:, T + 1 - k : T + 1], *noise_again], dim=1)
 
 
@@ -287,7 +298,7 @@ def main():
     optimizer = torch.optim.AdamW(sd.weights, learning_rate, weight_decay=args.weight_decay)
     args = fit_micro_batches(args, sd, lambda *given: sd.decode_with_gradient(guided_noise(*given)))
     run.keep(model=sd, optimizer=optimizer)
-    own = run.share(m)
+    own = run.share(m)  # this rank's samples, a range
     sd.batch_size = even_size(len(own), args.micro_batch_size)
 
     for iteration in run.iterations(grid=partial(draw_grid, args, sd, prompts=prompts)):
@@ -307,16 +318,17 @@ def main():
                 ]
                 K = torch.cat(drawn_K)
             K = K.to(run.device)
-            starts, images = [], []
+            starts, step_noises, images = [], [], []
             for rows in micro_batches(len(own), sd.batch_size):
                 drawn, text = torch.stack(noise[rows]).to(run.device), sd.encode(own_prompts[rows])
                 rollout = sample(args, sd, sd.unet, text, drawn[:, : T + 1])
-                starts.append(starts_of(args, sd, rollout.trajectory, drawn))
+                x, step_noise = starts_of(args, sd, rollout.trajectory, drawn)
+                starts.append(x)
+                step_noises.append(step_noise)
                 pictures = [sd.decode(rollout.trajectory[:, -1])]
                 for i in range(1, 1 + n):
-                    x, step_noise = (values[:, i] for values in starts[-1])
                     with torch.no_grad():
-                        x_0 = last_steps(args, sd, x, text, step_noise, K[rows])
+                        x_0 = last_steps(args, sd, x[:, i], text, step_noise[:, i], K[rows])
                     pictures.append(sd.decode(x_0))
                 images.append(torch.stack(pictures, dim=1))
                 if args.monitor_kl:
@@ -333,7 +345,7 @@ def main():
 
         # The last K steps again, with gradient, and one update.
         with run.timer("train"):
-            x, step_noise = (torch.cat(values) for values in zip(*starts))
+            x, step_noise = torch.cat(starts), torch.cat(step_noises)
             for rows in micro_batches(len(own), sd.batch_size):
                 text = sd.encode(own_prompts[rows])
                 for i in range(1 + n):
@@ -342,7 +354,7 @@ def main():
                     r = scores_of(pictures, scores[rows, i], gradients[rows, i])
                     loss = -r.sum() / m / (1 + n)
                     run.backward(loss)
-                    run.add("loss/reward", loss.detach().double())
+                    run.add("loss/reward", loss.double())
             run.step(optimizer, args.max_grad_norm)
 
         line = {"samples": (iteration + 1) * m, "reward": rewards}

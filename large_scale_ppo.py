@@ -8,8 +8,8 @@ end. Algorithm 1, each iteration:
         sample prompts c ~ p(c), and x_{T:0} ~ p_theta several times for each
         A <- (r - mean of the batch) / sqrt(variance of the batch + 1e-8)                  (Eq. 10)
         for each of 5 random timesteps t, an update on all samples:
-            theta <- theta + lr grad E min(w_t A, g(eps, A))                                (Eq. 7)
-            g = (1 + eps) A if A >= 0 else (1 - eps) A
+            theta <- theta + lr grad E min(w_t A, g(A))                                     (Eq. 7)
+            g(A) = (1 + clip_range) A if A >= 0 else (1 - clip_range) A
             w_t = p_theta(x_{t-1} | x_t, c) / p_old(x_{t-1} | x_t, c)
     theta <- theta - lr grad beta E |eps - eps_theta(z_t, t, c)|^2 on captioned pictures (Eq. 8, 9)
 
@@ -31,7 +31,13 @@ from typing import NamedTuple
 
 import torch
 
-from common.scheduler import ddim_step_kl, ddim_step_with_logprob, steps_with_noise
+from common.scheduler import (
+    ddim_mean_and_std,
+    ddim_step_kl,
+    ddim_step_with_logprob,
+    noised,
+    steps_with_noise,
+)
 from common.stable_diffusion import load_stable_diffusion
 from harness import (
     GRID,
@@ -163,13 +169,14 @@ class Rollout(NamedTuple):
 
 
 def guided_noise(args, sd, unet, latents, timesteps, text):
-    """w eps(x_t, t, z) + (1 - w) eps(x_t, t), (B, C, H, W) float32, in one forward pass.
+    """Classifier-free guidance: w out(text) + (1 - w) out(no text), (B, C, H, W) float32.
 
-    latents (B, C, H, W), timesteps (B,), text (B, L, D). The policy is this combination. The UNet
-    gets sd.batch_size rows, whatever B is; what the others give is dropped, and has no gradient.
+    out is the UNet's output: eps, or v or x_0 where it predicts that. With w of 1 or less it is
+    out(text) alone. latents (B, C, H, W), timesteps (B,), text (B, L, D). The policy is this
+    combination. `sd.pad` adds rows to the batch; theirs are dropped, and have no gradient.
     """
     w, dtype, B = args.guidance_scale, unet.conv_in.weight.dtype, len(latents)
-    latents, timesteps, text = (sd.pad(x) for x in (latents.to(dtype), timesteps, text.to(dtype)))
+    latents, timesteps, text = sd.pad(latents.to(dtype)), sd.pad(timesteps), sd.pad(text.to(dtype))
     if w <= 1:
         return unet(latents, timesteps, text, return_dict=False)[0][:B].float()
     both_texts = torch.cat([sd.no_text.to(dtype).expand_as(text), text])
@@ -186,24 +193,31 @@ def sample(args, sd, unet, text, noise) -> Rollout:
     trajectory, log_probs, means = [x_t], [], []
     for j, timestep in enumerate(sd.timesteps):
         t = timestep.expand(len(text))
-        model_output = guided_noise(args, sd, unet, x_t, t, text)
+        prediction = guided_noise(args, sd, unet, x_t, t, text)
         step = ddim_step_with_logprob(
-            sd.scheduler, model_output, t, x_t, args.eta, noise=noise[:, j + 1]
+            sd.scheduler, prediction, t, x_t, args.eta, noise=noise[:, j + 1]
         )
         x_t = step.prev_sample
         trajectory.append(x_t)
         log_probs.append(step.log_prob)
         means.append(step.mean)
-    return Rollout(*(torch.stack(steps, dim=1) for steps in (trajectory, log_probs, means)))
+    return Rollout(
+        trajectory=torch.stack(trajectory, dim=1),
+        log_prob=torch.stack(log_probs, dim=1),
+        mean=torch.stack(means, dim=1),
+    )
 
 
-def draw_grid(args, sd, prompts, numbers):
-    """Pictures of fixed prompts and noise, so that the grids of a run compare."""
+def draw_grid(args, sd, prompts, indices):
+    """Pictures (n, 3, H, W) in [0, 1] at n indices of a grid, of fixed prompts and noise.
+
+    So the grids of a run compare.
+    """
     shape, pictures = (args.num_inference_steps + 1, *sd.latent_shape), []
-    for rows in micro_batches(len(numbers), sd.batch_size):
-        generators = [seeded(args.seed, GRID, i) for i in numbers[rows]]
+    for rows in micro_batches(len(indices), sd.batch_size):
+        generators = [seeded(args.seed, GRID, i) for i in indices[rows]]
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(sd.device)
-        text = sd.encode([prompts[i % len(prompts)] for i in numbers[rows]])
+        text = sd.encode([prompts[i % len(prompts)] for i in indices[rows]])
         pictures.append(sd.decode(sample(args, sd, sd.unet, text, noise).trajectory[:, -1]))
     return torch.cat(pictures)
 
@@ -218,11 +232,11 @@ def kl_to_pretrained(args, sd, text, rollout, steps):
     DPOK Eq. 7, as a mean over the latent's dimensions. Nothing learns from it.
     """
     i, t = torch.arange(len(steps), device=sd.device), sd.timesteps[steps]
-    x_t, x_prev = rollout.trajectory[i, steps], rollout.trajectory[i, steps + 1]
+    x_t = rollout.trajectory[i, steps]
     with sd.pretrained() as unet:
-        noise = guided_noise(args, sd, unet, x_t, t, text)
-    pre = ddim_step_with_logprob(sd.scheduler, noise, t, x_t, args.eta, prev_sample=x_prev)
-    return ddim_step_kl(rollout.mean[i, steps], pre.mean, pre.std)
+        prediction = guided_noise(args, sd, unet, x_t, t, text)
+    pre_mean, std = ddim_mean_and_std(sd.scheduler, prediction, t, x_t, args.eta)
+    return ddim_step_kl(rollout.mean[i, steps], pre_mean, std)
 
 
 # ---
@@ -244,22 +258,23 @@ def pretraining_loss(args, sd, pictures, captions, t, noise):
     The square is a mean over z.
     """
     z, eps = sd.latents(pictures, noise[:, 0]), noise[:, 1]
-    target = {"epsilon": eps, "v_prediction": sd.scheduler.get_velocity(z, eps, t), "sample": z}
+    z_t, target = noised(sd.scheduler, z, eps, t)
     conditional = replace(args, guidance_scale=1.0)
-    z_t = sd.scheduler.add_noise(z, eps, t)
-    output = guided_noise(conditional, sd, sd.unet, z_t, t, sd.encode(captions))
-    return ((output - target[sd.scheduler.config.prediction_type]) ** 2).flatten(1).mean(1)
+    prediction = guided_noise(conditional, sd, sd.unet, z_t, t, sd.encode(captions))
+    return ((prediction - target) ** 2).flatten(1).mean(1)
 
 
 def pretrain(args, run, sd, pairs, number):
     """Add the gradient of beta E |eps - eps_theta(z_t, t, c)|^2 on pictures (Zhang et al., Eq. 8).
 
-    Theirs is batch `number` of the stream of pairs, of all ranks together; pair i of it has its own
-    generator. Captions are left out now and then, so that guidance stays trained.
+    The pictures are batch `number` of the stream of pairs, shared out over the ranks; pair i has
+    its own generator. Some captions are left out, so that guidance stays trained. The update is the
+    caller's.
     """
     n = args.pretrain_batch_size
     own = run.share(n)
-    of_samples, sd.batch_size = sd.batch_size, even_size(len(own), args.micro_batch_size)
+    size_of_samples = sd.batch_size
+    sd.batch_size = even_size(len(own), args.micro_batch_size)
     first = number * n + own.start
     pictures, captions = take_pairs(pairs, args.seed, first, len(own), sd.image_size)
     generators = [seeded(args.seed, PRETRAINING, number, i) for i in own]
@@ -274,7 +289,7 @@ def pretrain(args, run, sd, pairs, number):
         loss = pretraining_loss(args, sd, *batch, drawn).sum() / n  # Eq. 9
         run.backward(args.pretrain_beta * loss)  # Eq. 8
         run.add("loss/pretrain", loss)
-    sd.batch_size = of_samples
+    sd.batch_size = size_of_samples
 
 
 # ---
@@ -287,22 +302,27 @@ def per_batch_advantages(rewards):
 
 
 def monitor(run, args, ratio, loss, m, num_updates, update):
-    """The metrics of a micro-batch of one of a task's updates on m samples each."""
-    off, limit = (ratio - 1).abs().detach(), args.clip_range
+    """The metrics of a micro-batch of a task's update `update`, on m samples.
+
+    An iteration has `num_updates`, those of all tasks.
+    """
+    deviation = (ratio - 1).abs()
     if update == 0:
-        run.add("ratio/first_max_deviation", off.max(), "max")
+        run.add("ratio/first_max_deviation", deviation.max(), "max")
     else:
-        run.add("ratio/max_deviation", off.max(), "max")
-    run.add("ratio/clip_fraction", (off > limit).double().sum() / m / num_updates)
-    run.add("loss/policy", loss.detach().double() / num_updates)
+        run.add("ratio/max_deviation", deviation.max(), "max")
+    outside = (deviation > args.clip_range).double().sum()
+    run.add("ratio/clip_fraction", outside / m / num_updates)
+    run.add("loss/policy", loss.double() / num_updates)
 
 
 @command
 def main():
     args = parse_args(PRESETS, __doc__, check)
     tasks = read_tasks(args)
-    m = max(task.num_prompts * task.num_images for task in tasks)
-    check_memory("--tasks", args.model, m * (args.num_inference_steps + 1), pictures=m)
+    most_samples = max(task.num_samples for task in tasks)
+    kept = most_samples * (args.num_inference_steps + 1)
+    check_memory("--tasks", args.model, kept, pictures=most_samples)
     pairs = open_pretrain_data(args.pretrain_data, args.seed) if args.pretrain_beta else []
     sources = [identity(source) for source in (*(task.prompts for task in tasks), pairs)]
     names = " ".join(task.name for task in tasks)
@@ -325,7 +345,7 @@ def main():
     optimizer = torch.optim.AdamW(sd.weights, learning_rate, weight_decay=args.weight_decay)
     noisy_steps = steps_with_noise(sd.scheduler, args.eta).cpu()
     rewarded_steps = noisy_steps[noisy_steps < args.rewarded_share * T]
-    most = max(len(run.share(task.num_prompts * task.num_images)) for task in tasks)
+    most = len(run.share(most_samples))
     shapes = (most, T + 1, *sd.latent_shape), (most, T)
     trajectory, log_prob = rollout_storage(run.device, *shapes)
     args = fit_micro_batches(args, sd, guided_noise)
@@ -341,8 +361,8 @@ def main():
         if task is not None:
             # Rollout: the task's next P prompts, G samples of the current policy for each. Sample i
             # shows prompt i // G of the batch, and has its own generator.
-            P, G = task.num_prompts, task.num_images
-            own = run.share(P * G)
+            P, G, m = task.num_prompts, task.num_images, task.num_samples
+            own = run.share(m)
             sd.batch_size = even_size(len(own), args.micro_batch_size)
             with run.timer("sample"):
                 batch = take(task.prompts, args.seed, iteration * P, P)
@@ -363,18 +383,18 @@ def main():
                     if args.monitor_kl:
                         kl_at = kl_steps[rows]
                         kl = kl_to_pretrained(args, sd, text, rollout, kl_at).double().sum()
-                        scale = sd.latent_size * T / (P * G) / len(tasks)
-                        run.add("kl/pretrained", kl * scale)
+                        to_nats = sd.latent_size * T / m / len(tasks)
+                        run.add("kl/pretrained", kl * to_nats)
 
             # Reward r(x_0, c), and advantages over the task's batch on all ranks.
             with run.timer("reward"):
                 rewards = rewards_of[k](torch.cat(images), own_prompts, groups)  # Eq. 11, 12, 13
-                rewards = run.gather(rewards, P * G).cpu()
+                rewards = run.gather(rewards, m).cpu()
                 A = per_batch_advantages(rewards).float().to(run.device)  # Eq. 10
                 A = A[own.start : own.stop]
-                run.add(f"reward/{task.name}", rewards, "own")
-                run.add("reward/mean", rewards.double().mean() / len(tasks), "own")
-                run.add("reward/std", rewards.double().std(correction=0) / len(tasks), "own")
+                run.add(f"reward/{task.name}", rewards, "same")
+                run.add("reward/mean", rewards.double().mean() / len(tasks), "same")
+                run.add("reward/std", rewards.double().std(correction=0) / len(tasks), "same")
 
             # An update on all samples at each of a few timesteps, which they share (Eq. 7).
             with run.timer("train"):
@@ -392,19 +412,18 @@ def main():
                         ratio = torch.exp(step.log_prob - log_prob[rows, j])  # w of Eq. 7
                         bound = torch.where(A[rows] >= 0, 1 + args.clip_range, 1 - args.clip_range)
                         g = bound * A[rows]
-                        loss = -torch.minimum(ratio * A[rows], g).sum() / (P * G)  # Eq. 7
+                        loss = -torch.minimum(ratio * A[rows], g).sum() / m  # Eq. 7
                         run.backward(loss)
-                        monitor(run, args, ratio, loss, P * G, len(steps) * len(tasks), update)
+                        monitor(run, args, ratio, loss, m, len(steps) * len(tasks), update)
                     run.step(optimizer, args.max_grad_norm)
 
-        # The pre-training loss (Eq. 8, 9), one update.
-        elif args.pretrain_beta:
-            with run.timer("pretrain"):
-                pretrain(args, run, sd, pairs, iteration)
-                run.step(optimizer, args.max_grad_norm, "grad_norm/pretrain")
-
-        if task is None:
-            samples = sum(task.num_prompts * task.num_images for task in tasks)
+        # The pre-training loss (Eq. 8, 9), one update; and the end of the iteration.
+        else:
+            if args.pretrain_beta:
+                with run.timer("pretrain"):
+                    pretrain(args, run, sd, pairs, iteration)
+                    run.step(optimizer, args.max_grad_norm, "grad_norm/pretrain")
+            samples = sum(task.num_samples for task in tasks)
             limits = {"ratio/first_max_deviation": args.clip_range}
             run.log({"samples": (iteration + 1) * samples}, warn_above=limits)
 

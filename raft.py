@@ -7,7 +7,7 @@ theirs). Each iteration:
     A <- the best share of them by r(x_0, c): --acceptance, 1 of 24                        (Table 6)
     theta <- theta - lr grad (E_A |eps - eps_theta(x_t, t, c)|^2
                               + beta E |eps - eps_theta(z_t, t, c)|^2 on captioned pictures)
-    x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) eps, t uniform over all of the training's steps
+    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, t uniform over the training's steps
 
 The reward chooses, and has no other part: any reward will do.
 
@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from common.scheduler import ddim_step_kl, ddim_step_with_logprob, noised
+from common.scheduler import ddim_mean_and_std, ddim_step_kl, ddim_step_with_logprob, noised
 from common.stable_diffusion import load_stable_diffusion
 from harness import (
     GRID,
@@ -172,13 +172,14 @@ class Rollout(NamedTuple):
 
 
 def guided_noise(args, sd, unet, latents, timesteps, text):
-    """w eps(x_t, t, z) + (1 - w) eps(x_t, t), (B, C, H, W) float32, in one forward pass.
+    """Classifier-free guidance: w out(text) + (1 - w) out(no text), (B, C, H, W) float32.
 
-    latents (B, C, H, W), timesteps (B,), text (B, L, D). The policy is this combination. The UNet
-    gets sd.batch_size rows, whatever B is; what the others give is dropped, and has no gradient.
+    out is the UNet's output: eps, or v or x_0 where it predicts that. With w of 1 or less it is
+    out(text) alone. latents (B, C, H, W), timesteps (B,), text (B, L, D). The policy is this
+    combination. `sd.pad` adds rows to the batch; theirs are dropped, and have no gradient.
     """
     w, dtype, B = args.guidance_scale, unet.conv_in.weight.dtype, len(latents)
-    latents, timesteps, text = (sd.pad(x) for x in (latents.to(dtype), timesteps, text.to(dtype)))
+    latents, timesteps, text = sd.pad(latents.to(dtype)), sd.pad(timesteps), sd.pad(text.to(dtype))
     if w <= 1:
         return unet(latents, timesteps, text, return_dict=False)[0][:B].float()
     both_texts = torch.cat([sd.no_text.to(dtype).expand_as(text), text])
@@ -195,24 +196,31 @@ def sample(args, sd, unet, text, noise) -> Rollout:
     trajectory, log_probs, means = [x_t], [], []
     for j, timestep in enumerate(sd.timesteps):
         t = timestep.expand(len(text))
-        model_output = guided_noise(args, sd, unet, x_t, t, text)
+        prediction = guided_noise(args, sd, unet, x_t, t, text)
         step = ddim_step_with_logprob(
-            sd.scheduler, model_output, t, x_t, args.eta, noise=noise[:, j + 1]
+            sd.scheduler, prediction, t, x_t, args.eta, noise=noise[:, j + 1]
         )
         x_t = step.prev_sample
         trajectory.append(x_t)
         log_probs.append(step.log_prob)
         means.append(step.mean)
-    return Rollout(*(torch.stack(steps, dim=1) for steps in (trajectory, log_probs, means)))
+    return Rollout(
+        trajectory=torch.stack(trajectory, dim=1),
+        log_prob=torch.stack(log_probs, dim=1),
+        mean=torch.stack(means, dim=1),
+    )
 
 
-def draw_grid(args, sd, prompts, numbers):
-    """Pictures of fixed prompts and noise, so that the grids of a run compare."""
+def draw_grid(args, sd, prompts, indices):
+    """Pictures (n, 3, H, W) in [0, 1] at n indices of a grid, of fixed prompts and noise.
+
+    So the grids of a run compare.
+    """
     shape, pictures = (args.num_inference_steps + 1, *sd.latent_shape), []
-    for rows in micro_batches(len(numbers), sd.batch_size):
-        generators = [seeded(args.seed, GRID, i) for i in numbers[rows]]
+    for rows in micro_batches(len(indices), sd.batch_size):
+        generators = [seeded(args.seed, GRID, i) for i in indices[rows]]
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(sd.device)
-        text = sd.encode([prompts[i % len(prompts)] for i in numbers[rows]])
+        text = sd.encode([prompts[i % len(prompts)] for i in indices[rows]])
         pictures.append(sd.decode(sample(args, sd, sd.unet, text, noise).trajectory[:, -1]))
     return torch.cat(pictures)
 
@@ -227,11 +235,11 @@ def kl_to_pretrained(args, sd, text, rollout, steps):
     DPOK Eq. 7, as a mean over the latent's dimensions. Nothing learns from it.
     """
     i, t = torch.arange(len(steps), device=sd.device), sd.timesteps[steps]
-    x_t, x_prev = rollout.trajectory[i, steps], rollout.trajectory[i, steps + 1]
+    x_t = rollout.trajectory[i, steps]
     with sd.pretrained() as unet:
-        noise = guided_noise(args, sd, unet, x_t, t, text)
-    pre = ddim_step_with_logprob(sd.scheduler, noise, t, x_t, args.eta, prev_sample=x_prev)
-    return ddim_step_kl(rollout.mean[i, steps], pre.mean, pre.std)
+        prediction = guided_noise(args, sd, unet, x_t, t, text)
+    pre_mean, std = ddim_mean_and_std(sd.scheduler, prediction, t, x_t, args.eta)
+    return ddim_step_kl(rollout.mean[i, steps], pre_mean, std)
 
 
 # ---
@@ -253,22 +261,23 @@ def pretraining_loss(args, sd, pictures, captions, t, noise):
     The square is a mean over z.
     """
     z, eps = sd.latents(pictures, noise[:, 0]), noise[:, 1]
-    target = {"epsilon": eps, "v_prediction": sd.scheduler.get_velocity(z, eps, t), "sample": z}
+    z_t, target = noised(sd.scheduler, z, eps, t)
     conditional = replace(args, guidance_scale=1.0)
-    z_t = sd.scheduler.add_noise(z, eps, t)
-    output = guided_noise(conditional, sd, sd.unet, z_t, t, sd.encode(captions))
-    return ((output - target[sd.scheduler.config.prediction_type]) ** 2).flatten(1).mean(1)
+    prediction = guided_noise(conditional, sd, sd.unet, z_t, t, sd.encode(captions))
+    return ((prediction - target) ** 2).flatten(1).mean(1)
 
 
 def pretrain(args, run, sd, pairs, number):
     """Add the gradient of beta E |eps - eps_theta(z_t, t, c)|^2 on pictures (Zhang et al., Eq. 8).
 
-    Theirs is batch `number` of the stream of pairs, of all ranks together; pair i of it has its own
-    generator. Captions are left out now and then, so that guidance stays trained.
+    The pictures are batch `number` of the stream of pairs, shared out over the ranks; pair i has
+    its own generator. Some captions are left out, so that guidance stays trained. The update is the
+    caller's.
     """
     n = args.pretrain_batch_size
     own = run.share(n)
-    of_samples, sd.batch_size = sd.batch_size, even_size(len(own), args.micro_batch_size)
+    size_of_samples = sd.batch_size
+    sd.batch_size = even_size(len(own), args.micro_batch_size)
     first = number * n + own.start
     pictures, captions = take_pairs(pairs, args.seed, first, len(own), sd.image_size)
     generators = [seeded(args.seed, PRETRAINING, number, i) for i in own]
@@ -283,14 +292,14 @@ def pretrain(args, run, sd, pairs, number):
         loss = pretraining_loss(args, sd, *batch, drawn).sum() / n  # Eq. 9
         run.backward(args.pretrain_beta * loss)  # Eq. 8
         run.add("loss/pretrain", loss)
-    sd.batch_size = of_samples
+    sd.batch_size = size_of_samples
 
 
 # ---
 
 
 def accepted_samples(args, rewards):
-    """Numbers (k,), ascending, of the samples to learn from by rewards (m,); ties go to the first.
+    """Indices (k,), ascending, of the samples to learn from by rewards (m,); ties go to the first.
 
     With --ranking local they are the best of each prompt's, whose samples stand side by side.
     """
@@ -311,7 +320,7 @@ def main():
     reward_function = load_run_reward(run, args, args.reward, prompts)
     warn_of_prompts(sd.encoder, prompts)
     m, G, T = args.samples_per_iteration, args.images_per_prompt, args.num_inference_steps
-    P, own = m // G, run.share(m)
+    P, own = m // G, run.share(m)  # own: this rank's samples, a range
 
     learning_rate = args.learning_rate
     if learning_rate is None:
@@ -334,13 +343,13 @@ def main():
             noise = [torch.randn(T + 1, *sd.latent_shape, generator=g) for g in generators]
             kl_steps = torch.cat([torch.randint(T, (1,), generator=g) for g in generators])
             kl_steps = kl_steps.to(run.device)
-            x0, images = [], []
+            x_0, images = [], []
             for rows in micro_batches(len(own), sd.batch_size):
                 drawn = torch.stack(noise[rows]).to(run.device)
                 text = sd.encode(own_prompts[rows])
                 rollout = sample(args, sd, sd.unet, text, drawn)
-                x0.append(rollout.trajectory[:, -1])
-                images.append(sd.decode(x0[-1]))
+                x_0.append(rollout.trajectory[:, -1])
+                images.append(sd.decode(x_0[-1]))
                 reward_function.start(images[-1], own_prompts[rows])
                 if args.monitor_kl:
                     kl = kl_to_pretrained(args, sd, text, rollout, kl_steps[rows])
@@ -351,26 +360,26 @@ def main():
             rewards = reward_function(torch.cat(images), own_prompts, groups)
             rewards = run.gather(rewards, m).cpu()
             accepted = accepted_samples(args, rewards)
-            best_x0 = run.gather(torch.cat(x0), m)[accepted.to(run.device)]
+            best_x_0 = run.gather(torch.cat(x_0), m)[accepted.to(run.device)]
             best_prompts = [batch[i // G] for i in accepted.tolist()]
 
         # Updates on all that are accepted, wherever they were drawn, and on real pictures.
         with run.timer("train"):
             k, num_steps = len(accepted), sd.scheduler.config.num_train_timesteps
-            mine = run.share(k)
+            own_accepted = run.share(k)
             for update in range(args.gradient_steps):
                 generator = seeded(args.seed, UPDATES, iteration, update)
                 t = torch.randint(num_steps, (k,), generator=generator).to(run.device)
                 eps = torch.randn(k, *sd.latent_shape, generator=generator).to(run.device)
-                x_t, target = noised(sd.scheduler, best_x0, eps, t)
-                sd.batch_size = even_size(len(mine), args.micro_batch_size)
-                for rows in micro_batches(len(mine), sd.batch_size, mine.start):
+                x_t, target = noised(sd.scheduler, best_x_0, eps, t)
+                sd.batch_size = even_size(len(own_accepted), args.micro_batch_size)
+                for rows in micro_batches(len(own_accepted), sd.batch_size, own_accepted.start):
                     text = sd.encode(best_prompts[rows])
                     prediction = guided_noise(train_args, sd, sd.unet, x_t[rows], t[rows], text)
                     error = ((prediction - target[rows]) ** 2).flatten(1).mean(1)
                     loss = error.sum() / k
                     run.backward(loss)
-                    run.add("loss/raft", loss.detach().double() / args.gradient_steps)
+                    run.add("loss/raft", loss.double() / args.gradient_steps)
                 if args.pretrain_beta:
                     pretrain(args, run, sd, pairs, iteration * args.gradient_steps + update)
                 run.step(optimizer, args.max_grad_norm)

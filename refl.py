@@ -26,7 +26,13 @@ from typing import NamedTuple
 
 import torch
 
-from common.scheduler import ddim_step_kl, ddim_step_with_logprob, predict_x0_and_noise
+from common.scheduler import (
+    ddim_mean_and_std,
+    ddim_step_kl,
+    ddim_step_with_logprob,
+    noised,
+    predict_x0_and_noise,
+)
 from common.stable_diffusion import load_stable_diffusion
 from harness import (
     GRID,
@@ -172,13 +178,14 @@ class Rollout(NamedTuple):
 
 
 def guided_noise(args, sd, unet, latents, timesteps, text):
-    """w eps(x_t, t, z) + (1 - w) eps(x_t, t), (B, C, H, W) float32, in one forward pass.
+    """Classifier-free guidance: w out(text) + (1 - w) out(no text), (B, C, H, W) float32.
 
-    latents (B, C, H, W), timesteps (B,), text (B, L, D). The policy is this combination. The UNet
-    gets sd.batch_size rows, whatever B is; what the others give is dropped, and has no gradient.
+    out is the UNet's output: eps, or v or x_0 where it predicts that. With w of 1 or less it is
+    out(text) alone. latents (B, C, H, W), timesteps (B,), text (B, L, D). The policy is this
+    combination. `sd.pad` adds rows to the batch; theirs are dropped, and have no gradient.
     """
     w, dtype, B = args.guidance_scale, unet.conv_in.weight.dtype, len(latents)
-    latents, timesteps, text = (sd.pad(x) for x in (latents.to(dtype), timesteps, text.to(dtype)))
+    latents, timesteps, text = sd.pad(latents.to(dtype)), sd.pad(timesteps), sd.pad(text.to(dtype))
     if w <= 1:
         return unet(latents, timesteps, text, return_dict=False)[0][:B].float()
     both_texts = torch.cat([sd.no_text.to(dtype).expand_as(text), text])
@@ -195,24 +202,31 @@ def sample(args, sd, unet, text, noise) -> Rollout:
     trajectory, log_probs, means = [x_t], [], []
     for j, timestep in enumerate(sd.timesteps):
         t = timestep.expand(len(text))
-        model_output = guided_noise(args, sd, unet, x_t, t, text)
+        prediction = guided_noise(args, sd, unet, x_t, t, text)
         step = ddim_step_with_logprob(
-            sd.scheduler, model_output, t, x_t, args.eta, noise=noise[:, j + 1]
+            sd.scheduler, prediction, t, x_t, args.eta, noise=noise[:, j + 1]
         )
         x_t = step.prev_sample
         trajectory.append(x_t)
         log_probs.append(step.log_prob)
         means.append(step.mean)
-    return Rollout(*(torch.stack(steps, dim=1) for steps in (trajectory, log_probs, means)))
+    return Rollout(
+        trajectory=torch.stack(trajectory, dim=1),
+        log_prob=torch.stack(log_probs, dim=1),
+        mean=torch.stack(means, dim=1),
+    )
 
 
-def draw_grid(args, sd, prompts, numbers):
-    """Pictures of fixed prompts and noise, so that the grids of a run compare."""
+def draw_grid(args, sd, prompts, indices):
+    """Pictures (n, 3, H, W) in [0, 1] at n indices of a grid, of fixed prompts and noise.
+
+    So the grids of a run compare.
+    """
     shape, pictures = (args.num_inference_steps + 1, *sd.latent_shape), []
-    for rows in micro_batches(len(numbers), sd.batch_size):
-        generators = [seeded(args.seed, GRID, i) for i in numbers[rows]]
+    for rows in micro_batches(len(indices), sd.batch_size):
+        generators = [seeded(args.seed, GRID, i) for i in indices[rows]]
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(sd.device)
-        text = sd.encode([prompts[i % len(prompts)] for i in numbers[rows]])
+        text = sd.encode([prompts[i % len(prompts)] for i in indices[rows]])
         pictures.append(sd.decode(sample(args, sd, sd.unet, text, noise).trajectory[:, -1]))
     return torch.cat(pictures)
 
@@ -227,11 +241,11 @@ def kl_to_pretrained(args, sd, text, rollout, steps):
     DPOK Eq. 7, as a mean over the latent's dimensions. Nothing learns from it.
     """
     i, t = torch.arange(len(steps), device=sd.device), sd.timesteps[steps]
-    x_t, x_prev = rollout.trajectory[i, steps], rollout.trajectory[i, steps + 1]
+    x_t = rollout.trajectory[i, steps]
     with sd.pretrained() as unet:
-        noise = guided_noise(args, sd, unet, x_t, t, text)
-    pre = ddim_step_with_logprob(sd.scheduler, noise, t, x_t, args.eta, prev_sample=x_prev)
-    return ddim_step_kl(rollout.mean[i, steps], pre.mean, pre.std)
+        prediction = guided_noise(args, sd, unet, x_t, t, text)
+    pre_mean, std = ddim_mean_and_std(sd.scheduler, prediction, t, x_t, args.eta)
+    return ddim_step_kl(rollout.mean[i, steps], pre_mean, std)
 
 
 # ---
@@ -253,22 +267,23 @@ def pretraining_loss(args, sd, pictures, captions, t, noise):
     The square is a mean over z.
     """
     z, eps = sd.latents(pictures, noise[:, 0]), noise[:, 1]
-    target = {"epsilon": eps, "v_prediction": sd.scheduler.get_velocity(z, eps, t), "sample": z}
+    z_t, target = noised(sd.scheduler, z, eps, t)
     conditional = replace(args, guidance_scale=1.0)
-    z_t = sd.scheduler.add_noise(z, eps, t)
-    output = guided_noise(conditional, sd, sd.unet, z_t, t, sd.encode(captions))
-    return ((output - target[sd.scheduler.config.prediction_type]) ** 2).flatten(1).mean(1)
+    prediction = guided_noise(conditional, sd, sd.unet, z_t, t, sd.encode(captions))
+    return ((prediction - target) ** 2).flatten(1).mean(1)
 
 
 def pretrain(args, run, sd, pairs, number):
     """Add the gradient of beta E |eps - eps_theta(z_t, t, c)|^2 on pictures (Zhang et al., Eq. 8).
 
-    Theirs is batch `number` of the stream of pairs, of all ranks together; pair i of it has its own
-    generator. Captions are left out now and then, so that guidance stays trained.
+    The pictures are batch `number` of the stream of pairs, shared out over the ranks; pair i has
+    its own generator. Some captions are left out, so that guidance stays trained. The update is the
+    caller's.
     """
     n = args.pretrain_batch_size
     own = run.share(n)
-    of_samples, sd.batch_size = sd.batch_size, even_size(len(own), args.micro_batch_size)
+    size_of_samples = sd.batch_size
+    sd.batch_size = even_size(len(own), args.micro_batch_size)
     first = number * n + own.start
     pictures, captions = take_pairs(pairs, args.seed, first, len(own), sd.image_size)
     generators = [seeded(args.seed, PRETRAINING, number, i) for i in own]
@@ -283,7 +298,7 @@ def pretrain(args, run, sd, pairs, number):
         loss = pretraining_loss(args, sd, *batch, drawn).sum() / n  # Eq. 9
         run.backward(args.pretrain_beta * loss)  # Eq. 8
         run.add("loss/pretrain", loss)
-    sd.batch_size = of_samples
+    sd.batch_size = size_of_samples
 
 
 # ---
@@ -295,13 +310,13 @@ def predicted_picture(args, sd, x_t, steps, text):
     x_t (B, C, H, W) is at steps (B,) of the sampler, text (B, L, D).
     """
     t = sd.timesteps[steps]
-    noise = guided_noise(args, sd, sd.unet, x_t, t, text)
-    x_0, _ = predict_x0_and_noise(sd.scheduler, noise, t, x_t)
+    prediction = guided_noise(args, sd, sd.unet, x_t, t, text)
+    x_0, _ = predict_x0_and_noise(sd.scheduler, prediction, t, x_t)
     return sd.decode_with_gradient(x_0)
 
 
 def reward_loss(args, r):
-    """lambda phi(r), phi(r) = ReLU(2 - r), (B,): 0, and without gradient, where r >= 2."""
+    """lambda phi(r), phi(r) = ReLU(ceiling - r), (B,): no gradient from the ceiling on."""
     return args.reward_weight * torch.relu(args.reward_ceiling - r)
 
 
@@ -323,9 +338,9 @@ def main():
     optimizer = torch.optim.AdamW(sd.weights, learning_rate, weight_decay=args.weight_decay)
     args = fit_micro_batches(args, sd, lambda *given: sd.decode_with_gradient(guided_noise(*given)))
     run.keep(model=sd, optimizer=optimizer)
-    # The policy that learns, and that draws what it learns from.
-    policy = args if args.cfg_training else replace(args, guidance_scale=1.0)
-    own = run.share(m)
+    # Samples are drawn, and learned from, with these.
+    policy_args = args if args.cfg_training else replace(args, guidance_scale=1.0)
+    own = run.share(m)  # this rank's samples, a range
     sd.batch_size = even_size(len(own), args.micro_batch_size)
 
     # Two updates, each a unit of an iteration.
@@ -340,6 +355,7 @@ def main():
             continue
 
         # Without gradient: x_t, of each sample at a random step, and the x_0 that it predicts.
+        # Sampling goes on to x_0 for the KL, at whose step another of the trajectory is asked for.
         sd.batch_size = even_size(len(own), args.micro_batch_size)
         with run.timer("sample"):
             generators = [seeded(args.seed, ROLLOUT, iteration, i) for i in own]
@@ -352,13 +368,13 @@ def main():
             x_t, images = [], []
             for rows in micro_batches(len(own), sd.batch_size):
                 drawn, text = torch.stack(noise[rows]).to(run.device), sd.encode(own_prompts[rows])
-                rollout = sample(policy, sd, sd.unet, text, drawn)
+                rollout = sample(policy_args, sd, sd.unet, text, drawn)
                 at_t = rollout.trajectory[torch.arange(len(text), device=run.device), steps[rows]]
                 x_t.append(at_t)
                 with torch.no_grad():
-                    images.append(predicted_picture(policy, sd, at_t, steps[rows], text))
+                    images.append(predicted_picture(policy_args, sd, at_t, steps[rows], text))
                 if args.monitor_kl:
-                    kl = kl_to_pretrained(policy, sd, text, rollout, kl_steps[rows])
+                    kl = kl_to_pretrained(policy_args, sd, text, rollout, kl_steps[rows])
                     run.add("kl/pretrained", kl.double().sum() * sd.latent_size * T / m)
 
         # r(x_0', c), and its gradient in each picture.
@@ -374,11 +390,11 @@ def main():
             x_t = torch.cat(x_t)
             for rows in micro_batches(len(own), sd.batch_size):
                 text = sd.encode(own_prompts[rows])
-                pictures = predicted_picture(policy, sd, x_t[rows], steps[rows], text)
+                pictures = predicted_picture(policy_args, sd, x_t[rows], steps[rows], text)
                 r = scores_of(pictures, scores[rows], gradients[rows])
                 loss = reward_loss(args, r).sum() / m
                 run.backward(loss)
-                run.add("loss/reward", loss.detach().double())
+                run.add("loss/reward", loss.double())
             run.step(optimizer, args.max_grad_norm)
 
         line = {"samples": (iteration + 1) * m, "reward": rewards}

@@ -5,9 +5,10 @@ on its own samples, weighted by their reward. Each round:
 
     sample c ~ p(c) and x_0 ~ p_theta(x_0 | c), 10 240 times, and keep them                   (A.6)
     w_RWR = exp(beta r) / Z, the softmax over the samples of each prompt                 (4.2, A.3)
-    w_sparse = 1 where r >= C, a percentile of the rewards of each prompt, else 0        (4.2, A.2)
-    theta <- theta - lr grad E w |eps - eps_theta(x_t, t, c)|^2, 400 times, guided           (Eq. 5)
-    x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) eps, t uniform over all of the training's steps
+    w_sparse = 1 where r >= C, a percentile of the rewards of each prompt, else 0   (4.2, A.2, A.3)
+    theta <- theta - lr grad E w |eps - eps_theta(x_t, t, c)|^2, 400 times                   (Eq. 1)
+    eps_theta is the guided prediction                                                  (Eq. 5, B.1)
+    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, t uniform over the training's steps
 
 A laptop, minutes:        python rwr.py zoo
 One GPU, SD v1.4, LoRA:   python rwr.py --lora-rank 4
@@ -24,7 +25,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from common.scheduler import ddim_step_kl, ddim_step_with_logprob, noised
+from common.scheduler import ddim_mean_and_std, ddim_step_kl, ddim_step_with_logprob, noised
 from common.stable_diffusion import load_stable_diffusion
 from harness import (
     GRID,
@@ -154,13 +155,14 @@ class Rollout(NamedTuple):
 
 
 def guided_noise(args, sd, unet, latents, timesteps, text):
-    """w eps(x_t, t, z) + (1 - w) eps(x_t, t), (B, C, H, W) float32, in one forward pass.
+    """Classifier-free guidance: w out(text) + (1 - w) out(no text), (B, C, H, W) float32.
 
-    latents (B, C, H, W), timesteps (B,), text (B, L, D). The policy is this combination. The UNet
-    gets sd.batch_size rows, whatever B is; what the others give is dropped, and has no gradient.
+    out is the UNet's output: eps, or v or x_0 where it predicts that. With w of 1 or less it is
+    out(text) alone. latents (B, C, H, W), timesteps (B,), text (B, L, D). The policy is this
+    combination. `sd.pad` adds rows to the batch; theirs are dropped, and have no gradient.
     """
     w, dtype, B = args.guidance_scale, unet.conv_in.weight.dtype, len(latents)
-    latents, timesteps, text = (sd.pad(x) for x in (latents.to(dtype), timesteps, text.to(dtype)))
+    latents, timesteps, text = sd.pad(latents.to(dtype)), sd.pad(timesteps), sd.pad(text.to(dtype))
     if w <= 1:
         return unet(latents, timesteps, text, return_dict=False)[0][:B].float()
     both_texts = torch.cat([sd.no_text.to(dtype).expand_as(text), text])
@@ -177,24 +179,31 @@ def sample(args, sd, unet, text, noise) -> Rollout:
     trajectory, log_probs, means = [x_t], [], []
     for j, timestep in enumerate(sd.timesteps):
         t = timestep.expand(len(text))
-        model_output = guided_noise(args, sd, unet, x_t, t, text)
+        prediction = guided_noise(args, sd, unet, x_t, t, text)
         step = ddim_step_with_logprob(
-            sd.scheduler, model_output, t, x_t, args.eta, noise=noise[:, j + 1]
+            sd.scheduler, prediction, t, x_t, args.eta, noise=noise[:, j + 1]
         )
         x_t = step.prev_sample
         trajectory.append(x_t)
         log_probs.append(step.log_prob)
         means.append(step.mean)
-    return Rollout(*(torch.stack(steps, dim=1) for steps in (trajectory, log_probs, means)))
+    return Rollout(
+        trajectory=torch.stack(trajectory, dim=1),
+        log_prob=torch.stack(log_probs, dim=1),
+        mean=torch.stack(means, dim=1),
+    )
 
 
-def draw_grid(args, sd, prompts, numbers):
-    """Pictures of fixed prompts and noise, so that the grids of a run compare."""
+def draw_grid(args, sd, prompts, indices):
+    """Pictures (n, 3, H, W) in [0, 1] at n indices of a grid, of fixed prompts and noise.
+
+    So the grids of a run compare.
+    """
     shape, pictures = (args.num_inference_steps + 1, *sd.latent_shape), []
-    for rows in micro_batches(len(numbers), sd.batch_size):
-        generators = [seeded(args.seed, GRID, i) for i in numbers[rows]]
+    for rows in micro_batches(len(indices), sd.batch_size):
+        generators = [seeded(args.seed, GRID, i) for i in indices[rows]]
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(sd.device)
-        text = sd.encode([prompts[i % len(prompts)] for i in numbers[rows]])
+        text = sd.encode([prompts[i % len(prompts)] for i in indices[rows]])
         pictures.append(sd.decode(sample(args, sd, sd.unet, text, noise).trajectory[:, -1]))
     return torch.cat(pictures)
 
@@ -209,11 +218,11 @@ def kl_to_pretrained(args, sd, text, rollout, steps):
     DPOK Eq. 7, as a mean over the latent's dimensions. Nothing learns from it.
     """
     i, t = torch.arange(len(steps), device=sd.device), sd.timesteps[steps]
-    x_t, x_prev = rollout.trajectory[i, steps], rollout.trajectory[i, steps + 1]
+    x_t = rollout.trajectory[i, steps]
     with sd.pretrained() as unet:
-        noise = guided_noise(args, sd, unet, x_t, t, text)
-    pre = ddim_step_with_logprob(sd.scheduler, noise, t, x_t, args.eta, prev_sample=x_prev)
-    return ddim_step_kl(rollout.mean[i, steps], pre.mean, pre.std)
+        prediction = guided_noise(args, sd, unet, x_t, t, text)
+    pre_mean, std = ddim_mean_and_std(sd.scheduler, prediction, t, x_t, args.eta)
+    return ddim_step_kl(rollout.mean[i, steps], pre_mean, std)
 
 
 # ---
@@ -271,28 +280,28 @@ def main():
     def draw_shard(iteration, first):
         """This rank's share of a shard: x_0, prompts, rewards, and KL to the pretrained model."""
         with run.timer("sample"):
-            numbers = [first + i for i in run.share(args.shard_size)]
-            generators = [seeded(args.seed, ROLLOUT, iteration, i) for i in numbers]
+            indices = [first + i for i in run.share(args.shard_size)]
+            generators = [seeded(args.seed, ROLLOUT, iteration, i) for i in indices]
             chosen = torch.cat([torch.randint(len(prompts), (1,), generator=g) for g in generators])
             noise = [torch.randn(T + 1, *sd.latent_shape, generator=g) for g in generators]
             kl_steps = torch.cat([torch.randint(T, (1,), generator=g) for g in generators])
             kl_steps = kl_steps.to(run.device)
             own_prompts = [prompts[i] for i in chosen.tolist()]
-            sd.batch_size = even_size(len(numbers), args.micro_batch_size)
-            x0, images, kl = [], [], torch.zeros(len(numbers), device=run.device)
-            for rows in micro_batches(len(numbers), sd.batch_size):
+            sd.batch_size = even_size(len(indices), args.micro_batch_size)
+            x_0, images, kl = [], [], torch.zeros(len(indices), device=run.device)
+            for rows in micro_batches(len(indices), sd.batch_size):
                 drawn = torch.stack(noise[rows]).to(run.device)
                 text = sd.encode(own_prompts[rows])
                 rollout = sample(args, sd, sd.unet, text, drawn)
-                x0.append(rollout.trajectory[:, -1])
-                images.append(sd.decode(x0[-1]))
+                x_0.append(rollout.trajectory[:, -1])
+                images.append(sd.decode(x_0[-1]))
                 reward_function.start(images[-1], own_prompts[rows])
                 if args.monitor_kl:
                     kl[rows] = kl_to_pretrained(args, sd, text, rollout, kl_steps[rows])
         with run.timer("reward"):
             rewards = reward_function(torch.cat(images), own_prompts)
         chosen = chosen.to(run.device)
-        return {"x0": torch.cat(x0), "prompt": chosen, "reward": rewards, "kl": kl}
+        return {"x0": torch.cat(x_0), "prompt": chosen, "reward": rewards, "kl": kl}
 
     for iteration in run.iterations(grid=partial(draw_grid, args, sd, prompts=prompts)):
         # m samples of the current model and their rewards, shard by shard (A.6).
@@ -302,13 +311,13 @@ def main():
             make = partial(draw_shard, iteration, first)
             shards.append(run.shard(path, args.shard_size, make))
         pool = {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
-        x0, chosen, rewards = pool["x0"], pool["prompt"], pool["reward"]
+        chosen, rewards = pool["prompt"], pool["reward"]
 
         # Training on them, weighted (4.2).
         with run.timer("train"):
             sd.batch_size = even_size(len(own), args.micro_batch_size)
-            w = rwr_weights(rewards, chosen, args)
-            kept = torch.nonzero(w > 0)[:, 0]
+            weights = rwr_weights(rewards, chosen, args)
+            kept = torch.nonzero(weights > 0)[:, 0]
             if args.fresh_optimizer:
                 optimizer.state.clear()
             # One generator: what an update draws follows what the one before has drawn.
@@ -320,23 +329,24 @@ def main():
                 t = torch.randint(num_steps, (n,), generator=generator)
                 noise = torch.randn(n, *sd.latent_shape, generator=generator)
                 mine = batch[own.start : own.stop]
-                of_batch = [prompts[i] for i in chosen[mine].tolist()]
-                weight, clean = w[mine].float().to(run.device), x0[mine].to(run.device)
+                batch_prompts = [prompts[i] for i in chosen[mine].tolist()]
+                weight = weights[mine].float().to(run.device)
+                x_0 = pool["x0"][mine].to(run.device)
                 noise, t = (x[own.start : own.stop].to(run.device) for x in (noise, t))
-                x_t, target = noised(sd.scheduler, clean, noise, t)
+                x_t, target = noised(sd.scheduler, x_0, noise, t)
                 for rows in micro_batches(len(own), sd.batch_size):
-                    text = sd.encode(of_batch[rows])
+                    text = sd.encode(batch_prompts[rows])
                     prediction = guided_noise(train_args, sd, sd.unet, x_t[rows], t[rows], text)
                     error = ((prediction - target[rows]) ** 2).flatten(1).mean(1)
-                    loss = (weight[rows] * error).sum() / n
+                    loss = (weight[rows] * error).sum() / n  # Eq. 1, weighted (4.2)
                     run.backward(loss)
-                    run.add("loss/rwr", loss.detach().double() / args.gradient_steps)
+                    run.add("loss/rwr", loss.double() / args.gradient_steps)
                 run.step(optimizer, args.max_grad_norm)
 
-        line = {"time/sample_s": 0.0, "time/reward_s": 0.0}  # where all shards were there
+        line = {"time/sample_s": 0.0, "time/reward_s": 0.0}  # where all shards were on disk
         line |= {"samples": (iteration + 1) * m, "reward": rewards}
         line |= {"weights/kept": len(kept) / m}
-        line |= {"weights/effective": (w.sum() ** 2 / (w**2).sum() / m).item()}
+        line |= {"weights/effective": (weights.sum() ** 2 / (weights**2).sum() / m).item()}
         if args.monitor_kl:
             line |= {"kl/pretrained": pool["kl"].mean().item() * sd.latent_size * T}
         run.log(line)

@@ -3,11 +3,11 @@
 The model learns from M samples that the pretrained one has drawn once, weighted by their reward
 (Algorithm 2):
 
-    D = {x_0 ~ p_pre(x_0 | z), z ~ p(z)}, M samples; r <- max(r, -gamma)              (Lemma 4.3, B)
+    D = {x_0 ~ p_pre(x_0 | z), z ~ p(z)}, M samples; r <- max(r, -gamma)         (Lemma 4.3, App. B)
     theta <- theta - lr grad E loss / (2 sigma_t^2), with
     KL-D: loss = (r + gamma) |x_0 - f_theta(x_t, t, z)|^2                              (Eq. 11, 13)
     KL-O: loss = r |x_0 - f_theta|^2 + gamma |f_pre - f_theta|^2                           (Eq. 12)
-    x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) eps, t uniform over the training's steps after 1
+    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, t uniform over 2, ..., 1000
 
 f predicts x_0. An iteration is --gradient-steps updates, and then a few samples of the model to see
 the reward.
@@ -28,7 +28,12 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from common.scheduler import ddim_step_kl, ddim_step_with_logprob
+from common.scheduler import (
+    ddim_mean_and_std,
+    ddim_step_kl,
+    ddim_step_with_logprob,
+    predict_x0_and_noise,
+)
 from common.stable_diffusion import load_stable_diffusion
 from harness import (
     GRID,
@@ -95,13 +100,13 @@ class Args(RunArgs):
     gamma: float = 2.0
     """Weight of the regularisation (App. B)."""
     weighting: Literal["paper", "bound", "simple"] = "paper"
-    """Of |x_0 - f|^2. "paper": 1 / (2 sigma_t^2), Eq. 13. "bound": the means' factor as well, as
-    Eq. 11 and 12 have it. "simple": that of the usual loss, the squared error of what the UNet
-    predicts (docs/sft_kl.md)."""
+    """Weight of a step's |x_0 - f|^2. "paper": 1 / (2 sigma_t^2), Eq. 13. "bound": that times the
+    square of x_0's factor in the posterior's mean, as in Eq. 11 and 12. "simple": that of the usual
+    loss, the squared error of what the UNet predicts (docs/sft_kl.md)."""
     filter: Literal["floor", "drop"] = "floor"
-    """Of samples with r + gamma < 0 (App. B). "floor": it is set to 0, as the paper writes; with
-    KL-O the loss of such a sample is linear in f and has no minimum. "drop": they have no part in
-    the loss. The two differ for KL-O alone (docs/sft_kl.md)."""
+    """What becomes of samples with r + gamma < 0 (App. B). "floor": the sum is set to 0, as the
+    paper writes; with KL-O their loss is then linear in f and has no minimum. "drop": they take no
+    part in the loss. The two differ for KL-O alone (docs/sft_kl.md)."""
     gradient_steps: int = 100
     """Updates of an iteration."""
     batch_size: int = 128
@@ -192,13 +197,14 @@ class Rollout(NamedTuple):
 
 
 def guided_noise(args, sd, unet, latents, timesteps, text):
-    """w eps(x_t, t, z) + (1 - w) eps(x_t, t), (B, C, H, W) float32, in one forward pass.
+    """Classifier-free guidance: w out(text) + (1 - w) out(no text), (B, C, H, W) float32.
 
-    latents (B, C, H, W), timesteps (B,), text (B, L, D). The policy is this combination. The UNet
-    gets sd.batch_size rows, whatever B is; what the others give is dropped, and has no gradient.
+    out is the UNet's output: eps, or v or x_0 where it predicts that. With w of 1 or less it is
+    out(text) alone. latents (B, C, H, W), timesteps (B,), text (B, L, D). The policy is this
+    combination. `sd.pad` adds rows to the batch; theirs are dropped, and have no gradient.
     """
     w, dtype, B = args.guidance_scale, unet.conv_in.weight.dtype, len(latents)
-    latents, timesteps, text = (sd.pad(x) for x in (latents.to(dtype), timesteps, text.to(dtype)))
+    latents, timesteps, text = sd.pad(latents.to(dtype)), sd.pad(timesteps), sd.pad(text.to(dtype))
     if w <= 1:
         return unet(latents, timesteps, text, return_dict=False)[0][:B].float()
     both_texts = torch.cat([sd.no_text.to(dtype).expand_as(text), text])
@@ -215,24 +221,31 @@ def sample(args, sd, unet, text, noise) -> Rollout:
     trajectory, log_probs, means = [x_t], [], []
     for j, timestep in enumerate(sd.timesteps):
         t = timestep.expand(len(text))
-        model_output = guided_noise(args, sd, unet, x_t, t, text)
+        prediction = guided_noise(args, sd, unet, x_t, t, text)
         step = ddim_step_with_logprob(
-            sd.scheduler, model_output, t, x_t, args.eta, noise=noise[:, j + 1]
+            sd.scheduler, prediction, t, x_t, args.eta, noise=noise[:, j + 1]
         )
         x_t = step.prev_sample
         trajectory.append(x_t)
         log_probs.append(step.log_prob)
         means.append(step.mean)
-    return Rollout(*(torch.stack(steps, dim=1) for steps in (trajectory, log_probs, means)))
+    return Rollout(
+        trajectory=torch.stack(trajectory, dim=1),
+        log_prob=torch.stack(log_probs, dim=1),
+        mean=torch.stack(means, dim=1),
+    )
 
 
-def draw_grid(args, sd, prompts, numbers):
-    """Pictures of fixed prompts and noise, so that the grids of a run compare."""
+def draw_grid(args, sd, prompts, indices):
+    """Pictures (n, 3, H, W) in [0, 1] at n indices of a grid, of fixed prompts and noise.
+
+    So the grids of a run compare.
+    """
     shape, pictures = (args.num_inference_steps + 1, *sd.latent_shape), []
-    for rows in micro_batches(len(numbers), sd.batch_size):
-        generators = [seeded(args.seed, GRID, i) for i in numbers[rows]]
+    for rows in micro_batches(len(indices), sd.batch_size):
+        generators = [seeded(args.seed, GRID, i) for i in indices[rows]]
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(sd.device)
-        text = sd.encode([prompts[i % len(prompts)] for i in numbers[rows]])
+        text = sd.encode([prompts[i % len(prompts)] for i in indices[rows]])
         pictures.append(sd.decode(sample(args, sd, sd.unet, text, noise).trajectory[:, -1]))
     return torch.cat(pictures)
 
@@ -247,29 +260,21 @@ def kl_to_pretrained(args, sd, text, rollout, steps):
     DPOK Eq. 7, as a mean over the latent's dimensions. Nothing learns from it.
     """
     i, t = torch.arange(len(steps), device=sd.device), sd.timesteps[steps]
-    x_t, x_prev = rollout.trajectory[i, steps], rollout.trajectory[i, steps + 1]
+    x_t = rollout.trajectory[i, steps]
     with sd.pretrained() as unet:
-        noise = guided_noise(args, sd, unet, x_t, t, text)
-    pre = ddim_step_with_logprob(sd.scheduler, noise, t, x_t, args.eta, prev_sample=x_prev)
-    return ddim_step_kl(rollout.mean[i, steps], pre.mean, pre.std)
+        prediction = guided_noise(args, sd, unet, x_t, t, text)
+    pre_mean, std = ddim_mean_and_std(sd.scheduler, prediction, t, x_t, args.eta)
+    return ddim_step_kl(rollout.mean[i, steps], pre_mean, std)
 
 
 # ---
 
 
-def to_x0(scheduler, output, x_t, t):
-    """f(x_t, t): the prediction of x_0 (B, C, H, W) in what the UNet says."""
-    alpha = scheduler.alphas_cumprod.to(x_t.device)[t].view(-1, 1, 1, 1)
-    if scheduler.config.prediction_type == "v_prediction":
-        return alpha.sqrt() * x_t - (1 - alpha).sqrt() * output
-    if scheduler.config.prediction_type == "sample":
-        return output
-    return (x_t - (1 - alpha).sqrt() * output) / alpha.sqrt()
-
-
 def predict_x0(args, sd, unet, x_t, t, text):
     """f_theta(x_t, t, z) of a UNet, (B, C, H, W)."""
-    return to_x0(sd.scheduler, guided_noise(args, sd, unet, x_t, t, text), x_t, t)
+    prediction = guided_noise(args, sd, unet, x_t, t, text)
+    x_0, _ = predict_x0_and_noise(sd.scheduler, prediction, t, x_t)
+    return x_0
 
 
 def pretrained_x0(args, sd, x_t, t, text):
@@ -281,7 +286,7 @@ def pretrained_x0(args, sd, x_t, t, text):
 
 
 def step_weights(scheduler, t, weighting: str):
-    """The weight (B,) of |x_0 - f|^2 at the training's steps t >= 1 (B,).
+    """The weight (B,) of |x_0 - f|^2 at t (B,), counted from 0: t >= 1 is the paper's t > 1.
 
     sigma_t^2 is the posterior's variance. "paper": 1 / (2 sigma_t^2) (Eq. 13). "bound": with the
     square of x_0's factor in mu_tilde (Lemma 4.3), so that it is |mu_tilde - mu|^2 / (2 sigma_t^2)
@@ -308,20 +313,22 @@ def shift(args) -> float:
     return 0.0 if args.regularization == "none" else args.gamma
 
 
-def sft_loss(args, reward, x0, f, f_pre):
+def sft_loss(args, reward, x_0, f, f_pre):
     """Eq. 13 (KL-D), its counterpart of Eq. 12 (KL-O), or Eq. 10 ("none"), (B,).
 
-    Without the weight of the step. reward (B,); x0, f and f_pre (B, C, H, W). Like the log-prob it
+    Without the weight of the step. reward (B,); x_0, f and f_pre (B, C, H, W). Like the log-prob it
     is the mean over the latent's dimensions.
     """
     gamma = shift(args)
-    kept = reward + gamma > 0  # as Lemma 4.3 needs (App. B)
-    reward = reward.clamp(min=-gamma)
-    error = ((x0 - f) ** 2).flatten(1).mean(1)
+    kept = reward + gamma > 0
+    reward = reward.clamp(min=-gamma)  # as Lemma 4.3 needs (App. B)
+    error = ((x_0 - f) ** 2).flatten(1).mean(1)
     if args.regularization != "kl-o":
         return (reward + gamma) * error
     loss = reward * error + gamma * ((f_pre - f) ** 2).flatten(1).mean(1)
-    return loss * kept if args.filter == "drop" else loss
+    if args.filter == "drop":
+        loss = loss * kept
+    return loss
 
 
 @command
@@ -352,23 +359,23 @@ def main():
         kl_steps = kl_steps.to(run.device)
         own_prompts = [prompts[i] for i in chosen.tolist()]
         sd.batch_size = even_size(len(chosen), args.micro_batch_size)
-        x0, kl, images = [], [], []
+        x_0, kl, images = [], [], []
         for rows in micro_batches(len(chosen), sd.batch_size):
             text = sd.encode(own_prompts[rows])
             rollout = sample(args, sd, unet, text, torch.stack(noise[rows]).to(run.device))
-            x0.append(rollout.trajectory[:, -1])
-            images.append(sd.decode(x0[-1]))
+            x_0.append(rollout.trajectory[:, -1])
+            images.append(sd.decode(x_0[-1]))
             reward_function.start(images[-1], own_prompts[rows])
             if monitor:
                 kl.append(kl_to_pretrained(args, sd, text, rollout, kl_steps[rows]))
-        return torch.cat(x0), chosen, torch.cat(kl) if kl else None, torch.cat(images)
+        return torch.cat(x_0), chosen, torch.cat(kl) if kl else None, torch.cat(images)
 
     def draw_shard(first):
         """This rank's share of a shard of the data set: x_0, prompts and rewards."""
         with sd.pretrained() as unet:
-            x0, chosen, _, images = draw(unet, args.shard_size, ROLLOUT, first)
+            x_0, chosen, _, images = draw(unet, args.shard_size, ROLLOUT, first)
         rewards = reward_function(images, [prompts[i] for i in chosen.tolist()])
-        return {"x0": x0, "prompt": chosen.to(run.device), "reward": rewards}
+        return {"x0": x_0, "prompt": chosen.to(run.device), "reward": rewards}
 
     # The data set: M samples of the pretrained model and their rewards (Algorithm 2).
     shards, about = [], json.dumps(about_dataset(args, prompts))
@@ -383,35 +390,36 @@ def main():
     require(below_floor < 1, f"no sample has r + gamma above 0 ({best}); {remedy}")
 
     grid = partial(draw_grid, args, sd, prompts=prompts)
-    for iteration, part in run.iterations("updates", "samples", grid=grid):
+    for iteration, unit in run.iterations("updates", "samples", grid=grid):
         # Updates, on n samples of the data set each (Algorithm 2).
-        if part == "updates":
+        if unit == "updates":
             with run.timer("train"):
                 sd.batch_size = even_size(len(own), args.micro_batch_size)
                 for update in range(args.gradient_steps):
                     generator = seeded(args.seed, UPDATES, iteration, update)
                     batch = torch.randint(len(data["x0"]), (n,), generator=generator)
                     num_steps = sd.scheduler.config.num_train_timesteps
+                    # The paper's t > 1: here steps are counted from 0.
                     t = torch.randint(1, num_steps, (n,), generator=generator)
                     noise = torch.randn(n, *sd.latent_shape, generator=generator)
                     mine = batch[own.start : own.stop]
-                    of_batch = [prompts[i] for i in data["prompt"][mine].tolist()]
-                    x0, reward = (data[key][mine].to(run.device) for key in ("x0", "reward"))
+                    batch_prompts = [prompts[i] for i in data["prompt"][mine].tolist()]
+                    x_0, reward = (data[key][mine].to(run.device) for key in ("x0", "reward"))
                     noise, t = (x[own.start : own.stop].to(run.device) for x in (noise, t))
-                    x_t = sd.scheduler.add_noise(x0, noise, t)
+                    x_t = sd.scheduler.add_noise(x_0, noise, t)
                     weight = step_weights(sd.scheduler, t, args.weighting)
                     for rows in micro_batches(len(own), sd.batch_size):
-                        inputs = x_t[rows], t[rows], sd.encode(of_batch[rows])
+                        inputs = x_t[rows], t[rows], sd.encode(batch_prompts[rows])
                         f_pre = pretrained_x0(train_args, sd, *inputs)
                         f = predict_x0(train_args, sd, sd.unet, *inputs)
-                        loss = sft_loss(args, reward[rows], x0[rows], f, f_pre)
+                        loss = sft_loss(args, reward[rows], x_0[rows], f, f_pre)
                         loss = (weight[rows] * loss).sum() / n  # Eq. 12, 13
                         run.backward(loss)
-                        run.add("loss/sft", loss.detach().double() / args.gradient_steps)
+                        run.add("loss/sft", loss.double() / args.gradient_steps)
                     run.step(optimizer, args.max_grad_norm)
 
         # What the model draws now, and its KL to the pretrained one (Eq. 7).
-        if part == "samples":
+        if unit == "samples":
             with run.timer("sample"):
                 _, chosen, kl, images = draw(sd.unet, m, PROGRESS, iteration, monitor=True)
             with run.timer("reward"):

@@ -54,7 +54,7 @@ def ddim_step_with_logprob(
             "dynamic thresholding is not supported: "
             "set thresholding=False in the scheduler's config"
         )
-    mean, std = _mean_and_std(scheduler, model_output.float(), timestep, sample.float(), eta)
+    mean, std = ddim_mean_and_std(scheduler, model_output, timestep, sample, eta)
     wide_std = std.view(-1, *[1] * (sample.dim() - 1))
     if prev_sample is None:
         prev_sample = mean + wide_std * noise.float()
@@ -67,7 +67,18 @@ def ddim_step_with_logprob(
     return DDIMStep(prev_sample.float(), log_prob, mean, std)
 
 
-def _mean_and_std(scheduler, model_output, timestep, sample, eta):
+def ddim_mean_and_std(
+    scheduler: DDIMScheduler,
+    model_output: torch.Tensor,
+    timestep: torch.Tensor | int,
+    sample: torch.Tensor,
+    eta: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean (B, C, H, W) and sigma_t (B,) of x_{t-1} given x_t, float32 (Song et al., Eq. 12, 16).
+
+    The arguments are those of `ddim_step_with_logprob`.
+    """
+    model_output, sample = model_output.float(), sample.float()
     alphas_cumprod = scheduler.alphas_cumprod.to(sample.device)
     t = torch.as_tensor(timestep, device=sample.device).long().expand(len(sample))
     prev_t = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
@@ -108,24 +119,27 @@ def predict_x0_and_noise(
     a = scheduler.alphas_cumprod.to(sample.device)[t].view(-1, *[1] * (sample.dim() - 1))
     prediction_type = scheduler.config.prediction_type
     if prediction_type == "epsilon":
-        x0 = (sample - (1 - a).sqrt() * model_output) / a.sqrt()
+        x_0 = (sample - (1 - a).sqrt() * model_output) / a.sqrt()
         epsilon = model_output
     elif prediction_type == "v_prediction":
-        x0 = a.sqrt() * sample - (1 - a).sqrt() * model_output
+        x_0 = a.sqrt() * sample - (1 - a).sqrt() * model_output
         epsilon = a.sqrt() * model_output + (1 - a).sqrt() * sample
     elif prediction_type == "sample":
-        x0 = model_output
+        x_0 = model_output
         epsilon = (sample - a.sqrt() * model_output) / (1 - a).sqrt()
     else:
         raise ValueError(f"prediction type {prediction_type!r} is not supported")
     if scheduler.config.clip_sample:
         limit = scheduler.config.clip_sample_range
-        x0 = x0.clamp(-limit, limit)
-    return x0, epsilon
+        x_0 = x_0.clamp(-limit, limit)
+    return x_0, epsilon
 
 
 def steps_with_noise(scheduler: DDIMScheduler, eta: float) -> torch.Tensor:
-    """Numbers, int64, of the sampler's steps whose sigma_t is above 0: others have no log-prob."""
+    """Indices (K,), int64, 0 the noisiest, of the sampler's steps with sigma_t above 0.
+
+    The others have no log-prob.
+    """
     zeros = torch.zeros(len(scheduler.timesteps), 1, 1, 1)
     step = ddim_step_with_logprob(scheduler, zeros, scheduler.timesteps, zeros, eta, noise=zeros)
     return torch.nonzero(step.std > 0)[:, 0]
@@ -144,13 +158,13 @@ def ddim_step_kl(mean: torch.Tensor, other_mean: torch.Tensor, std: torch.Tensor
 
 
 def noised(
-    scheduler: DDIMScheduler, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
+    scheduler: DDIMScheduler, x_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x_t of the forward process, and what the model is to predict from it: eps, or v, or x_0.
 
-    x0 and noise, the eps, are (B, C, H, W) as both results are; t (B,) is of the training's steps.
+    x_0 and noise, the eps, are (B, C, H, W) as both results are; t (B,) is of the training's steps.
     """
-    x_t = scheduler.add_noise(x0, noise, t)
+    x_t = scheduler.add_noise(x_0, noise, t)
     if scheduler.config.prediction_type == "v_prediction":
-        return x_t, scheduler.get_velocity(x0, noise, t)
-    return x_t, x0 if scheduler.config.prediction_type == "sample" else noise
+        return x_t, scheduler.get_velocity(x_0, noise, t)
+    return x_t, x_0 if scheduler.config.prediction_type == "sample" else noise

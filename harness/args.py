@@ -248,7 +248,7 @@ def check_memory(flag: str, model: str, latents: int, pictures: int = 0) -> None
         size = int(config["in_channels"]) * int(config["sample_size"]) ** 2
     except (OSError, ValueError, KeyError, TypeError):  # a hub id; or a fault that loading it names
         pass
-    latents += 48 * pictures  # of three colours, and eight pixels by eight for four numbers
+    latents += 48 * pictures  # 3 x 8 x 8 numbers of a picture for each 4 of its latent
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * world_size / 1e9
     needed = 4 * size * latents / 1e9

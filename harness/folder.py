@@ -176,9 +176,9 @@ class RunFolder:
 
     def save_grids(self, draw: Callable, validation: list[str], iteration: int) -> None:
         """Pictures of a run's own prompts, and one of each of the `validation` prompts."""
-        self.save_grid("samples", draw(numbers=range(IN_A_ROW)), iteration)
+        self.save_grid("samples", draw(indices=range(IN_A_ROW)), iteration)
         if validation:
-            pictures = draw(numbers=range(len(validation)), prompts=validation)
+            pictures = draw(indices=range(len(validation)), prompts=validation)
             self.save_grid("samples/validation", pictures, iteration)
 
     def save_grid(self, place: str, images: torch.Tensor, iteration: int) -> None:

@@ -14,7 +14,7 @@ ON_CPU = 8
 MARGIN = 0.9
 """Share of a GPU's memory that a trial may take: the allocator's gaps come to it later."""
 LARGE = 1 << 30
-"""Bytes of a rollout above which a GPU's memory is for other things."""
+"""Bytes: a larger rollout is kept in the host's memory."""
 
 
 def even_size(n: int, most: int) -> int:
@@ -25,8 +25,9 @@ def even_size(n: int, most: int) -> int:
 class Stored:
     """Values of a rollout, float32, zero at first: on `device`, or in pinned memory of the host.
 
-    stored[index] is on `device`, wherever it is kept. An index is of the host, whole or a tensor:
-    nothing waits for the GPU to tell it. What is set on the host is there when a timer has ended.
+    stored[index] is on `device`, wherever the values are kept. Tensors in an index are on the CPU,
+    so that nothing waits for the GPU to read them. A copy to the host may still be under way when
+    Python goes on; it is done when a timer ends, which waits for the GPU.
     """
 
     def __init__(self, shape: tuple[int, ...], device: torch.device, on_host: bool):

@@ -18,13 +18,13 @@ class Metrics:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.added = {"sum": {}, "max": {}, "own": {}}
+        self.added = {"sum": {}, "max": {}, "same": {}}
         self.norms, self.seconds = defaultdict(list), defaultdict(float)
 
     def add(self, name: str, value, reduce: str) -> None:
         """Without waiting for the device: values are read when all are reduced.
 
-        "own" may be a tensor (n,), of which `line` has mean and standard deviation.
+        "same" may be a tensor (n,), of which `line` has mean and standard deviation.
         """
         value = torch.as_tensor(value, dtype=torch.float64, device=self.device).detach()
         before = self.added[reduce].get(name, torch.zeros_like(value))
@@ -56,7 +56,7 @@ class Metrics:
         added = {name: value for name, value in self.added[reduce].items() if value.dim() == 0}
         own = dict(zip(added, torch.stack(list(added.values())).tolist())) if added else {}
         parts = [own]
-        if dist.is_initialized() and reduce != "own":
+        if dist.is_initialized() and reduce != "same":
             parts = [None] * dist.get_world_size()
             dist.all_gather_object(parts, own)
         whole = {}
@@ -67,7 +67,7 @@ class Metrics:
 
     def distributions(self) -> dict[str, torch.Tensor]:
         """The tensors (n,), on the CPU."""
-        return {name: value.cpu() for name, value in self.added["own"].items() if value.dim() > 0}
+        return {name: value.cpu() for name, value in self.added["same"].items() if value.dim() > 0}
 
     def line(self, others: dict) -> dict[str, float]:
         """All metrics, with `others`, numbers or values (n,) as of `add`.
@@ -77,10 +77,10 @@ class Metrics:
         line = {}
         for name, value in others.items():
             if isinstance(value, torch.Tensor):
-                self.add(name, value, "own")
+                self.add(name, value, "same")
             else:
                 line[name] = value
-        line |= self.reduced("sum") | self.reduced("max") | self.reduced("own")
+        line |= self.reduced("sum") | self.reduced("max") | self.reduced("same")
         for name, values in self.distributions().items():
             line |= mean_and_std(name, values)
         for name in [key for key in line if key.endswith("/square")]:
@@ -95,15 +95,16 @@ class Metrics:
 
     def state_dict(self) -> dict:
         added = {reduce: self.reduced(reduce) for reduce in self.added}
-        added["own"] |= self.distributions()
+        added["same"] |= self.distributions()
         return {"added": added, "norms": dict(self.norms), "seconds": dict(self.seconds)}
 
     def load_state_dict(self, state: dict) -> None:
         """What was saved is of all ranks: the first one takes its sums."""
         first = not dist.is_initialized() or dist.get_rank() == 0
         for reduce, added in state["added"].items():
+            reduce = "same" if reduce == "own" else reduce  # its name in older checkpoints
             for name, value in added.items():
-                if first or reduce == "own":
+                if first or reduce == "same":
                     self.add(name, value, reduce)
         self.norms.update(state["norms"])
         self.seconds.update(state["seconds"])

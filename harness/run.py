@@ -69,8 +69,8 @@ class Run:
 
     def share(self, n: int) -> range:
         """Which of n samples are this rank's; shares may be uneven, and empty."""
-        start, stop = np.linspace(0, n, self._world_size + 1).astype(int)[self._rank :][:2]
-        return range(int(start), int(stop))
+        bounds = np.linspace(0, n, self._world_size + 1).astype(int).tolist()
+        return range(bounds[self._rank], bounds[self._rank + 1])
 
     def gather(self, values: torch.Tensor, n: int) -> torch.Tensor:
         """(n, ...) of all ranks, from this rank's share of n samples, (len(share(n)), ...)."""
@@ -137,9 +137,9 @@ class Run:
     def iterations(self, *units, grid: Callable | None = None) -> Iterator:
         """Numbers of iterations; with `units`, (iteration, unit) for each of them in turn.
 
-        It resumes, saves, and stops where a signal asks for it. A unit is what is not repeated: a
-        fault in a later one does not undo it. `grid(numbers=...)` draws pictures of fixed prompts
-        and noise, (B, 3, H, W) in [0, 1]; `prompts` are others than its own.
+        It resumes, saves, and stops where a signal asks for it. A resumed run repeats no unit that
+        is done. `grid(indices=...)` draws pictures (n, 3, H, W) in [0, 1] at n indices, of fixed
+        prompts and noise; with `prompts=...` of those instead of its own.
         """
         self._open()
         self._grid, self._state = grid, None  # all that is kept has been restored
@@ -169,7 +169,7 @@ class Run:
     def step(self, optimizer, max_grad_norm: float = math.inf, metric: str = "grad_norm") -> None:
         """An update with the gradients of all ranks, clipped to a norm, and skipped if not finite.
 
-        `metric` is the mean of the norms before clipping.
+        `metric` names the mean of the norms before clipping in the iteration's line.
         """
         parameters = self._trained[id(optimizer)] = optimizer.param_groups[0]["params"]
         sum_gradients(parameters)
@@ -189,9 +189,9 @@ class Run:
         return self._metrics.timer(name)
 
     def add(self, name: str, value, reduce: str = "sum") -> None:
-        """Add to a metric of the iteration: the "sum" or "max" over all calls and ranks.
+        """Add to a metric: the "sum" over all calls and ranks, or the "max" of values from 0 on.
 
-        "own" is for what every rank knows already, a number or values (n,). "X/square" beside
+        "same" is for what is the same on every rank, a number or values (n,). "X/square" beside
         "X/mean" becomes "X/std".
         """
         self._metrics.add(name, value, reduce)
@@ -231,7 +231,8 @@ class Run:
             self._iteration, self._unit = int(self._state["iteration"]), int(self._state["unit"])
             self._scaler.load_state_dict(self._state["scaler"])
             self._metrics.load_state_dict(self._state["metrics"])
-            before, _ = dict(self._state["fixed"]), dict(self._state["kept"])
+            before = dict(self._state["fixed"])
+            dict(self._state["kept"])  # raises here where it is damaged
             if self._iteration < 0 or self._unit < 0:
                 raise ValueError(f"iteration {self._iteration}, unit {self._unit}")
         check_fixed(before, self._fixed)

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-# The second number of a key, after --seed: what the numbers are for. A script has one of the 2s.
+# The second number of a key, after --seed: what the numbers are for. No script has two of the 2s.
 ROLLOUT = 0
 """(seed, ROLLOUT, iteration, i): prompt and noise of sample i."""
 UPDATES = 1

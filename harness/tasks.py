@@ -27,6 +27,11 @@ class Task(NamedTuple):
     num_images: int
     """G: images of each."""
 
+    @property
+    def num_samples(self) -> int:
+        """m = P G: samples an iteration, all ranks together."""
+        return self.num_prompts * self.num_images
+
 
 def read_tasks(args) -> list[Task]:
     """Of args.tasks; fields with blanks are in quotes. What cannot work is refused in one line."""

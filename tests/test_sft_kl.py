@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -192,14 +193,13 @@ def test_kl_to_the_pretrained_model_is_taken_at_random_steps(tiny_sd, tmp_path, 
 
     They give them after prompt and noise.
     """
-    seen, kl_step = [], sft_kl.ddim_step_with_logprob
+    seen, of_pretrained = [], sft_kl.ddim_mean_and_std
 
-    def record(scheduler, output, timestep, *args, **kwargs):
-        if kwargs.get("noise") is None:
-            seen.append(timestep.tolist())
-        return kl_step(scheduler, output, timestep, *args, **kwargs)
+    def record(scheduler, output, timestep, *args):
+        seen.append(timestep.tolist())
+        return of_pretrained(scheduler, output, timestep, *args)
 
-    monkeypatch.setattr(sft_kl, "ddim_step_with_logprob", record)
+    monkeypatch.setattr(sft_kl, "ddim_mean_and_std", record)
     flags = [*FLAGS, "--model", tiny_sd, "--output-dir", tmp_path / "run", "--num-iterations", 2]
     flags += ["--samples-per-iteration", 8, "--micro-batch-size", 8]
     monkeypatch.setattr(sys, "argv", ["sft_kl.py", *map(str, flags)])
@@ -228,7 +228,7 @@ def test_no_sample_above_the_floor_is_said_before_training(tiny_sd, tmp_path):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_x0_and_weights_against_the_scheduler(prediction_type):
+def test_x0_and_weights_against_the_scheduler(prediction_type, monkeypatch):
     """f against diffusers; "simple" against the error of the output itself; "bound" against theory.
 
     That is mu_tilde - mu (Lemma 4.3), taken from DDPMScheduler's own step.
@@ -238,13 +238,15 @@ def test_x0_and_weights_against_the_scheduler(prediction_type):
     scheduler = DDPMScheduler(variance_type="fixed_small", **config)
     ddim = DDIMScheduler(**config)
     ddim.set_timesteps(1000)
+    sd = SimpleNamespace(scheduler=scheduler)
+    monkeypatch.setattr(sft_kl, "guided_noise", lambda args, sd, output, *inputs: output)
     torch.manual_seed(0)
     x_t, output, other = (torch.randn(1, 4, 8, 8, dtype=torch.float64) for _ in range(3))
     for t in (1, 20, 500, 999):
         index = torch.tensor([t])
-        f, g = (sft_kl.to_x0(scheduler, o, x_t, index) for o in (output, other))
+        f, g = (sft_kl.predict_x0(None, sd, o, x_t, index, None) for o in (output, other))
         expected = ddim.step(output, t, x_t).pred_original_sample
-        assert torch.allclose(f, expected, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(f.double(), expected, rtol=1e-4, atol=1e-4)
         names = ("paper", "bound", "simple")
         weight = {name: sft_kl.step_weights(scheduler, index, name) for name in names}
         difference = ((f - g) ** 2).mean()

@@ -7,7 +7,7 @@ value depends on the group's size as well: with n pictures drawn from K equal cl
 its square is (1 - 1/K) / n.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -15,7 +15,6 @@ from common.rewards.base import (
     BATCH,
     MODEL_FILES,
     PROCESSOR_FILES,
-    Reward,
     RewardError,
     check_options,
     check_weights,
@@ -47,8 +46,8 @@ def check(name: str, weights: str | None, options: dict[str, str]) -> None:
 
 def load(
     name: str, weights: str | None, options: dict[str, str], device: str | torch.device
-) -> Reward:
-    """In float32, in [-sqrt(1 - 1/K), 0].
+) -> Callable:
+    """In float32, in [-sqrt(1 - 1/K), 0]. What is returned classifies; its `of_groups` has rewards.
 
     `weights`: a hub id or a folder of an image classifier, or of a CLIP model whose classes are the
     texts of the option `labels`, with commas between them.
@@ -82,8 +81,8 @@ def load(
         out = model(**inputs)
         return (out.logits_per_image if is_clip else out.logits).argmax(-1).tolist()
 
-    def reward(images: torch.Tensor, prompts: list[str]) -> list[int]:
-        """Classes of pictures: what is gathered for `of_groups`."""
+    def classes_of(images: torch.Tensor, prompts: list[str]) -> list[int]:
+        """Class of each picture; `of_groups` turns those of all ranks into rewards."""
         return [c for batch in images.split(BATCH) for c in classify(batch)]
 
     def of_groups(classes: list[int], groups: Sequence) -> dict[object, float]:
@@ -101,5 +100,5 @@ def load(
                 raise RewardError(f"{fault}; {remedy}")
         return {group: -statistical_parity(c, num_classes) for group, c in members.items()}
 
-    reward.of_groups = of_groups
-    return reward
+    classes_of.of_groups = of_groups
+    return classes_of
