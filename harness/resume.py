@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shlex
+import sys
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -111,7 +113,7 @@ def stored_args(folder: Path, default, may_change: set[str], flags: set[str]):
         if flag in flags:
             continue
         for path in code_files(value):
-            check_code(folder, flag, path, kept["contents"])
+            check_code(folder, flag, value, path, kept["contents"])
         asks_a_server = flag in ("--reward", "--tasks") and "://" in str(value)
         if asks_a_server or (flag == "--push-to-hub" and given[name]):
             fail(f"--resume {folder}: it has {flag} {given[name]}; give that again if you trust it")
@@ -136,6 +138,26 @@ def typed(stored: dict, default, path: Path):
     return replace(default, **values)
 
 
+def place_in(state: dict) -> tuple[int, int]:
+    """Iteration and unit at which a checkpoint's state goes on; a damaged one raises something."""
+    iteration, unit = int(state["iteration"]), int(state["unit"])
+    if iteration < 0 or unit < 0:
+        raise ValueError(f"iteration {iteration}, unit {unit}")
+    for key in ("fixed", "kept"):
+        if not isinstance(state[key], dict):
+            raise ValueError(f"{key} is a {type(state[key]).__name__}")
+    return iteration, unit
+
+
+def check_iterations(args, done: int) -> None:
+    """Refuse fewer iterations than a run has done; say it where none is left to do."""
+    if args.num_iterations < done:
+        fail(f"--num-iterations is {args.num_iterations}, and the run has done {done}; give more")
+    if args.num_iterations == done and int(os.environ.get("RANK", 0)) == 0:
+        remedy = "give a larger --num-iterations to go on"
+        print(f"all {done} iterations are done; {remedy}", file=sys.stderr)
+
+
 def check_fixed(before: dict, fixed: dict) -> None:
     """Refuse a run in which what must stay the same is not what it was."""
     for name, value in fixed.items():
@@ -149,8 +171,8 @@ def check_unchanged(folder: Path, flag: str, path: Path | None, digest: str) -> 
         fail(f"--resume {folder}: {flag} {path} has changed since the run began; put it back")
 
 
-def check_code(folder: Path, flag: str, path: Path, contents: dict[str, str]) -> None:
-    """Refuse to run a stored file of code that nobody has named on this command line.
+def check_code(folder: Path, flag: str, value, path: Path, contents: dict[str, str]) -> None:
+    """Refuse to run a stored file of code, `path`, that nobody has named on this command line.
 
     Unless it belongs to this project, lies neither in the run's folder nor beside it, where it may
     have come with the run, and is what it was when the run began.
@@ -161,14 +183,33 @@ def check_code(folder: Path, flag: str, path: Path, contents: dict[str, str]) ->
     ours = file.is_relative_to(PROJECT) and not file.is_relative_to(beside)
     if not ours or contents.get(place(path)) != sha256(path):
         fault = f"the run would run the code of {path}"
-        fail(f"--resume {folder}: {fault}; if you trust it, give {flag} again with its value")
+        words = shlex.join([flag, *(value if isinstance(value, tuple) else [str(value)])])
+        fail(f"--resume {folder}: {fault}; if you trust it, give it again: {words}")
 
 
-def check_same(args, default, may_change: set[str]) -> None:
-    """Refuse arguments that must agree with those of the run, and do not."""
-    differ = []
+def same_argument(value, other) -> bool:
+    """Whether two values say the same, files of code by other names for one path included."""
+
+    def resolved(text):
+        if isinstance(text, tuple):
+            return tuple(map(resolved, text))
+        for path in code_files(text):
+            text = re.sub(rf"(\./)*{re.escape(str(path))}", str(path.resolve()), text)
+        return text
+
+    return resolved(portable(value)) == resolved(portable(other))
+
+
+def check_same(args, default, may_change: set[str]):
+    """The arguments as the run has them; refuses those that must agree with it, and do not."""
+    differ, kept = [], {}
     for name, stored in vars(default).items():
-        if portable(vars(args)[name]) != portable(stored) and name not in may_change:
+        if name in may_change:
+            continue
+        if not same_argument(vars(args)[name], stored):
             differ.append(f"{flag_of(name)} (there {stored})")
+        kept[name] = stored
     if differ:
-        fail(f"--resume {args.resume}: the run has other {', '.join(differ)}; leave them out")
+        remedy = "give them as they are there, or leave them out"
+        fail(f"--resume {args.resume}: the run has other {', '.join(differ)}; {remedy}")
+    return replace(args, **kept)

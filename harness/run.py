@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from harness import guard
+from harness import guard, resume
 from harness.checkpoint import (
     CheckpointError,
     new_checkpoint,
@@ -29,7 +29,6 @@ from harness.folder import RunFolder, choose_run_dir
 from harness.metrics import Metrics, all_finite, none_finite, warn_where_above
 from harness.prompts import read_validation_prompts
 from harness.ranks import on_all_ranks, sum_gradients
-from harness.resume import check_fixed, checkpoint_form, contents_of_files
 from harness.stop import catch_signals, end_alone, end_early, end_run, join_ranks
 
 
@@ -45,7 +44,8 @@ class Run:
         self._args, self._script, self._tag = args, script, tag
         self._rank = int(os.environ.get("RANK", 0))
         self._world_size = int(os.environ.get("WORLD_SIZE", 1))
-        self._signals = catch_signals()
+        self._folder = self._grid = self._state = self._index = None
+        self._signals = catch_signals(lambda: self._begun)
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -57,8 +57,7 @@ class Run:
         # Its first call makes the scale, and a rank may have nothing to scale in its first update.
         self._scaler.scale(torch.zeros(1, device=self.device))
         self._kept, self._shares, self._trained = {}, {}, {}
-        self._fixed, self._contents = fixed or {}, contents_of_files(args)
-        self._folder = self._grid = self._state = self._index = None
+        self._fixed, self._contents = fixed or {}, resume.contents_of_files(args)
         self._iteration, self._unit = 0, 0
         self._last_norms = defaultdict(lambda: deque(maxlen=args.max_skipped_updates))
         self._metrics = self._before_unit = Metrics(self.device)
@@ -228,14 +227,11 @@ class Run:
         with restoring(self._args.resume, "state.pt"):
             folder = self._args.resume / "checkpoint"
             self._index, self._state = sha256(folder / "files.json"), read_part(folder / "state.pt")
-            self._iteration, self._unit = int(self._state["iteration"]), int(self._state["unit"])
+            self._iteration, self._unit = resume.place_in(self._state)
             self._scaler.load_state_dict(self._state["scaler"])
             self._metrics.load_state_dict(self._state["metrics"])
-            before = dict(self._state["fixed"])
-            dict(self._state["kept"])  # raises here where it is damaged
-            if self._iteration < 0 or self._unit < 0:
-                raise ValueError(f"iteration {self._iteration}, unit {self._unit}")
-        check_fixed(before, self._fixed)
+        resume.check_fixed(self._state["fixed"], self._fixed)
+        resume.check_iterations(self._args, self._iteration)
 
     def _open(self) -> None:
         """Take the run's folder; a new run has a checkpoint from the start."""
@@ -254,7 +250,7 @@ class Run:
                 torch.save(thing.state_dict(), folder / f"{name}-{self._rank:05d}.pt")
             if self._rank > 0:
                 return
-            write_text(folder / "args.json", checkpoint_form(self._args, self._contents))
+            write_text(folder / "args.json", resume.checkpoint_form(self._args, self._contents))
             kept = {}
             for name, thing in self._kept.items():
                 if hasattr(thing, "save"):
@@ -297,4 +293,4 @@ class Run:
         if not all_finite(self._trained):
             end_run(f"{place}; lower --learning-rate or use --dtype fp32; {last}")
         self._save()
-        end_run(f"{place}; the run so far is in {path}")
+        end_run(f"{place}; the run so far is in {path}; --resume it when this is mended")

@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -100,18 +101,29 @@ def end_alone(message: str) -> NoReturn:
     raise Ended(1)
 
 
-def catch_signals() -> list[int]:
+def catch_signals(has_begun: Callable[[], bool]) -> list[int]:
     """From now on SIGTERM and SIGINT are added to the list that this returns.
 
-    The run looks at it where it can stop without loss. A second SIGINT ends the process at once.
+    The run looks at it where it can stop without loss. A second SIGINT ends the process at once,
+    and so does the first one where nothing has begun that could be lost.
     """
     received, times = [], []
+    is_first_rank = int(os.environ.get("RANK", 0)) == 0
+
+    def say(line: str):
+        if is_first_rank:
+            os.write(2, f"\n{line}\n".encode())  # print may be what the signal has interrupted
 
     def handle(number, frame):
+        if number == signal.SIGINT and not has_begun():
+            say("interrupted")
+            os._exit(130)
         # Within a second it is the same Ctrl-C: the terminal sends it to every process, and
         # torchrun hands it on.
         if number == signal.SIGINT and number in received and time.monotonic() - times[0] > 1:
             os._exit(130)
+        if number == signal.SIGINT and number not in received:
+            say("stopping where nothing is lost; Ctrl-C again ends at once")
         received.append(number)
         times.append(time.monotonic())
 

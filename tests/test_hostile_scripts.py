@@ -749,16 +749,16 @@ def test_code_of_the_project_is_run_while_it_is_unchanged(tmp_path, monkeypatch)
     run, ours = tmp_path / "runs/a", tmp_path / "rewards/mine.py"
     contents = {f"runs/{name}/mine.py": sha256(ours) for name in "ab"}
     contents["rewards/mine.py"] = sha256(ours)
-    resume.check_code(run, "--reward", Path("rewards/mine.py"), contents)
+    resume.check_code(run, "--reward", "x", Path("rewards/mine.py"), contents)
     for theirs in ("runs/a/mine.py", "runs/b/mine.py"):
         with pytest.raises(SystemExit):
-            resume.check_code(run, "--reward", Path(theirs), contents)
+            resume.check_code(run, "--reward", "x", Path(theirs), contents)
     (tmp_path / "link.py").symlink_to(run / "mine.py")
     with pytest.raises(SystemExit):
-        resume.check_code(run, "--reward", Path("link.py"), contents)
+        resume.check_code(run, "--reward", "x", Path("link.py"), contents)
     ours.write_text("# edited")
     with pytest.raises(SystemExit):
-        resume.check_code(run, "--reward", Path("rewards/mine.py"), contents)
+        resume.check_code(run, "--reward", "x", Path("rewards/mine.py"), contents)
 
 
 @pytest.mark.parametrize("edit", ["a dog\na cat\n", "a cat\n", "a cat\na dog\na cow\n", None])
