@@ -4,6 +4,7 @@ No peft, nothing wrapped.
 """
 
 import copy
+import os
 import shutil
 from pathlib import Path
 
@@ -115,8 +116,17 @@ def lora_state_dict(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
 def save_lora(unet: torch.nn.Module, folder: str | Path) -> None:
     """Write `folder`/pytorch_lora_weights.safetensors, for `pipe.load_lora_weights(folder)`."""
     path = Path(folder) / FILE_NAME
-    save_file(lora_state_dict(unet), path.with_suffix(".partial"), metadata={"format": "pt"})
-    path.with_suffix(".partial").replace(path)  # whole, or not there
+    partial = path.with_suffix(".partial")
+    save_file(lora_state_dict(unet), partial, metadata={"format": "pt"})
+    as_others(partial)
+    partial.replace(path)  # whole, or not there
+
+
+def as_others(path: Path) -> None:
+    """Give a file the permissions of new files: safetensors makes its own for the owner alone."""
+    umask = os.umask(0o022)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def lora_file(path: str | Path) -> Path:
@@ -135,6 +145,8 @@ def lora_rank(path: str | Path) -> int:
         reason = str(error)[:100]
         raise ValueError(f"{lora_file(path)} cannot be read as safetensors ({reason})") from None
     ranks = {value.shape[0] for key, value in state.items() if key.endswith("lora_A.weight")}
+    if any(key.startswith("lora_unet_") for key in state):
+        raise ValueError(f"{lora_file(path)} is for other tools; diffusers reads {FILE_NAME}")
     if len(ranks) != 1:
         fault = "holds no LoRA of one rank under the names that diffusers gives it"
         raise ValueError(f"{lora_file(path)} {fault}")
@@ -153,6 +165,8 @@ def save_weights(unet: torch.nn.Module, folder: str | Path) -> None:
     place, partial = Path(folder) / "unet", Path(folder) / "unet.partial"
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     unet.save_pretrained(partial)
+    for file in partial.iterdir():
+        as_others(file)
     shutil.rmtree(place, ignore_errors=True)
     partial.rename(place)
 

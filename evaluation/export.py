@@ -16,6 +16,7 @@ from pathlib import Path
 import tyro
 from safetensors import SafetensorError, safe_open
 
+from common.lora import FILE_NAME
 from evaluation.models import read_run_args
 from evaluation.places import write_whole
 from harness.args import RunArgs, fail, read_words
@@ -75,6 +76,8 @@ def main() -> None:
     run = args.run
     if not {"model", "seed", "lora_rank"} <= set(read_run_args(run)):
         fail(f"{run} has no args.json of a run in it; give the folder of a run")
+    if not ((run / FILE_NAME).is_file() or (run / "unet").is_dir()):
+        fail(f"{run} has no weights in it: the run ended before it had learned; resume it first")
     stored = read_stored(run / "args.json", dict[str, object], "give the folder of a run")
     metrics = run / "metrics.jsonl"
     count = len(read_text(metrics, "give the folder of a run").splitlines())
@@ -88,7 +91,8 @@ def main() -> None:
         describe_run(run, stored, script_of(run, stored), history)
     except (OSError, SafetensorError, ValueError) as error:
         fail(f"{run} cannot be exported ({str(error)[:200]}); is it the folder of a run?")
-    print(f"{run / 'README.md'} is written, and of a LoRA the file for other tools")
+    written = [run / name for name in ("README.md", EXPORTED) if (run / name).exists()]
+    print(f"written: {' and '.join(map(str, written))}")
     if args.push_to_hub:
         push_or_end(run, args.push_to_hub)
 

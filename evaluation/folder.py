@@ -107,10 +107,9 @@ def check_folder(folder: Path, settings: Settings, models: list[Model]) -> None:
         return
     differ = [key for key, value in new["settings"].items() if there["settings"].get(key) != value]
     if differ:
-        names = ["prompts-file" if key == "prompts" else key.replace("_", "-") for key in differ]
+        names = [key if key == "prompts" else f"--{key.replace('_', '-')}" for key in differ]
         fail(
-            f"--output-dir {folder} holds an evaluation with other "
-            f"{', '.join(f'--{name}' for name in names)}; "
+            f"--output-dir {folder} holds an evaluation with other {', '.join(names)}; "
             "choose another folder or the same settings"
         )
     if there.get("pretrained", new["pretrained"]) != new["pretrained"]:

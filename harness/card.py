@@ -10,8 +10,8 @@ from huggingface_hub import ModelCardData
 from common.lora import FILE_NAME
 from harness.args import RunArgs
 from harness.checkpoint import write_text
-from harness.export import EXPORTED, export_lora, rewards_of, shared_path
-from harness.project import call_of
+from harness.export import EXPORTED, export_lora, prompt_of, rewards_of, shared_path
+from harness.project import call_of, can_call
 
 LICENSES = {
     "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
@@ -23,6 +23,8 @@ LICENSES = {
 }
 """Of the base models that the papers use; of another the card has none, for its owner to add."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+LARGE_FILE = 1 << 16
+"""Bytes: every prompt of a larger file would be far too many to evaluate."""
 EVALUATION = "evaluation.md"
 """A table in the run's folder, which the card takes up."""
 
@@ -39,16 +41,22 @@ def describe_run(run: Path, args: dict, script: Path | None, history: list[dict]
 
 
 def figures(history: list[dict]) -> str:
-    """Reward of the first and the last iteration, KL, reward queries and minutes, in one line."""
-    first, last = history[0], history[-1]
+    """Reward of the first and the last iteration, KL, queries, minutes, lost updates: one line."""
+    first, last, count = history[0], history[-1], len(history)
     seconds = sum(v for line in history for k, v in line.items() if k.startswith("time/"))
+    skipped = sum(line.get("updates/skipped", 0) for line in history)
     parts = []
     if {"reward/mean"} <= set(first) & set(last):
         parts.append(f"reward {first['reward/mean']:.3g} -> {last['reward/mean']:.3g}")
     if "kl/pretrained" in last:
         parts.append(f"KL to the pretrained model {last['kl/pretrained']:.3g} nats")
-    queries = f", {last['samples']:.0f} reward queries" if "samples" in last else ""
-    return ", ".join([*parts, f"{len(history)} iterations{queries}, {seconds / 60:.1f} minutes"])
+    parts.append("1 iteration" if count == 1 else f"{count} iterations")
+    if "samples" in last:
+        parts.append(f"{last['samples']:.0f} reward queries")
+    parts.append(f"{seconds / 60:.1f} minutes")
+    if skipped:
+        parts.append(f"updates without a finite gradient, which were skipped: {skipped:.0f}")
+    return ", ".join(parts)
 
 
 def grids(run: Path) -> list[Path]:
@@ -59,20 +67,35 @@ def grids(run: Path) -> list[Path]:
 
 def summary(run: Path, args: dict, history: list[dict]) -> str:
     """For the terminal, at the end of a run: what came of it, where it is, and what to do next."""
-    command = call_of("evaluate")
-    command += ["zoo"] if args["model"] == "zoo/sd" else ["--model", args["model"]]
-    command += ["--lora", str(run)]
-    for name in ("prompts_file", "prompt"):
-        if args.get(name):
-            command += [f"--{name.replace('_', '-')}", str(args[name])]
-            break
     lines = [f"weights, metrics and pictures are in {run}"]
     if history:
         lines.insert(0, figures(history))
         lines.append(f"before and after, with the same noise: {' '.join(map(str, grids(run)))}")
         lines.append(f"how to load it in diffusers and other tools: {run / 'README.md'}")
-        lines.append(f"compare it with the base model: {shlex.join(command)}")
+        if can_call("evaluate"):
+            command = evaluation_of(run, args)
+            lines.append(f"compare it with the base model: {shlex.join(command)}")
     return "\n".join(lines)
+
+
+def evaluation_of(run: Path, args: dict) -> list[str]:
+    """The words that judge a run by its own rewards, prompts and way of sampling."""
+    command = call_of("evaluate")
+    command += ["zoo"] if args["model"] == "zoo/sd" else ["--model", args["model"]]
+    command += ["--lora", str(run)]
+    file = args.get("prompts_file")
+    if file and Path(file).is_file() and Path(file).stat().st_size > LARGE_FILE:
+        command += ["--prompts-file", "SOME_OF_ITS_PROMPTS.txt"]
+    elif file:
+        command += ["--prompts-file", str(file)]
+    elif prompt := prompt_of(args):
+        command += ["--prompt", prompt]
+    for name in ("num_inference_steps", "guidance_scale", "eta"):
+        if name in args:
+            command += [f"--{name.replace('_', '-')}", str(args[name])]
+    rewards = [args["reward"]] if "reward" in args else []
+    rewards += [shlex.split(task)[0] for task in args.get("tasks", ())]
+    return [*command, "--rewards", *rewards] if rewards else command
 
 
 def front_matter(args: dict, script: Path | None) -> str:
@@ -88,7 +111,7 @@ def front_matter(args: dict, script: Path | None) -> str:
         pipeline_tag="text-to-image",
         license=LICENSES.get(model),
         tags=[*tags, "lora"] if lora else tags,
-        instance_prompt=args.get("prompt") or None,
+        instance_prompt=prompt_of(args) or None,
     )
     return data.to_yaml()
 
@@ -98,6 +121,8 @@ def settings(args: dict) -> dict[str, str]:
     of_harness = {f.name for f in fields(RunArgs)} - {"seed", "dtype"}
     given = {name: value for name, value in args.items() if value not in (None, "")}
     shown = {name: str(value) for name, value in given.items() if name not in of_harness}
+    if not prompt_of(args):
+        shown.pop("prompt", None)
     shown["model"] = shared_path(args["model"])
     for name in {"prompts_file", "dataset", "pretrain_data"} & set(shown):
         shown[name] = Path(args[name]).name

@@ -54,7 +54,8 @@ def shared_reward(spec: str) -> str:
             return "reward server"
         name, weights, _ = parse_spec(term)
         if is_users_function(term):
-            return Path(name).name
+            path, _, function = term.rpartition(":")
+            return f"{Path(path).name}:{function}"
         shown = weights and not is_url(weights) and shared_path(weights) == weights
         return f"{name}:{weights}" if shown else name
 
@@ -62,6 +63,11 @@ def shared_reward(spec: str) -> str:
     if len(names) == 1:
         return names[0][1]
     return " + ".join(f"{weight:g}*{name}" for weight, name in names)
+
+
+def prompt_of(args: dict) -> str:
+    """The prompt of a run; empty where there are several, those of a file or of tasks."""
+    return "" if args.get("prompts_file") else args.get("prompt", "")
 
 
 def description(name: str, args: dict, script: str | None, state: dict[str, torch.Tensor]) -> dict:
@@ -73,13 +79,13 @@ def description(name: str, args: dict, script: str | None, state: dict[str, torc
     if not of_text:
         raise ValueError("it has no LoRA of an attention to text")
     rank, width = of_text[0]
-    prompt, file = args.get("prompt"), args.get("prompts_file")
+    file = args.get("prompts_file")
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
     texts = {
         "base_model": shared_path(args["model"]),
         "script": script,
         "reward": ", ".join(rewards_of(args)),
-        "prompt": prompt or (Path(file).name if file else None),
+        "prompt": Path(file).name if file else prompt_of(args) or None,
         "seed": args["seed"],
         "rank": rank,
         "libraries": libraries,

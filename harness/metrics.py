@@ -87,8 +87,8 @@ class Metrics:
             square, mean = line.pop(name), line[name.replace("/square", "/mean")]
             line[name.replace("/square", "/std")] = max(square - mean**2, 0.0) ** 0.5
         for name, norms in self.norms.items():
-            finite = [norm for norm in norms if math.isfinite(norm)]
-            line[name] = sum(finite) / max(1, len(finite))
+            if finite := [norm for norm in norms if math.isfinite(norm)]:
+                line[name] = sum(finite) / len(finite)
         skipped = [norm for norm in self.norms["grad_norm"] if not math.isfinite(norm)]
         times = {f"time/{name}_s": seconds for name, seconds in self.seconds.items()}
         return line | {"updates/skipped": len(skipped)} | times

@@ -97,6 +97,11 @@ def call_of(command: str) -> list[str]:
     return [python(), script if Path.cwd() == PROJECT else str(PROJECT / script)]
 
 
+def can_call(command: str) -> bool:
+    """Whether the command is there; a copy of some files of this project may lack it."""
+    return bool(called_as) or (PROJECT / f"{command}.py").is_file()
+
+
 def call_of_export() -> list[str]:
     """The words that call evaluation/export.py from the current folder."""
     if called_as:

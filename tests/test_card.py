@@ -143,7 +143,7 @@ def export(*words) -> subprocess.CompletedProcess:
 def finished(tmp_path):
     """A folder with what the card is made of."""
     run = tmp_path / "ddpo__animals__0__20260101"
-    run.mkdir()
+    (run / "unet").mkdir(parents=True)
     args = ARGS | {"lora_rank": 0, "prompts_file": "/home/me/animals.txt", "output_dir": str(run)}
     (run / "args.json").write_text(json.dumps(args))
     line = {"iteration": 0, "samples": 8, "reward/mean": -0.5, "time/sample_s": 60.0}
@@ -161,6 +161,13 @@ def test_without_the_hub_nothing_is_lost(finished, monkeypatch):
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1, result.stderr
     assert f" -m evaluation.export {finished} --push-to-hub me/rabbit" in result.stderr
     assert (finished / "README.md").exists()
+
+
+def test_a_run_without_weights_is_not_exported(finished):
+    (finished / "unet").rmdir()
+    result = export(finished)
+    assert result.returncode == 2 and "no weights in it" in result.stderr
+    assert not (finished / "README.md").exists()
 
 
 @pytest.mark.parametrize("token, repo", [(None, "me/rabbit"), ("hf_x", "me/rab/bit")])

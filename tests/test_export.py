@@ -210,11 +210,11 @@ def test_export_refuses_what_it_cannot_read(tmp_path, monkeypatch, capsys):
         ("image_reward:../weights", "image_reward"),
         ("pick_score:someone/weights?batch_size=2", "pick_score:someone/weights"),
         ("llava_bertscore:http://me:word@host:80/v1?model=x", "llava_bertscore"),
-        ("/home/me/mine.py:score", "mine.py"),
+        ("/home/me/mine.py:score", "mine.py:score"),
         ("https://my-machine:8000/score?timeout=5", "reward server"),
         (
             "0.5*image_reward:zoo/image_reward + 2*/home/me/mine.py:score",
-            "0.5*image_reward:zoo/image_reward + 2*mine.py",
+            "0.5*image_reward:zoo/image_reward + 2*mine.py:score",
         ),
     ],
 )
