@@ -154,7 +154,10 @@ def check(args: Args) -> None:
         require(0 < share <= 1, f"{flag} is {share}; it must be more than 0 and at most 1")
     steps, m = args.gradient_steps, args.samples_per_iteration
     fits = steps <= m or args.estimator == "sf"
-    require(fits, f"--gradient-steps is {steps}; at most --samples-per-iteration, {m}")
+    require(fits, f"--gradient-steps is {steps}; it can be at most --samples-per-iteration, {m}")
+    require(args.advantage_clip > 0, "--advantage-clip is 0, with which nothing learns; give more")
+    one = "one sample has no advantage over its batch; give --samples-per-iteration 2 or more"
+    require(m > 1 or args.normalise == "per-prompt", f"--normalise per-batch: {one}")
     count, size = args.min_count, args.buffer_size
     require(size <= 100_000, f"--buffer-size is {size}; it can be at most 100000")
     require(count <= size, f"--min-count is {count}; it can be at most --buffer-size, {size}")

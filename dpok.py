@@ -161,7 +161,9 @@ def check(args: Args) -> None:
     """What cannot work, refused before anything is loaded."""
     share = args.rewarded_share
     require(0 < share <= 1, f"--rewarded-share is {share}; it must be above 0 and at most 1")
-    require(args.cooldown_share <= 1, f"--cooldown-share is {args.cooldown_share}; at most 1")
+    require(
+        args.cooldown_share <= 1, f"--cooldown-share is {args.cooldown_share}; it can be at most 1"
+    )
     check_share("--samples-per-iteration", args.samples_per_iteration)
     check_sampler(args)
     m, T = args.samples_per_iteration, args.num_inference_steps

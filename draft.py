@@ -149,9 +149,12 @@ def check(args: Args) -> None:
     K, n, T = args.truncate, args.num_noise, args.num_inference_steps
     require(K <= T, f"--truncate is {K}; it can be at most --num-inference-steps, {T}")
     remedy = "give --num-noise 0, or --truncate 1"
-    require(n == 0 or K == 1, f"--num-noise {n} noises for the last step, not for {K}; {remedy}")
+    require(
+        n == 0 or K == 1, f"--num-noise is {n}, which is for the last step alone, not {K}; {remedy}"
+    )
     m = args.samples_per_iteration
     check_share("--samples-per-iteration", m)
+    require(args.eta or not args.monitor_kl, "--eta 0 leaves no KL to measure; add --no-monitor-kl")
     check_sampler(args, needs_noise=args.monitor_kl)
     # Of each sample the noise of all its steps; of each picture its gradient, too.
     latents, pictures = m * (T + 1 + (1 + n) * (1 + K) + 2 * n), 2 * m * (1 + n)

@@ -160,6 +160,7 @@ def check(args: Args) -> None:
     require(T2 <= T, f"--most-steps-left is {T2}; it can be at most --num-inference-steps, {T}")
     m = args.samples_per_iteration
     check_share("--samples-per-iteration", m)
+    require(args.eta or not args.monitor_kl, "--eta 0 leaves no KL to measure; add --no-monitor-kl")
     check_sampler(args, needs_noise=args.monitor_kl)
     check_pretraining(args)
     # Of each picture its gradient, too.

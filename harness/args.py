@@ -92,7 +92,7 @@ def parse_args(
         default = stored_args(folder, default, MAY_CHANGE, flags)
     several = [f.name.replace("_", "-") for f in fields(default) if "tuple" in str(f.type)]
     words = join_repeated(words, [f"--{name}" for name in several])
-    args = found(read_words(type(default), words, description, default=default))
+    args = found(read_words(type(default), words, description, tuple(presets), default=default))
     if {"--prompt", "--prompts-file"} <= flags:
         fail("--prompt and --prompts-file are both given; choose one")
     if "--prompt" in flags:
@@ -101,7 +101,7 @@ def parse_args(
         if args.resume:
             if args.dtype == "auto":
                 args = replace(args, dtype=default.dtype)
-            check_same(args, default, MAY_CHANGE)
+            args = check_same(args, default, MAY_CHANGE)
             if "--output-dir" in flags and args.output_dir.resolve() != args.resume.resolve():
                 remedy = "leave --output-dir out, or copy the folder and resume the copy"
                 fail(f"--resume {args.resume} goes on in its own folder; {remedy}")
@@ -114,18 +114,56 @@ def parse_args(
     return args
 
 
-def read_words(args_class, words: Sequence[str], description: str, **options):
-    """tyro.cli with its options, whose error is one line."""
+def read_words(
+    args_class,
+    words: Sequence[str],
+    description: str,
+    presets: Sequence[str] = (),
+    **options,
+):
+    """tyro.cli with its options, whose error is one line; `presets` are named in the help."""
     options = {"prog": program()} | options
+    if presets:
+        options["prog"] = f"{program()} [PRESET]"
+        first = "Without one it is the first." if len(presets) > 1 else ""
+        # Lines that are indented stay lines.
+        description = re.sub(r"(?m)^(?=[A-Z][^\n:]*:  )", "  ", description)
+        description = f"{description}\n\nPRESET is one of: {', '.join(presets)}. {first}"
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(args_class, args=words, description=description, **options)
     except SystemExit as end:
         if end.code:
-            plain = re.sub(r"[\u2500-\u257f]+|\x1b\[[\d;]*m", " ", said.getvalue())
-            fail(re.sub(r"Argument helptext:.*?(?=For full|$)", "", plain, flags=re.DOTALL))
+            fail(f"{refusal(said.getvalue(), presets)} ({program()} --help shows what there is)")
         raise Ended(0) from None  # after --help
+    except BrokenPipeError:  # the help goes to a program that has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise Ended(0) from None
+
+
+def refusal(box: str, presets: Sequence[str]) -> str:
+    """Why tyro refuses a command line, from the box that it shows: title, fault, hints and help."""
+    # Lines of the box are dashes where stderr takes no others.
+    plain = re.sub(r"\x1b\[[\d;]*m|[\u2501-\u257f]", "", box).replace("\u2500", "-")
+    _, *parts = re.split("-{10,}", plain)
+    if not parts:  # some day tyro may show no box
+        return " ".join(plain.split())
+    fault = " ".join(parts[0].partition("Got errors:")[0].split())
+    hints = parts[1:]
+    if unread := re.match(r"Error parsing (--[\w-]+): .*?(['\"].*['\"])\]?\.?$", fault):
+        flag, value = unread.groups()
+        kind = re.search(rf"{flag} (\S+)", " ".join(hints))
+        kind = kind[1].replace("{None}|", "") if kind else "something else"
+        kind = kind.replace("INT", "a whole number").replace("FLOAT", "a number")
+        kind = kind.replace("|", " or ").strip("{}").replace("{", "")
+        return f"{flag} is {value}; it takes {kind}"
+    if unknown := re.match(r"Unrecognized options: (.*)", fault):
+        if any(word in presets for word in unknown[1].split(", ")):
+            return f"{fault}; a preset is the first word"
+        meant = re.findall(r" (--[\w-]+)", " ".join(h for h in hints if "you meant" in h))
+        return f"{fault}; did you mean {' or '.join(dict.fromkeys(meant))}?" if meant else fault
+    return fault.removesuffix(" Expected 1 values.").rstrip(".")
 
 
 def split_values(words: Sequence[str], flags: Sequence[str]) -> list[str]:
@@ -198,6 +236,9 @@ def check_numbers(args, may_be_0: set[str]) -> None:
             fail(f"{flag} is {value}; it must be {least} or more")
         if isinstance(value, float) and not (np.isfinite(value) and value >= 0):
             fail(f"{flag} is {value}; it must be a number of 0 or more")
+        if name in ("learning_rate", "max_grad_norm") and value == 0:
+            remedy = "1e9 clips nothing" if name == "max_grad_norm" else "give more"
+            fail(f"{flag} is 0, with which nothing learns; {remedy}")
         if isinstance(value, int | float) and value > LARGEST and "seed" not in name:
             fail(f"{flag} is {value:.3g}; it can be at most {LARGEST:.0e}")
     if args.seed >= 1 << 63:
@@ -262,7 +303,7 @@ def check_sampler(args, needs_noise: bool = True) -> None:
     A script that takes no log-probability, and no KL, can do without noise.
     """
     require(args.eta <= 1, f"--eta is {args.eta}; it can be at most 1")
-    why = "a step with less noise has no log-probability, and no KL, but rounding"
+    why = "with less noise log-probability and KL of a step are rounding alone"
     noisy = args.eta >= 0.01 or (args.eta == 0 and not needs_noise)
     require(noisy, f"--eta is {args.eta}; it must be 0.01 or more, as {why}")
     T, rank = args.num_inference_steps, args.lora_rank

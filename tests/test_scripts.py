@@ -368,6 +368,8 @@ WRONG = {
     ),
     "a seed of more than 63 bits": (["zoo", "--seed", str(1 << 63)], "--seed"),
     "negative rank of the LoRA": (["zoo", "--lora-rank", "-1"], "--lora-rank"),
+    "a rate of 0": (["zoo", "--learning-rate", "0"], "--learning-rate"),
+    "gradients clipped to 0": (["zoo", "--max-grad-norm", "0"], "--max-grad-norm"),
     "folder of another run": (["zoo", "--output-dir", "OTHER"], "--resume"),
     "nothing to resume": (["zoo", "--resume", "nowhere"], "--resume"),
     "unknown preset": (["zooo"], "zoo"),
@@ -384,6 +386,11 @@ WRONG_OF = {
         "more than all steps": (["zoo", "--timestep-fraction", "1.5"], "--timestep-fraction"),
         "more updates than samples": (["zoo", "--gradient-steps", "33"], "--gradient-steps"),
         "a count that the buffer never has": (["zoo", "--min-count", "40"], "--min-count"),
+        "advantages of 0": (["zoo", "--advantage-clip", "0"], "--advantage-clip"),
+        "a batch of one sample": (
+            ["zoo", "--normalise=per-batch", "--samples-per-iteration=1", "--gradient-steps=1"],
+            "--samples-per-iteration",
+        ),
     },
     "rwr.py": {
         "shards that do not divide the round": (["zoo", "--shard-size", "70"], "--shard-size"),
@@ -392,6 +399,7 @@ WRONG_OF = {
     "sft_kl.py": {
         "shards that do not divide the data": (["zoo", "--shard-size", "70"], "--shard-size"),
         "a data set that is a file": (["zoo", "--dataset", "README.md"], "--dataset"),
+        "a data set in a folder of something else": (["zoo", "--dataset", "docs"], "--dataset"),
     },
     "raft.py": {
         "default model, no hub": (["lora"], "SCRIPT zoo"),
