@@ -28,6 +28,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from common import UserError
 from common.scheduler import (
     ddim_mean_and_std,
     ddim_step_kl,
@@ -174,13 +175,22 @@ def about_dataset(args, prompts) -> dict:
 
 def check_dataset(args, prompts) -> None:
     """Refuse a --dataset that was drawn with other settings."""
-    if args.dataset is None or not (args.dataset / "dataset.json").exists():
+    if args.dataset is None:
+        return
+    if not (args.dataset / "dataset.json").exists():
+        # What a data set leaves that ended before its first shard.
+        begun = {".lock", "dataset.json.partial"}
+        others = args.dataset.is_dir() and {path.name for path in args.dataset.iterdir()} - begun
+        require(not others, f"--dataset {args.dataset} holds other files; choose an empty folder")
         return
     wanted = about_dataset(args, prompts)
     there = read_stored(args.dataset / "dataset.json", dict, "choose another --dataset")
     there = {"reward_code": wanted["reward_code"]} | there  # a file may lack this key
     differ = [key.removesuffix("_code") for key in wanted if there.get(key) != wanted[key]]
-    differ = [f"--{key.replace('_', '-')}" for key in dict.fromkeys(differ)]
+    differ = [
+        "prompts" if key == "prompts_file" else f"--{key.replace('_', '-')}"
+        for key in dict.fromkeys(differ)
+    ]
     if differ:
         remedy = "choose another folder or the same settings"
         fail(f"--dataset {args.dataset} was drawn with other {', '.join(differ)}; {remedy}")
@@ -385,9 +395,14 @@ def main():
         shards.append(run.shard(path, args.shard_size, partial(draw_shard, first), about))
     data = {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
     below_floor = (data["reward"] + shift(args) <= 0).float().mean().item()
-    best = f"the best r is {data['reward'].max():.3f}"
-    remedy = "start anew with kl-d or kl-o, a larger --gamma and --dataset RUN/dataset"
-    require(below_floor < 1, f"no sample has r + gamma above 0 ({best}); {remedy}")
+    if below_floor == 1:
+        best = data["reward"].max().item()
+        remedy = f"start anew with --gamma above {-best:.3f}"
+        if args.regularization == "none":
+            remedy += " and --regularization kl-o or kl-d"
+        place = args.dataset or "the run's folder dataset/"
+        fault = f"no sample has r + gamma above 0 (the best r is {best:.3f})"
+        raise UserError(f"{fault}; {remedy}, and --dataset {place}")
 
     grid = partial(draw_grid, args, sd, prompts=prompts)
     for iteration, unit in run.iterations("updates", "samples", grid=grid):

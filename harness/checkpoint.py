@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common import UserError
+from common.lora import as_others
 from harness.ranks import everybodys
-from harness.stop import end_run
+from harness.stop import Ended, end_run
 from harness.stored import StoredError, checked, read_stored
 
 try:
@@ -107,7 +108,7 @@ def saving(run_dir: Path):
         full_disk = any(word in str(error) for word in of_torch_save)
         if not full_disk:
             raise
-        faults = [str(error)]
+        faults = ["the disk is full, or a file larger than a limit"]
     faults = [fault for of_rank in everybodys(faults) for fault in of_rank]
     if faults:
         reason = " ".join(faults[0].split())[:200]
@@ -131,6 +132,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], about: dict | No
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, about)
+    as_others(partial)
     sync(partial)
     partial.replace(path)
 
@@ -148,25 +150,30 @@ def new_checkpoint(run_dir: Path):
         if rank == 0:
             remove(partial)  # of a process that was killed
             partial.mkdir(parents=True)
-    with saving(run_dir):
-        yield partial
-    with saving(run_dir):
+    try:
+        with saving(run_dir):
+            yield partial
+        with saving(run_dir):
+            if rank == 0:
+                paths = [path for path in sorted(partial.rglob("*")) if path.is_file()]
+                digests = {path.relative_to(partial).as_posix(): sha256(path) for path in paths}
+                index = partial / "files.json"
+                description = {"format": CHECKPOINT_FORMAT, "sha256": digests}
+                index.write_text(json.dumps(description, indent=2) + "\n")
+                metrics = run_dir / "metrics.jsonl"  # which must not be behind the checkpoint
+                for path in (*paths, index, partial, *([metrics] if metrics.exists() else [])):
+                    sync(path)
+                old = folder.with_suffix(".old")
+                remove(old)
+                if folder.exists():
+                    folder.rename(old)
+                partial.rename(folder)
+                sync(run_dir)
+                remove(old)
+    except Ended:  # a disk that is full is not to stay so
         if rank == 0:
-            paths = [path for path in sorted(partial.rglob("*")) if path.is_file()]
-            digests = {path.relative_to(partial).as_posix(): sha256(path) for path in paths}
-            index = partial / "files.json"
-            description = {"format": CHECKPOINT_FORMAT, "sha256": digests}
-            index.write_text(json.dumps(description, indent=2) + "\n")
-            metrics = run_dir / "metrics.jsonl"  # which must not be behind the checkpoint
-            for path in (*paths, index, partial, *([metrics] if metrics.exists() else [])):
-                sync(path)
-            old = folder.with_suffix(".old")
-            remove(old)
-            if folder.exists():
-                folder.rename(old)
-            partial.rename(folder)
-            sync(run_dir)
-            remove(old)
+            remove(partial)
+        raise
 
 
 def remove(folder: Path) -> None:

@@ -76,8 +76,10 @@ def described(error: BaseException) -> str:
     if isinstance(error, ModelError):
         name = Path(sys.argv[0]).stem
         words = [*call_of(name), *(["build"] if name == "human_eval" else []), "zoo"]
-        remedy = f"the embedded model: {shlex.join(words)}"
-        return f"--model {error}; check the name and the network, or try {remedy}"
+        remedy = f"check the name and the network, or try the embedded model: {shlex.join(words)}"
+        if "'zoo/sd'" in str(error):
+            remedy = "copy the folder zoo of this project to where you run it"
+        return f"--model {error}; {remedy}"
     if isinstance(error, UserError):
         return str(error)
     what = one_line(f"{type(error).__name__}: {error}", 300)

@@ -94,7 +94,10 @@ def check_file(path: Path) -> None:
     """Raises SourceError for what is no regular file: a named pipe, for one, may never end."""
     if not os.path.isfile(path):
         what = "is not a regular file" if os.path.lexists(path) else "is not there"
-        raise SourceError(f"{quoted(str(path))} {what}; give a text file, one prompt a line")
+        remedy = (
+            "give a text file, one prompt a line; docs/prompts.md says where to get the papers'"
+        )
+        raise SourceError(f"{quoted(str(path))} {what}; {remedy}")
 
 
 def fault_of_prompt(prompt) -> str | None:

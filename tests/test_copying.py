@@ -114,7 +114,7 @@ def test_stand_in_has_all_that_a_script_imports(script):
     from_harness = [node for node in imports if node.module.startswith("harness")]
     assert {node.module for node in from_harness} == {"harness"}
     assert {alias.name for node in from_harness for alias in node.names} <= there.keys()
-    carried = {"common.scheduler", "common.lora", "common.stable_diffusion"}
+    carried = {"common", "common.scheduler", "common.lora", "common.stable_diffusion"}
     assert {node.module for node in imports if node.module.startswith("common")} <= carried
     used = set(re.findall(r"\brun\.(\w+)", (ROOT / script).read_text()))
     assert used - {"device"} <= vars(there["Run"]).keys()

@@ -223,7 +223,8 @@ def test_no_sample_above_the_floor_is_said_before_training(tiny_sd, tmp_path):
     flags = [*FLAGS, "--model", tiny_sd, "--reward", f"{tmp_path}/mine.py:f"]
     flags += ["--output-dir", tmp_path / "run"]
     result = run_script("sft_kl.py", *flags)
-    assert result.returncode == 2 and "--gamma" in result.stderr
+    assert result.returncode == 1 and "start anew with --gamma above 4." in result.stderr
+    assert f"the run so far is in {tmp_path}/run" in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -270,7 +270,7 @@ def _checked_scores(
     scores = _as_tensor(term, scores)
     if scores.shape != (len(prompts),):
         returned = f"reward {quoted(term)} returned shape {tuple(scores.shape)}"
-        raise RewardError(f"{returned} for {len(prompts)} images")
+        raise RewardError(f"{returned} for {len(prompts)} images; it must be ({len(prompts)},)")
     scores = scores.to(device=images.device, dtype=torch.float32)
     for fault in _faults_of_scores(term, scores, prompts):
         raise RewardError(fault)

@@ -139,7 +139,9 @@ def ask_server(
                 break
         # No connection or a time-out, half an answer, not JSON or nested too deep.
         except (OSError, HTTPException, ValueError, RecursionError) as error:
-            fault = shortened(str(error)) or type(error).__name__
+            reason = getattr(error, "reason", error)  # of a URLError, which has it in brackets
+            fault = shortened(str(reason)) or type(error).__name__
+            fault += "; is it running, and is this its address?"
         if attempt < retries:
             time.sleep(min(0.5 * 2**attempt, 30))
     where = f"{what} {shortened(url)}"

@@ -94,9 +94,7 @@ def load(
             if len(of_group) == 1:
                 name = repr(group) if isinstance(group, str) else f"group {group}"
                 fault = f"statistical parity needs several pictures of a prompt, and {name} has one"
-                remedy = (
-                    "raise --images-per-prompt or --samples-per-iteration, or take fewer prompts"
-                )
+                remedy = "draw more of each in an iteration, or take fewer prompts"
                 raise RewardError(f"{fault}; {remedy}")
         return {group: -statistical_parity(c, num_classes) for group, c in members.items()}
 

@@ -149,6 +149,7 @@ def test_disk_that_is_full(script, ranks, tmp_path, monkeypatch):
     (tmp_path / "fault").unlink()
     ends_in_one_line(process, 1, "cannot be written", "--resume")
     assert iteration_of(tmp_path / "run") == 1
+    assert not (tmp_path / "run/checkpoint.partial").exists(), "it fills the disk"
     run_here(monkeypatch, script, *resume(script, tmp_path))
     assert len(read_metrics(tmp_path / "run")) == 3
 
