@@ -139,12 +139,19 @@ PRESETS = {
         # much.
         clip_range=1e-3,
         gradient_steps=2,
-        rewarded_share=0.5,
+        rewarded_share=0.33,
         min_count=8,
         learning_rate=2e-3,
         lora_rank=4,
     ),
 }
+PRESETS["zoo-compressibility"] = replace(
+    PRESETS["zoo"],
+    reward="jpeg_compressibility",
+    gradient_steps=4,
+    rewarded_share=0.5,
+    learning_rate=2.5e-3,
+)
 
 
 def check(args: Args) -> None:

@@ -47,8 +47,12 @@ ZOO_REWARD = "image_reward:zoo/image_reward"
 
 
 def commands_of(name: str) -> list[str]:
-    """The commands of benchmarks/commands/NAME.sh."""
-    paragraphs = read_commands(ROOT / f"benchmarks/commands/{name}.sh")
+    """The commands of benchmarks/commands/NAME.sh; DDPO's are those of claim 9."""
+    if name == "ddpo":
+        paragraphs = read_commands(ROOT / "benchmarks/claims/queries.sh")
+        paragraphs = [paragraph for paragraph in paragraphs if "python ddpo.py " in paragraph[0]]
+    else:
+        paragraphs = read_commands(ROOT / f"benchmarks/commands/{name}.sh")
     return [command for paragraph in paragraphs for command in paragraph]
 
 
@@ -256,6 +260,24 @@ def learning(name: str, seeds: tuple[int, ...], count: int) -> None:
         axis.legend()
     save_results(name, results)
     save_curves(name, figure)
+
+
+def ddpo(name: str, seeds: tuple[int, ...], count: int) -> None:
+    """And what the first seed's runs draw at their end."""
+    learning(name, seeds, count)
+    ddpo_pictures(seeds[0])
+
+
+def ddpo_pictures(seed: int) -> None:
+    """The base's grid and below it the last one of each run, of the same prompts and noise."""
+    rows = []
+    for command in commands_of("ddpo"):
+        samples = folder_of(with_seed(command, seed)) / "samples"
+        first, *_, last = sorted(samples.glob("[0-9]*.png"))
+        rows += [last] if rows else [first, last]
+    picture = Image.fromarray(np.concatenate([np.asarray(Image.open(row)) for row in rows]))
+    picture = picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST)
+    picture.save(ROOT / "docs/images/ddpo_before_after.png")
 
 
 def curve_and_panel(command: str) -> tuple[str, str]:
@@ -514,7 +536,7 @@ REPORTS = {
     "dpok_bf16": (dpok, 256),
     "dpok_beta": (dpok, 256),
     "dpok_base": (dpok_base, 256),
-    "ddpo": (learning, 256),
+    "ddpo": (ddpo, 256),
     "rwr": (learning, 256),
     "sft_kl": (learning, 128),
     "large_scale_ppo": (large_scale_ppo, 128),

@@ -1,8 +1,8 @@
-"""Run the commands of a file in benchmarks/commands/, as far as they are not finished.
+"""Run the commands of a file in benchmarks/commands/ or claims/, as far as they are not finished.
 
-python -m benchmarks.run benchmarks/commands/ddpo.sh --seeds 0 1 2 --jobs 2
+python -m benchmarks.run benchmarks/commands/rwr.sh --seeds 0 1 2 --jobs 2
 
-Such a file is a shell script: SEED=0 bash benchmarks/commands/ddpo.sh runs it as well, one command
+Such a file is a shell script: SEED=0 bash benchmarks/commands/rwr.sh runs it as well, one command
 after the other. Here a paragraph with its seed is a job, and jobs run side by side. The commands of
 a job run one after the other: those that go on with a run, or take what an earlier one has drawn.
 

@@ -54,7 +54,7 @@ class Setting:
 
 def measure(args: Args, setting: Setting) -> tuple[list[float], float]:
     """Seconds of each iteration, MiB of the largest process. Each rank has one thread."""
-    flags = f"zoo --samples-per-iteration {setting.samples} --min-count 2 "
+    flags = f"zoo --samples-per-iteration {setting.samples} --min-count 2 --rewarded-share 0.5 "
     flags += f"--num-inference-steps {setting.steps} --micro-batch-size {MICRO_BATCH} "
     flags += f"--num-iterations {args.iterations + 1} {args.flags}"
     command = [sys.executable]

@@ -61,6 +61,19 @@ def test_report_knows_the_runs_of_the_committed_results(script):
     assert results["runs"].keys() <= found
 
 
+@pytest.mark.parametrize("preset", ["zoo", "zoo-compressibility"])
+def test_presets_of_ddpo_are_those_of_its_results(preset, monkeypatch):
+    """docs/ddpo.md says so of the runs with importance sampling."""
+    monkeypatch.chdir(ROOT)
+    expected = replace(ddpo.PRESETS[preset], dtype="fp32", allow_tf32=False)
+    found = []
+    for command in report.commands_of("ddpo"):
+        _, words = script_and_words(command)
+        words = words[: words.index("--output-dir")]  # the last one; there may be a run
+        found.append(parse_args(ddpo.PRESETS, "", ddpo.check, words))
+    assert found.count(expected) == 1
+
+
 OF_DPOK = sorted(name for name, (function, _) in report.REPORTS.items() if function is report.dpok)
 
 

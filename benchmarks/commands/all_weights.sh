@@ -6,7 +6,7 @@
 python dpok.py zoo --prompt "A green colored rabbit" --lora-rank 0 --learning-rate 1e-4 \
     --num-iterations 40 --output-dir runs/benchmark-all-weights/dpok
 
-python ddpo.py zoo --lora-rank 0 --learning-rate 1e-4 --num-iterations 30 \
+python ddpo.py zoo --lora-rank 0 --learning-rate 1e-4 --num-iterations 30 --rewarded-share 0.5 \
     --output-dir runs/benchmark-all-weights/ddpo
 
 python rwr.py zoo --lora-rank 0 --learning-rate 1e-4 --num-iterations 4 \
