@@ -100,4 +100,4 @@ def test_a_fault_names_the_command_that_was_called(site, tmp_path):
     assert done.returncode == 2 and ": dpok zoo" in done.stderr, done.stderr
     for command in ("dpok", "export_run"):
         done = called(site, tmp_path, command, "--no-such-flag")
-        assert done.returncode == 2 and f"run {command} --help" in done.stderr, done.stderr
+        assert done.returncode == 2 and f"({command} --help shows" in done.stderr, done.stderr

@@ -535,7 +535,7 @@ def test_statistical_parity_groups_by_prompt(clip_folder, detector_folders):
     reward = load_reward(f"statistical_parity:{detector_folders['multi-label']}")
     assert reward(images, prompts).shape == (8,)
     reward = load_reward(f"statistical_parity:{clip_folder}")
-    message = r"several pictures.*'a chef' has one; raise --images-per-prompt or --samples"
+    message = r"several pictures.*'a chef' has one; draw more of each"
     with pytest.raises(RewardError, match=message):
         reward(images[:3], ["a nurse", "a nurse", "a chef"])
 
