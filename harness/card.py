@@ -79,9 +79,15 @@ def summary(run: Path, args: dict, history: list[dict]) -> str:
 
 
 def evaluation_of(run: Path, args: dict) -> list[str]:
-    """The words that judge a run by its own rewards, prompts and way of sampling."""
-    command = call_of("evaluate")
-    command += ["zoo"] if args["model"] == "zoo/sd" else ["--model", args["model"]]
+    """The words that judge a run as it samples, on its prompts, by its reward and others.
+
+    A run of several tasks has prompts of their own for each: it is judged by the others alone.
+    """
+    command, others = call_of("evaluate"), ["image_reward", "aesthetic"]
+    if args["model"] == "zoo/sd":
+        command, others = [*command, "zoo"], ["image_reward:zoo/image_reward"]
+    else:
+        command += ["--model", args["model"]]
     command += ["--lora", str(run)]
     file = args.get("prompts_file")
     if file and Path(file).is_file() and Path(file).stat().st_size > LARGE_FILE:
@@ -93,9 +99,8 @@ def evaluation_of(run: Path, args: dict) -> list[str]:
     for name in ("num_inference_steps", "guidance_scale", "eta"):
         if name in args:
             command += [f"--{name.replace('_', '-')}", str(args[name])]
-    rewards = [args["reward"]] if "reward" in args else []
-    rewards += [shlex.split(task)[0] for task in args.get("tasks", ())]
-    return [*command, "--rewards", *rewards] if rewards else command
+    own = [args["reward"]] if "reward" in args else []
+    return [*command, "--rewards", *dict.fromkeys([*own, *others])]
 
 
 def front_matter(args: dict, script: Path | None) -> str:

@@ -145,8 +145,12 @@ def test_evaluation_that_a_run_proposes_is_of_its_own_settings(tmp_path, monkeyp
     assert "evaluate.py zoo --lora" in command and "--prompts-file prompts/zoo.txt" in command
     assert "--num-inference-steps 12 --guidance-scale 5.0 --eta 1.0" in command
     assert command.endswith("--rewards image_reward:zoo/image_reward")
+    command = evaluation_of(tmp_path, args | {"reward": "jpeg_compressibility"})
+    assert command[-3:] == ["--rewards", "jpeg_compressibility", "image_reward:zoo/image_reward"]
     command = evaluation_of(tmp_path, vars(large_scale_ppo.PRESETS["zoo"]))
-    assert command[-3:] == [task.split()[0] for task in large_scale_ppo.PRESETS["zoo"].tasks]
+    assert command[-2:] == ["--rewards", "image_reward:zoo/image_reward"]
+    command = evaluation_of(tmp_path, args | {"model": "me/model", "reward": "aesthetic"})
+    assert command[-3:] == ["--rewards", "aesthetic", "image_reward"]
     (tmp_path / "many.txt").write_text("A cat\n" * LARGE_FILE)
     command = evaluation_of(tmp_path, args | {"prompts_file": tmp_path / "many.txt"})
     assert str(tmp_path / "many.txt") not in command and "--prompts-file" in command
