@@ -356,7 +356,7 @@ def main():
             continue
 
         # Without gradient: x_t, of each sample at a random step, and the x_0 that it predicts.
-        # Sampling goes on to x_0 for the KL, at whose step another of the trajectory is asked for.
+        # Sampling goes on to x_0, since the KL is taken at a random step of all.
         sd.batch_size = even_size(len(own), args.micro_batch_size)
         with run.timer("sample"):
             generators = [seeded(args.seed, ROLLOUT, iteration, i) for i in own]
