@@ -267,7 +267,7 @@ class ValueFunction(torch.nn.Module):
 
 
 class Replay:
-    """The last S rollouts of this rank's n samples, and this iteration's among them.
+    """The last S rollouts of this rank's n samples, the one of this iteration included.
 
     trajectory (S, n, T+1, C, H, W), x_T to x_0; log_prob (S, n, T); reward (S, n); prompt (S, n),
     its index; pre_noise (S, n, T, C, H, W), what the pretrained UNet predicts, where has_pre_noise

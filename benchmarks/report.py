@@ -263,7 +263,7 @@ def learning(name: str, seeds: tuple[int, ...], count: int) -> None:
 
 
 def ddpo(name: str, seeds: tuple[int, ...], count: int) -> None:
-    """And what the first seed's runs draw at their end."""
+    """`learning`, and a picture of what the first seed's runs draw at their end."""
     learning(name, seeds, count)
     ddpo_pictures(seeds[0])
 

@@ -102,7 +102,7 @@ class Metrics:
         """What was saved is of all ranks: the first one takes its sums."""
         first = not dist.is_initialized() or dist.get_rank() == 0
         for reduce, added in state["added"].items():
-            reduce = "same" if reduce == "own" else reduce  # its name in older checkpoints
+            reduce = "same" if reduce == "own" else reduce  # a checkpoint may have either
             for name, value in added.items():
                 if first or reduce == "same":
                     self.add(name, value, reduce)

@@ -13,7 +13,7 @@ from typing import TypedDict, get_type_hints
 from common import UserError
 from common.rewards import RewardError, parse_sum
 from harness.checkpoint import PUT_BACK, check_checkpoint, sha256
-from harness.project import PROJECT, of_project, place, portable
+from harness.project import BEGINS, PROJECT, of_project, place, portable
 from harness.stop import fail
 from harness.stored import checked, read_stored
 
@@ -194,7 +194,8 @@ def same_argument(value, other) -> bool:
         if isinstance(text, tuple):
             return tuple(map(resolved, text))
         for path in code_files(text):
-            text = re.sub(rf"(\./)*{re.escape(str(path))}", str(path.resolve()), text)
+            name = rf"{BEGINS}(\./)*{re.escape(str(path))}"
+            text = re.sub(name, str(path.resolve()).replace("\\", r"\\"), text)
         return text
 
     return resolved(portable(value)) == resolved(portable(other))

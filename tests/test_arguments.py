@@ -118,6 +118,7 @@ def test_file_of_code_by_another_name_is_the_same(tmp_path, monkeypatch, capsys)
     tasks = (f'{there} "p 1.txt" 2x2', "jpeg_compressibility p.txt")
     assert same_argument(('mine.py:f "p 1.txt" 2x2', "jpeg_compressibility p.txt"), tasks)
     assert same_argument("0.5*mine.py:f+aesthetic", f"0.5*{there}+aesthetic")
+    assert same_argument(f"1*mine.py:f+2*{there}", f"1*{there}+2*{there}")
     run = replace(dpok.PRESETS["zoo"], reward=there)
     # What is stored stays as it was, so that the run can be resumed from elsewhere.
     assert check_same(replace(run, reward="mine.py:f"), run, set()).reward == there

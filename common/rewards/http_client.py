@@ -141,7 +141,8 @@ def ask_server(
         except (OSError, HTTPException, ValueError, RecursionError) as error:
             reason = getattr(error, "reason", error)  # of a URLError, which has it in brackets
             fault = shortened(str(reason)) or type(error).__name__
-            fault += "; is it running, and is this its address?"
+            if isinstance(error, OSError):
+                fault += "; is it running, and is this its address?"
         if attempt < retries:
             time.sleep(min(0.5 * 2**attempt, 30))
     where = f"{what} {shortened(url)}"
