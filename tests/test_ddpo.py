@@ -51,11 +51,17 @@ def gradient(update):
 
 
 @pytest.mark.parametrize(
-    "estimator, share, fraction",
-    [("is", 1.0, 1.0), ("is", 1.0, 0.5), ("sf", 1.0, 1.0), ("sf", 0.5, 0.5)],
+    "estimator, share, fraction, eta",
+    [
+        ("is", 1.0, 1.0, 1.0),
+        ("is", 1.0, 0.5, 1.0),
+        ("sf", 1.0, 1.0, 1.0),
+        ("sf", 0.5, 0.5, 1.0),
+        ("is", 1.0, 1.0, 0.6),
+    ],
 )
 def test_gradient_is_that_of_the_paper_written_out(
-    tiny_sd, tmp_path, monkeypatch, estimator, share, fraction
+    tiny_sd, tmp_path, monkeypatch, estimator, share, fraction, eta
 ):
     """The gradient handed to the optimizer against autograd in float64.
 
@@ -65,6 +71,7 @@ def test_gradient_is_that_of_the_paper_written_out(
     clip, T, m, updates = 3e-4, 4, 10, 2 if estimator == "is" else 1
     flags = ["--estimator", estimator, "--rewarded-share", share, "--timestep-fraction", fraction]
     flags += ["--clip-range", clip, "--learning-rate", 3e-3, "--gradient-steps", 2]
+    flags += ["--eta", eta]
     run = run_recorded(tiny_sd, tmp_path, monkeypatch, *flags)
     recorded, trajectory, log_prob, advantages = run
     assert len(recorded) == updates
@@ -82,7 +89,7 @@ def test_gradient_is_that_of_the_paper_written_out(
     i, j = torch.tensor(pairs).T
     weights = [weight for weight, _ in recorded[-1]]
     prompts = [PROMPTS[chosen[k]] for k in i.tolist()]
-    leaves, policy, *_ = policies(tiny_sd, weights, T, 3.0, prompts, trajectory[i, j], j)
+    leaves, policy, *_ = policies(tiny_sd, weights, T, 3.0, prompts, trajectory[i, j], j, eta)
     log_p = policy.log_prob(trajectory[i, j + 1].double()).flatten(1).mean(1)
     A = advantages[i]
     if estimator == "sf":

@@ -24,8 +24,13 @@ TINY += ("--reward", "jpeg_incompressibility", "--seed", "3")
 PROMPTS = ["A cat and a dog", "Four wolves in the park"]
 
 
-@pytest.mark.parametrize("kl, rewarded_share", [("exact", 1.0), ("released", 1.0), ("exact", 0.5)])
-def test_gradient_is_that_of_eq_9_written_out(tiny_sd, tmp_path, monkeypatch, kl, rewarded_share):
+@pytest.mark.parametrize(
+    "kl, rewarded_share, eta",
+    [("exact", 1.0, 1.0), ("released", 1.0, 1.0), ("exact", 0.5, 1.0), ("exact", 1.0, 0.6)],
+)
+def test_gradient_is_that_of_eq_9_written_out(
+    tiny_sd, tmp_path, monkeypatch, kl, rewarded_share, eta
+):
     """The gradients that the script hands to its optimizers, against autograd of Eq. 9 and 24.
 
     At the third update of the second iteration, where neither the ratios are 1 nor the KL is 0, on
@@ -39,6 +44,7 @@ def test_gradient_is_that_of_eq_9_written_out(tiny_sd, tmp_path, monkeypatch, kl
     flags += f"--prompts-file {tmp_path / 'prompts.txt'} --value-batch-size 15 "
     flags += f"--learning-rate 3e-3 --alpha {alpha} --beta {beta} --clip-range {clip} --kl {kl} "
     flags += f"--guidance-scale {w} --max-grad-norm 1e9 --rewarded-share {rewarded_share} "
+    flags += f"--eta {eta} "
     flags += f"--value-function --output-dir {tmp_path / 'run'} --model {tiny_sd}"
     monkeypatch.setattr(sys, "argv", ["dpok.py", *flags.split(), *TINY])
     dpok.main()
@@ -62,7 +68,7 @@ def test_gradient_is_that_of_eq_9_written_out(tiny_sd, tmp_path, monkeypatch, kl
     s, i, j, prompts = transitions(n, 1, 1, 2)
     x_t, x_prev = replay["trajectory"][s, i, j], replay["trajectory"][s, i, j + 1].double()
     weights = [weight for weight, _ in weights_and_gradients]
-    leaves, policy, pre, eps, eps_pre = policies(tiny_sd, weights, T, w, prompts, x_t, j)
+    leaves, policy, pre, eps, eps_pre = policies(tiny_sd, weights, T, w, prompts, x_t, j, eta)
     encode = PromptEncoder(StableDiffusionPipeline.from_pretrained(tiny_sd), "cpu")
     value_function = dpok.ValueFunction(4 * 8 * 8 + 32, T)
     value_function.load_state_dict(state["kept"]["value_function"])

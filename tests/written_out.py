@@ -71,6 +71,7 @@ def policies(
     prompts: list[str],
     x_t: torch.Tensor,
     steps,
+    eta: float = 1.0,
 ):
     """With LoRA `weights` the steps from x_t (n, C, H, W), step `steps` (n,) of `num_steps` each.
 
@@ -86,7 +87,7 @@ def policies(
     prev_t = t - 1000 // num_steps
     a_t = alphas[t].view(-1, 1, 1, 1)
     a_prev = torch.where(prev_t >= 0, alphas[prev_t.clamp(min=0)], alphas[0]).view(-1, 1, 1, 1)
-    sigma = ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)).sqrt()
+    sigma = eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)).sqrt()
 
     def step(e):
         x_0 = (x_t - (1 - a_t).sqrt() * e) / a_t.sqrt()
