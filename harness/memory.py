@@ -114,7 +114,9 @@ def has_room(args, sd, guided_noise: Callable, rows: int) -> bool:
                 guided_noise(args, sd, unet, latents, timesteps, text)
         guided_noise(args, sd, sd.unet, latents, timesteps, text).square().mean().backward()
         sd.decode(latents)
-        del moments
+        # An update: ranks add up a copy of their gradients, and then AdamW needs as much.
+        workspace = [torch.empty_like(p) for p in sd.weights]
+        del moments, workspace
         fits = torch.cuda.max_memory_reserved(sd.device) <= room
     except RuntimeError as error:
         if not out_of_memory(error):
