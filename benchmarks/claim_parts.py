@@ -300,6 +300,23 @@ def ddpo_beats_rwr(seeds) -> list[Part]:
     return parts
 
 
+def rewards_by_method(seeds) -> dict[str, dict[str, list[float]]]:
+    """By reward the mean over the prompts, of the base and of each method seed by seed.
+
+    And the distance to real renders of those that were trained on image reward.
+    """
+
+    def means(reward: str, key: str) -> dict[str, list[float]]:
+        of_methods = {
+            method: [mean_figure("queries", f"{method}__{reward}__{seed}", key) for seed in seeds]
+            for method in METHODS
+        }
+        return {"base": [mean_figure("queries", "base", key)]} | of_methods
+
+    found = {reward: means(reward, spec) for reward, spec in REWARDS.items()}
+    return found | {"distance after image-reward": means("image-reward", "distance")}
+
+
 def rewards_by_round(seeds) -> dict[str, list[list[float]]]:
     """Of each seed's runs with guidance in training and without, before the first round and on.
 

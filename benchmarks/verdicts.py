@@ -20,7 +20,7 @@ import tyro
 from benchmarks import claim_parts as parts_of
 from benchmarks.claim_parts import Part, other_verdicts, verdict_of
 from benchmarks.claim_pictures import PICTURES
-from benchmarks.claim_runs import NotHereError, collect, core_hours
+from benchmarks.claim_runs import METHODS, NotHereError, collect, core_hours
 from benchmarks.pages import fill, markdown_table
 from benchmarks.report import save_results
 from benchmarks.zoo_eval import ROOT, weights_digest
@@ -76,6 +76,7 @@ CLAIMS = {
         "DDPO-IS at least DDPO-SF, both above RWR and sparse RWR, at equal queries",
         "DDPO Fig. 4",
         parts_of.ddpo_beats_rwr,
+        seen=parts_of.rewards_by_method,
     ),
     "10": Claim(
         "without CFG in training sparse RWR falls apart after its first round",
@@ -165,6 +166,8 @@ def main(args: Args) -> None:
     save_results("claims", results)
     hours = sum(results["core_hours"].values())
     parts = {"verdicts": markdown_of(results), "core-hours": f"{hours:.1f} core-hours\n"}
+    if "seen" in results.get("9", {}):
+        parts["rewards by method"] = markdown_of_methods(results["9"]["seen"])
     fill(ROOT / "docs/claims.md", parts)
 
 
@@ -184,6 +187,14 @@ def markdown_of(results: dict) -> str:
                 verdict += f"<br>by {kind}: {other}"
             rows.append([number, about, figures, verdict])
     return markdown_table(["", "claim", "difference ± standard error", ""], rows)
+
+
+def markdown_of_methods(seen: dict[str, dict[str, list[float]]]) -> str:
+    rows = []
+    for what, by_method in seen.items():
+        form = "{:.1f}" if what.startswith("distance") else "{:+.2f}"
+        rows.append([what, *(", ".join(map(form.format, values)) for values in by_method.values())])
+    return markdown_table(["", "base", *METHODS.values()], rows)
 
 
 if __name__ == "__main__":

@@ -300,6 +300,12 @@ def test_queries_are_compared_by_reward(figures):
     assert found == pytest.approx((reward("ddpo-sf") - reward("ddpo-is")) / std)
     bounded = {what for what, part in parts.items() if part.bounded}
     assert bounded == {f"{reward}, SF - IS" for reward in claim_runs.REWARDS}
+    seen = claim_parts.rewards_by_method(SEEDS)
+    of_run = of["rwr-sparse__compressibility__2"].values()
+    mean = np.mean([of_prompt["rewards"][spec] for of_prompt in of_run])
+    assert seen["compressibility"]["rwr-sparse"][2] == pytest.approx(mean)
+    rows = verdicts.markdown_of_methods(seen).splitlines()
+    assert rows[2].startswith("| compressibility |") and f"{mean:+.2f} |" in rows[2]
 
 
 def test_what_goes_too_far_is_seen_on_the_way(figures):
