@@ -190,6 +190,7 @@ def markdown_of(results: dict) -> str:
 
 
 def markdown_of_methods(seen: dict[str, dict[str, list[float]]]) -> str:
+    """Claim 9's table, of what `rewards_by_method` gives."""
     rows = []
     for what, by_method in seen.items():
         form = "{:.1f}" if what.startswith("distance") else "{:+.2f}"

@@ -114,7 +114,7 @@ def has_room(args, sd, guided_noise: Callable, rows: int) -> bool:
                 guided_noise(args, sd, unet, latents, timesteps, text)
         guided_noise(args, sd, sd.unet, latents, timesteps, text).square().mean().backward()
         sd.decode(latents)
-        # An update: ranks add up a copy of their gradients, and then AdamW needs as much.
+        # An update takes as much as the gradients: for the copy that ranks add up, then for AdamW.
         workspace = [torch.empty_like(p) for p in sd.weights]
         del moments, workspace
         fits = torch.cuda.max_memory_reserved(sd.device) <= room
