@@ -58,9 +58,11 @@ def gradient(update):
     return torch.cat([g.flatten() for _, g in update]).double()
 
 
-@pytest.mark.parametrize("share, steps, K", [(1.0, 4, 3), (0.5, 2, 2)])
+@pytest.mark.parametrize(
+    "share, steps, K, eta", [(1.0, 4, 3, 1.0), (0.5, 2, 2, 1.0), (1.0, 4, 3, 0.6)]
+)
 def test_gradients_of_the_policy_are_those_of_eq_7(
-    tiny_sd, tmp_path, monkeypatch, small, share, steps, K
+    tiny_sd, tmp_path, monkeypatch, small, share, steps, K, eta
 ):
     """Every update's gradient against autograd in float64 of Eq. 7 and 10.
 
@@ -74,7 +76,7 @@ def test_gradients_of_the_policy_are_those_of_eq_7(
     monkeypatch.setattr(large_scale_ppo, "per_batch_advantages", recorded_advantages)
     recorded = record_updates(monkeypatch)
     flags = ["--clip-range", clip, "--learning-rate", 3e-3]
-    flags += ["--rewarded-share", share, "--training-timesteps", K]
+    flags += ["--rewarded-share", share, "--training-timesteps", K, "--eta", eta]
     (tmp_path / "prompt.txt").write_text("\n".join(PROMPTS))
     small = [str(flag).replace("1x10", "2x5") for flag in small]
     flags += ["--pretrain-beta", 0, "--output-dir", tmp_path / "run"]
@@ -92,7 +94,7 @@ def test_gradients_of_the_policy_are_those_of_eq_7(
     prompts = [PROMPTS[order[i // 5]] for i in range(m)]
     for update, j in zip(recorded, timesteps):
         weights, x_t, at = [w for w, _ in update], trajectory[:, j], torch.full((m,), j)
-        leaves, policy, *_ = policies(tiny_sd, weights, T, 3.0, prompts, x_t, at)
+        leaves, policy, *_ = policies(tiny_sd, weights, T, 3.0, prompts, x_t, at, eta)
         log_p = policy.log_prob(trajectory[:, j + 1].double()).flatten(1).mean(1)
         w = (log_p - log_prob[:, j].double()).exp()
         total = 0.0
