@@ -149,24 +149,32 @@ def single_right(first: str, second: str, seeds) -> list[float]:
     return of_single(value, seeds)
 
 
-def dpok_beats_sft(seeds) -> list[Part]:
-    pairs = {"DPOK - SFT": ("dpok", "sft"), "DPOK - base": ("dpok", "base")}
-    pairs["SFT - base"] = "sft", "base"
+def dpok_beats_sft(seeds, sft: str) -> list[Part]:
+    """`sft` is the name of its runs."""
+    pairs = {"DPOK - SFT": ("dpok", sft), "DPOK - base": ("dpok", "base")}
+    pairs["SFT - base"] = sft, "base"
     return [Part(f"reward, {name}", single("reward", *pair, seeds)) for name, pair in pairs.items()]
 
 
+def costs(name: str, sft: str, differences: Callable[[str, str], list[float]]) -> list[Part]:
+    """What SFT and DPOK add to a distance of this name."""
+    return [
+        Part(f"{name}, SFT - base", differences(sft, "base")),
+        Part(f"{name}, SFT - DPOK", differences(sft, "dpok")),
+        Part(f"{name}, DPOK - base", differences("dpok", "base"), bounded=True),
+    ]
+
+
 def sft_costs_quality(seeds) -> list[Part]:
-    parts = []
-    for name, differences in (
-        ("distance", lambda *pair: single("distance", *pair, seeds)),
-        ("distance of right pictures", lambda *pair: single_right(*pair, seeds)),
-    ):
-        parts += [
-            Part(f"{name}, SFT - base", differences("sft", "base")),
-            Part(f"{name}, SFT - DPOK", differences("sft", "dpok")),
-            Part(f"{name}, DPOK - base", differences("dpok", "base"), bounded=True),
-        ]
-    return parts
+    """Of SFT without KL, in all pictures and in right ones."""
+    return [
+        *costs("distance", "sft", lambda *pair: single("distance", *pair, seeds)),
+        *costs("distance of right pictures", "sft", lambda *pair: single_right(*pair, seeds)),
+    ]
+
+
+def kl_o_costs_quality(seeds) -> list[Part]:
+    return costs("distance", "sft-kl-o", lambda *pair: single("distance", *pair, seeds))
 
 
 def kl_keeps_quality(seeds) -> list[Part]:
@@ -177,6 +185,14 @@ def kl_keeps_quality(seeds) -> list[Part]:
         Part("distance, without the KL - with", distance),
         Part("a tenth of the gain - the reward that the KL costs", gain / 10 - loss),
     ]
+
+
+def kl_of_runs(seeds) -> dict[str, list[float]]:
+    """KL to the pretrained model in nats, prompt by prompt and seed by seed."""
+    return {
+        method: of_single(lambda name, prompt, run: figure(name, run(method), "kl", prompt), seeds)
+        for method in ("dpok", "dpok-without-kl")
+    }
 
 
 def kl_o_repairs_more(seeds) -> list[Part]:
@@ -194,7 +210,7 @@ def kl_o_repairs_more(seeds) -> list[Part]:
             Part(f"{key}, KL-D - KL-O at {gamma}", found) for gamma, found in differences.items()
         ]
         growth = np.subtract(differences[GAMMAS[-1]], differences[GAMMAS[0]])
-        parts.append(Part(f"{key}, the same at {GAMMAS[-1]} less at {GAMMAS[0]}", growth))
+        parts.append(Part(f"{key}, KL-D - KL-O, at {GAMMAS[-1]} less at {GAMMAS[0]}", growth))
     return parts
 
 
@@ -279,9 +295,11 @@ def unseen_prompts_gain(seeds) -> list[Part]:
     return parts
 
 
-def ddpo_beats_rwr(seeds) -> list[Part]:
+def ddpo_beats_rwr(seeds, rewards: Sequence[str]) -> list[Part]:
+    """On some of `REWARDS`."""
     parts = []
-    for reward, spec in REWARDS.items():
+    for reward in rewards:
+        spec = REWARDS[reward]
         final = {
             method: np.stack(
                 [
@@ -347,36 +365,48 @@ def on_the_way(run: str, seed: int, key: str) -> list[float]:
     return [mean_figure("over", model, key) for model in ("base", *stops)]
 
 
-def over_optimised(seeds) -> list[Part]:
-    stops = ["ddpo-image-reward__{seed}__after_180", "ddpo-image-reward__{seed}__after_45"]
-    late = {key: by_prompt(key, "over", *stops, seeds) for key in ("reward", "success")}
+def ends_in_noise(seeds) -> list[Part]:
     name, run = "over_incompressibility", "ddpo-incompressibility"
     empty = [
         figure(name, f"{run}__{seed}__after_180", "empty", prompt)
         for prompt in evaluated(name)["base"]
         for seed in seeds
     ]
-    way = lambda run, seed: [on_the_way(run, seed, key) for key in ("reward", "success")]
-    at_equal = [
-        at_equal_reward([way("dpok-with-kl", seed), way("dpok-without-kl", seed)])[1]
-        for seed in seeds
+    return [Part("share without a thing - 1/2", np.array(empty) - 0.5)]
+
+
+def judge_falls(seeds) -> list[Part]:
+    stops = ["ddpo-image-reward__{seed}__after_180", "ddpo-image-reward__{seed}__after_45"]
+    reward, success = (by_prompt(key, "over", *stops, seeds) for key in ("reward", "success"))
+    return [
+        Part("reward, after 180 iterations - after 45", reward),
+        Part("success, after 45 iterations - after 180", -success),
     ]
+
+
+def kl_delays(seeds) -> list[Part]:
+    """Of DPOK without the KL and with it where both reach the highest reward that both have."""
+
+    def at_equal(key: str) -> np.ndarray:
+        """Of each seed that of the run with the KL less that of the run without."""
+        way = lambda run, seed: [on_the_way(run, seed, of) for of in ("reward", key)]
+        runs = ("dpok-with-kl", "dpok-without-kl")
+        figures = [at_equal_reward([way(run, seed) for run in runs])[1] for seed in seeds]
+        return np.array([with_kl - without_kl for with_kl, without_kl in figures])
+
+    return [
+        Part("success at equal reward, with the KL - without", at_equal("success")),
+        Part("distance at equal reward, without the KL - with", -at_equal("distance")),
+    ]
+
+
+def pretraining_loss_delays(seeds) -> list[Part]:
+    """From the runs of docs/large_scale_ppo.md."""
     path = ROOT / "benchmarks/results/large_scale_ppo.json"
     distance = json.loads(path.read_text())["at_equal_reward"]
     pretraining = [distance["preference without the pre-training loss"], distance["preference"]]
-    return [
-        Part("reward of DDPO, after 180 iterations - after 45", late["reward"]),
-        Part("success of DDPO, after 45 iterations - after 180", -late["success"]),
-        Part("share without a thing, for incompressibility, - 1/2", np.array(empty) - 0.5),
-        Part(
-            "success at equal reward, DPOK with the KL - without",
-            [with_kl - without_kl for with_kl, without_kl in at_equal],
-        ),
-        Part(
-            "distance at equal reward, without the pre-training loss - with",
-            np.subtract(*pretraining)[list(seeds)],
-        ),
-    ]
+    differences = np.subtract(*pretraining)[list(seeds)]
+    return [Part("distance at equal reward, without the loss - with", differences)]
 
 
 def gains(name: str, run: str, spec: str, seeds) -> np.ndarray:
@@ -391,11 +421,18 @@ def joint_run_keeps_gains(seeds) -> list[Part]:
         parts.append(
             Part(f"{task}, gain of the joint run - 0.8 of the single run's", joint - 0.8 * alone)
         )
-    for task, (other, spec) in itertools.product(TASKS, TASKS.items()):
-        if task != other:
-            lost = -gains(f"joint_{other}", task, spec, seeds)
-            parts.append(Part(f"{other}, base - trained for {task} alone", lost))
     return parts
+
+
+def single_runs_pay(seeds) -> list[Part]:
+    """The two losses that the paper names."""
+    return [
+        Part(
+            f"{other}, base - trained for {task} alone",
+            -gains(f"joint_{other}", task, TASKS[other], seeds),
+        )
+        for task, other in (("preference", "portraits"), ("portraits", "preference"))
+    ]
 
 
 def mean_gain(name: str, task: str, run: str, seeds) -> list[float]:
@@ -405,9 +442,9 @@ def mean_gain(name: str, task: str, run: str, seeds) -> list[float]:
 
 
 def gains_by_task(seeds) -> dict[str, dict[str, list[float]]]:
-    """Of the joint and the single run on held-out prompts."""
+    """Of the joint run and of every single run on held-out prompts, by the task that is judged."""
     return {
-        task: {run: mean_gain(f"joint_{task}", task, run, seeds) for run in ("joint", task)}
+        task: {run: mean_gain(f"joint_{task}", task, run, seeds) for run in ("joint", *TASKS)}
         for task in TASKS
     }
 

@@ -29,7 +29,7 @@ INCHES = 0.64
 QUERIES = 1920
 """Of a run of claim 9."""
 AXES = {"reward": "image reward", "distance": "distance to real renders"}
-DPOK_AND_SFT = {"base": "base", "SFT": "sft", "DPOK": "dpok"}
+DPOK_AND_SFT = {"base": "base", "SFT": "sft", "SFT, KL-O": "sft-kl-o", "DPOK": "dpok"}
 WITH_KL_OR_NOT = {"base": "base", "without the KL": "dpok-without-kl", "DPOK": "dpok"}
 WITH_VALUE_OR_NOT = {"with the value function": "dpok", "without": "dpok-without-value"}
 

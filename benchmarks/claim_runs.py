@@ -93,7 +93,7 @@ def collect_evaluation(name: str, results: dict) -> None:
     found = {
         model: {prompt: kept(of_prompt, count) for prompt, of_prompt in of["prompts"].items()}
         for model, of in results["models"].items()
-        if is_of_todays_weights(name, model, of)
+        if is_of_todays_weights(name, model, of) and has_its_runs_name(name, model, of)
     }
     if name == "over_incompressibility":
         for model, of_prompts in found.items():
@@ -122,6 +122,17 @@ def is_of_todays_weights(name: str, model: str, of: dict) -> bool:
     return False
 
 
+def has_its_runs_name(name: str, model: str, of: dict) -> bool:
+    """Whether a model is named by its run's folder: that of one run alone, by its stops, is not."""
+    if not of["path"]:
+        return True
+    _, run, *stop = Path(of["path"]).relative_to("runs").parts
+    if "__".join([run, *stop]) == model:
+        return True
+    print(f"{name}/{model} is left out: it has not the name of {run}; judge two runs together")
+    return False
+
+
 def differ(one: dict[str, dict], other: dict[str, dict]) -> bool:
     """Whether a model's figures do, by more than another machine's rounding."""
     numbers = [
@@ -140,7 +151,12 @@ def kept(of_prompt: dict, count: int) -> dict:
         for spec, of in of_prompt["rewards"].items()
     }
     success = of_prompt["success"] and of_prompt["success"]["mean"]  # None where it cannot judge
-    return {"rewards": of_rewards, "success": success, "distance": of_prompt["image_quality"]}
+    return {
+        "rewards": of_rewards,
+        "success": success,
+        "distance": of_prompt["image_quality"],
+        "kl": of_prompt["kl"]["mean"],
+    }
 
 
 def rewards_of(folder: Path) -> list[float]:
@@ -154,7 +170,7 @@ def evaluated(name: str) -> dict[str, dict]:
 
 
 def figure(name: str, model: str, key: str, prompt: str) -> float:
-    """Of a model's pictures of a prompt: success, distance to real renders, share of empty ones.
+    """Of a model's pictures of a prompt: success, kl, distance to real renders, "empty" shares.
 
     Else key is a reward; "reward" stands for image reward.
     """

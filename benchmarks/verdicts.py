@@ -14,6 +14,7 @@ picture whose parts were drawn elsewhere.
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import tyro
 
@@ -40,12 +41,31 @@ class Claim:
 
 
 CLAIMS = {
-    "1": Claim("DPOK beats SFT, both beat the base", "DPOK Fig. 3a", parts_of.dpok_beats_sft),
-    "2": Claim("SFT costs quality where DPOK does not", "DPOK Fig. 3b", parts_of.sft_costs_quality),
+    "1a": Claim(
+        "DPOK beats SFT without KL, both beat the base",
+        "DPOK Fig. 3a, whose SFT is 1b's",
+        partial(parts_of.dpok_beats_sft, sft="sft"),
+    ),
+    "1b": Claim(
+        "DPOK beats SFT with KL-O, both beat the base",
+        "DPOK Fig. 3a",
+        partial(parts_of.dpok_beats_sft, sft="sft-kl-o"),
+    ),
+    "2a": Claim(
+        "SFT without KL costs quality where DPOK does not",
+        "DPOK Fig. 3b, whose SFT is 2b's",
+        parts_of.sft_costs_quality,
+    ),
+    "2b": Claim(
+        "SFT with KL-O costs quality where DPOK does not",
+        "DPOK Fig. 3b",
+        parts_of.kl_o_costs_quality,
+    ),
     "3": Claim(
-        "with the KL DPOK has the quality, at about the reward, of DPOK without",
+        "with the KL DPOK keeps the quality that it loses without, at about the same reward",
         "DPOK 5.3, Fig. 4",
         parts_of.kl_keeps_quality,
+        seen=parts_of.kl_of_runs,
     ),
     "4": Claim(
         "KL-O repairs SFT more than KL-D and costs reward, as gamma grows",
@@ -72,11 +92,16 @@ CLAIMS = {
     "8": Claim(
         "unseen prompts gain too", "DPOK Fig. 10, DDPO Fig. 6", parts_of.unseen_prompts_gain
     ),
-    "9": Claim(
-        "DDPO-IS at least DDPO-SF, both above RWR and sparse RWR, at equal queries",
+    "9a": Claim(
+        "DDPO-IS at least DDPO-SF, both above RWR and sparse RWR, at equal queries, on JPEG sizes",
         "DDPO Fig. 4",
-        parts_of.ddpo_beats_rwr,
+        partial(parts_of.ddpo_beats_rwr, rewards=("compressibility", "incompressibility")),
         seen=parts_of.rewards_by_method,
+    ),
+    "9b": Claim(
+        "the same on image reward",
+        "which the paper did not try",
+        partial(parts_of.ddpo_beats_rwr, rewards=("image-reward",)),
     ),
     "10": Claim(
         "without CFG in training sparse RWR falls apart after its first round",
@@ -84,11 +109,21 @@ CLAIMS = {
         parts_of.falls_apart_without_guidance,
         seen=parts_of.rewards_by_round,
     ),
-    "11": Claim(
-        "over-optimised the reward rises while the judge falls, incompressibility ends in noise; "
-        "the KL or the pre-training loss delays it",
-        "DDPO 6.4, Fig. 7; Zhang App. G",
-        parts_of.over_optimised,
+    "11a": Claim(
+        "over-optimised on incompressibility, pictures end in noise",
+        "DDPO 6.4, Fig. 7",
+        parts_of.ends_in_noise,
+    ),
+    "11b": Claim(
+        "over-optimised on image reward, the reward rises while the judge falls",
+        "DDPO 6.4, of learned rewards, without a figure",
+        parts_of.judge_falls,
+    ),
+    "11c": Claim("the KL delays it", "DPOK 5.3, App. D", parts_of.kl_delays),
+    "11d": Claim(
+        "the pre-training loss delays it",
+        "Zhang App. G; [docs/notes/large_scale_ppo.md](notes/large_scale_ppo.md)",
+        parts_of.pretraining_loss_delays,
     ),
     "12": Claim(
         '"n animals": a reward that can be fooled about counts is answered in writing',
@@ -96,14 +131,19 @@ CLAIMS = {
         None,
         "a picture of 64 pixels has no writing, and no reward of the zoo reads",
     ),
-    "13": Claim(
-        "joint training reaches 80 % of the single tasks' gains, which pay an alignment tax",
-        "Zhang Table 5",
+    "13a": Claim(
+        "joint training reaches 80 % of the single tasks' gains",
+        "Zhang Table 5, of the scores",
         parts_of.joint_run_keeps_gains,
         seen=parts_of.gains_by_task,
     ),
+    "13b": Claim(
+        "training for one task costs others",
+        "Zhang 4.4, Table 5",
+        parts_of.single_runs_pay,
+    ),
     "14": Claim(
-        "parity and composition reach what was not trained on",
+        "gains in parity and composition carry over to prompts that were not trained on",
         "Zhang Tables 3, 4",
         parts_of.held_out_prompts_gain,
         seen=parts_of.gains_on_training_prompts,
@@ -114,78 +154,101 @@ CLAIMS = {
         parts_of.ranking_of_methods,
     ),
 }
-"""By the number of the claim in benchmarks/claims/README.md."""
+"""By the number of the claim in benchmarks/claims/README.md, with a letter where it has parts."""
+
+
+def number_of(key: str) -> str:
+    """Of a claim, without the letter of its part."""
+    return key.rstrip("abcd")
 
 
 @dataclass
 class Args:
     claims: tuple[str, ...] = tuple(CLAIMS)
-    """Those to judge anew."""
+    """Those to judge anew: 9 is 9a and 9b."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the runs."""
 
 
 def main(args: Args) -> None:
+    unknown = {*args.claims} - {*CLAIMS} - {*map(number_of, CLAIMS)}
+    if unknown:
+        raise SystemExit(f"there is no claim {', '.join(sorted(unknown))}")
+    judged = [key for key in CLAIMS if {key, number_of(key)} & {*args.claims}]
     path = ROOT / "benchmarks/results/claims.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     if results.get("weights") != weights_digest():
         results = {"weights": weights_digest()}
     collect()
-    for number in args.claims:
-        claim = CLAIMS[number]
+    for key in judged:
+        claim = CLAIMS[key]
         if claim.parts is None:
             continue
         try:
             parts = claim.parts(args.seeds)
-        except KeyError as error:
-            print(f"{number} stays as it is: there is no run {error}")
-            continue
-        result = results.setdefault(number, {})
-        result |= {"verdict": verdict_of(parts), "seeds": args.seeds}
-        result["other_verdicts"] = other_verdicts(parts, len(args.seeds))
-        result["parts"] = {
-            part.what: {
-                "differences": [*map(float, part.differences)],
-                "mean": part.mean,
-                "standard_error": part.standard_error,
-                "other_errors": part.other_errors(len(args.seeds)),
-                "verdict": part.verdict,
-            }
-            for part in parts
-        }
-        print(number, verdict_of(parts), *map(str, parts), sep="\n    ")
-        try:
+            result = judge(parts, args.seeds)
             if claim.seen:
                 result["seen"] = claim.seen(args.seeds)
+        except NotHereError as error:
+            # The figures beside it are those of before.
+            print(f"what is seen beside {key} stays as it is: {error}")
+        except KeyError as error:
+            print(f"{key} stays as it is: there is no run {error}")
+            continue
+        results[key] = results.get(key, {}) | result
+        print(key, verdict_of(parts), *map(str, parts), sep="\n    ")
+    for number in dict.fromkeys(map(number_of, judged)):
+        try:
             if number in PICTURES:
                 picture = ROOT / f"docs/images/claim_{number}.png"
                 PICTURES[number](args.seeds).savefig(picture, dpi=100)
-        except NotHereError as error:
-            print(f"its picture stays as it is: {error}")
+        except (NotHereError, KeyError) as error:
+            print(f"the picture of {number} stays as it is: {error}")
     results["core_hours"] = results.get("core_hours", {}) | core_hours()
     save_results("claims", results)
     hours = sum(results["core_hours"].values())
     parts = {"verdicts": markdown_of(results), "core-hours": f"{hours:.1f} core-hours\n"}
-    if "seen" in results.get("9", {}):
-        parts["rewards by method"] = markdown_of_methods(results["9"]["seen"])
+    if "seen" in results.get("9a", {}):
+        parts["rewards by method"] = markdown_of_methods(results["9a"]["seen"])
     fill(ROOT / "docs/claims.md", parts)
+
+
+def judge(parts: Sequence[Part], seeds: Sequence[int]) -> dict:
+    """The entry of a claim in the results."""
+    return {
+        "verdict": verdict_of(parts),
+        "seeds": seeds,
+        "other_verdicts": other_verdicts(parts, len(seeds)),
+        "parts": {
+            part.what: {
+                "differences": [*map(float, part.differences)],
+                "mean": part.mean,
+                "standard_error": part.standard_error,
+                "other_errors": part.other_errors(len(seeds)),
+                "bounded": part.bounded,
+                "verdict": part.verdict,
+            }
+            for part in parts
+        },
+    }
 
 
 def markdown_of(results: dict) -> str:
     rows = []
-    for number, claim in CLAIMS.items():
+    for key, claim in CLAIMS.items():
         about = f"{claim.text} ({claim.place})"
         if claim.parts is None:
-            rows.append([number, about, claim.why, "**cannot be told**"])
-        elif number in results:
+            rows.append([key, about, claim.why, "**cannot be told**"])
+        elif key in results:
             figures = "<br>".join(
                 f"{what} {part['mean']:+.3g} ± {part['standard_error']:.2g}"
-                for what, part in results[number]["parts"].items()
+                + (", *not above 0*" if part.get("bounded") else "")
+                for what, part in results[key]["parts"].items()
             )
-            verdict = f"**{results[number]['verdict']}**"
-            for kind, other in results[number].get("other_verdicts", {}).items():
+            verdict = f"**{results[key]['verdict']}**"
+            for kind, other in results[key].get("other_verdicts", {}).items():
                 verdict += f"<br>by {kind}: {other}"
-            rows.append([number, about, figures, verdict])
+            rows.append([key, about, figures, verdict])
     return markdown_table(["", "claim", "difference ± standard error", ""], rows)
 
 

@@ -83,11 +83,12 @@ def write_results(folder, figures: dict, count: int) -> None:
                         for spec, mean in of["rewards"].items()
                     },
                     "success": {"mean": of["success"]},
+                    "kl": {"mean": of.get("kl", 0.0)},
                     "image_quality": of["distance"],
                 }
                 for prompt, of in drawn.items()
             },
-            "path": f"runs/{model}",
+            "path": None if model == "base" else f"runs/claims-some/{model}",
             "sha256": "that of its run",
         }
         for model, drawn in figures.items()
@@ -127,7 +128,7 @@ def figures(places, monkeypatch):
         names = ["base", *names_of([places / lora / FILE_NAME for lora in loras])]
         of_models = figures[folder.name] = {
             name: {
-                prompt: dict(zip(("success", "distance", "std"), rng.random(3)))
+                prompt: dict(zip(("success", "distance", "std", "kl"), rng.random(4)))
                 | {"rewards": {spec: rng.random() for spec in rewards_of(command)}}
                 for prompt in prompts_of(values)
             }
@@ -252,24 +253,31 @@ def test_figures_of_other_weights_are_dropped(places):
 
 
 def test_every_claim_finds_its_runs(figures):
-    counts = {"1": 12, "2": 12, "3": 12, "4": 3, "5": 3, "6": 12, "7": 30, "8": 12}
-    counts |= {"9": 30, "10": 3, "11": 30, "13": 24, "14": 180, "15": 3}
-    for number, claim in verdicts.CLAIMS.items():
+    counts = {"1a": 12, "1b": 12, "2a": 12, "2b": 12, "3": 12, "4": 3, "5": 3, "6": 12, "7": 30}
+    counts |= {"8": 12, "9a": 30, "9b": 30, "10": 3, "11a": 30, "11b": 30, "11c": 3, "11d": 3}
+    counts |= {"13a": 24, "13b": 6, "14": 180, "15": 3}
+    for key, claim in verdicts.CLAIMS.items():
         if claim.parts is None:
             continue
         parts = claim.parts(SEEDS)
         assert len({part.what for part in parts}) == len(parts)
-        assert len(parts[0].differences) == counts[number]
+        assert len(parts[0].differences) == counts[key]
 
 
 def test_figures_are_those_of_the_prompt_method_and_seed(figures, monkeypatch):
     prompt = "Four wolves in the park"
     of = figures["single__four-wolves-in-the-park"]
-    first = claim_parts.dpok_beats_sft(SEEDS)[0]
     place = 3 * [*claim_runs.SINGLE].index(prompt) + 1
     reward_of = lambda of_prompt: of_prompt["rewards"][claim_runs.REWARD]
-    of_run = lambda method: reward_of(of[f"{method}__four-wolves-in-the-park__1"][prompt])
-    assert first.differences[place] == of_run("dpok") - of_run("sft")
+    of_run = lambda method: of[f"{method}__four-wolves-in-the-park__1"][prompt]
+    for sft in ("sft", "sft-kl-o"):
+        first = claim_parts.dpok_beats_sft(SEEDS, sft)[0]
+        assert first.differences[place] == reward_of(of_run("dpok")) - reward_of(of_run(sft))
+    cost = claim_parts.kl_o_costs_quality(SEEDS)[1]
+    expected = of_run("sft-kl-o")["distance"] - of_run("dpok")["distance"]
+    assert (cost.what, cost.differences[place]) == ("distance, SFT - DPOK", expected)
+    kl = claim_parts.kl_of_runs(SEEDS)["dpok-without-kl"]
+    assert kl[place] == of_run("dpok-without-kl")["kl"]
 
     at_2 = {part.what: part for part in claim_parts.kl_o_repairs_more(SEEDS)}
     of = figures["gamma"]
@@ -287,8 +295,11 @@ def test_figures_are_those_of_the_prompt_method_and_seed(figures, monkeypatch):
 
 def test_queries_are_compared_by_reward(figures):
     """In standard deviations of the base's pictures; JPEG sizes are not those of image reward."""
-    parts = {part.what: part for part in claim_parts.ddpo_beats_rwr(SEEDS)}
+    of_all = claim_parts.ddpo_beats_rwr(SEEDS, [*claim_runs.REWARDS])
+    parts = {part.what: part for part in of_all}
     assert len(parts) == 15
+    of_claims = verdicts.CLAIMS["9a"].parts(SEEDS) + verdicts.CLAIMS["9b"].parts(SEEDS)
+    assert {part.what for part in of_claims} == parts.keys()
     of, spec = figures["queries"], "jpeg_compressibility"
     std = np.sqrt(np.mean([of_prompt["std"] ** 2 for of_prompt in of["base"].values()]))
     prompt = [*of["base"]][4]
@@ -311,29 +322,38 @@ def test_queries_are_compared_by_reward(figures):
 def test_what_goes_too_far_is_seen_on_the_way(figures):
     of, prompt = figures["over"], "A green colored rabbit"
     place = 3 * [*of["base"]].index(prompt) + 1
-    parts = {part.what: part for part in claim_parts.over_optimised(SEEDS)}
+    parts = {part.what: part for part in claim_parts.judge_falls(SEEDS)}
     stop = lambda count: of[f"ddpo-image-reward__1__after_{count}"][prompt]
     reward = lambda count: stop(count)["rewards"][claim_runs.REWARD]
-    found = parts["reward of DDPO, after 180 iterations - after 45"].differences[place]
+    found = parts["reward, after 180 iterations - after 45"].differences[place]
     assert found == pytest.approx(reward(180) - reward(45))
-    found = parts["success of DDPO, after 45 iterations - after 180"].differences[place]
+    found = parts["success, after 45 iterations - after 180"].differences[place]
     assert found == pytest.approx(stop(45)["success"] - stop(180)["success"])
-    assert {*parts["share without a thing, for incompressibility, - 1/2"].differences} == {0.25}
-    ways = [
-        [claim_parts.on_the_way(run, 1, key) for key in ("reward", "success")]
-        for run in ("dpok-with-kl", "dpok-without-kl")
-    ]
-    assert len(ways[0][0]) == 1 + 4
-    _, (with_kl, without_kl) = report.at_equal_reward(ways)
-    found = parts["success at equal reward, DPOK with the KL - without"].differences
-    assert (len(found), found[1]) == (3, with_kl - without_kl)
+    (noise,) = claim_parts.ends_in_noise(SEEDS)
+    assert {*noise.differences} == {0.25}
+
+
+def test_with_and_without_the_kl_are_compared_at_equal_reward(figures):
+    """More success with it, and less distance."""
+    for part, key, sign in zip(claim_parts.kl_delays(SEEDS), ("success", "distance"), (1, -1)):
+        ways = [
+            [claim_parts.on_the_way(run, 1, of) for of in ("reward", key)]
+            for run in ("dpok-with-kl", "dpok-without-kl")
+        ]
+        assert len(ways[0][0]) == 1 + 4
+        _, (with_kl, without_kl) = report.at_equal_reward(ways)
+        assert part.what.startswith(key) and len(part.differences) == 3
+        assert part.differences[1] == sign * (with_kl - without_kl)
+
+
+def test_what_the_pretraining_loss_delays_is_of_runs_that_were_there():
+    (part,) = claim_parts.pretraining_loss_delays(SEEDS)
     stored = json.loads((ROOT / "benchmarks/results/large_scale_ppo.json").read_text())
     with_loss, without = (
         stored["at_equal_reward"][name]
         for name in ("preference", "preference without the pre-training loss")
     )
-    found = parts["distance at equal reward, without the pre-training loss - with"].differences
-    assert [*found] == pytest.approx([b - a for a, b in zip(with_loss, without)])
+    assert [*part.differences] == pytest.approx([b - a for a, b in zip(with_loss, without)])
 
 
 def test_figures_at_equal_reward():
@@ -350,19 +370,48 @@ def test_joint_and_single_runs_are_compared_task_by_task(figures):
         of[f"{run}__2"][prompt]["rewards"][spec] - of["base"][prompt]["rewards"][spec]
     )
     parts = {part.what: part for part in claim_parts.joint_run_keeps_gains(SEEDS)}
-    assert len(parts) == 3 + 6
+    assert len(parts) == 3
     found = parts["composition, gain of the joint run - 0.8 of the single run's"].differences[5]
     assert found == pytest.approx(gain("joint") - 0.8 * gain("composition"))
-    lost = parts["composition, base - trained for portraits alone"].differences[5]
-    assert lost == pytest.approx(-gain("portraits"))
+    for part, (task, other) in zip(
+        claim_parts.single_runs_pay(SEEDS),
+        (("preference", "portraits"), ("portraits", "preference")),
+    ):
+        of_other, other_spec = figures[f"joint_{other}"], claim_runs.TASKS[other]
+        second = [*of_other["base"]][1]
+        reward = lambda model: of_other[model][second]["rewards"][other_spec]
+        assert part.what == f"{other}, base - trained for {task} alone"
+        assert part.differences[5] == pytest.approx(reward("base") - reward(f"{task}__2"))
+    seen = claim_parts.gains_by_task(SEEDS)["composition"]["portraits"][0]
+    gains = [
+        of[f"portraits__{seed}"][p]["rewards"][spec] - of["base"][p]["rewards"][spec]
+        for p in of["base"]
+        for seed in SEEDS
+    ]
+    assert seen == pytest.approx(np.mean(gains))
     mean, error = claim_parts.gains_by_task(SEEDS)["composition"]["composition"]
     held_out, _ = claim_parts.held_out_prompts_gain(SEEDS)
     assert (held_out.mean, held_out.standard_error) == (mean, error)
 
 
+def test_a_claim_that_is_not_there_is_refused():
+    with pytest.raises(SystemExit, match="there is no claim 16, 9c"):
+        verdicts.main(verdicts.Args(claims=("9", "9c", "16")))
+
+
+def test_table_marks_what_is_asserted_not_to_be(figures):
+    """That SF - IS is above 0 would speak against claim 9."""
+    results = {"9a": verdicts.judge(verdicts.CLAIMS["9a"].parts(SEEDS), SEEDS)}
+    (row,) = (line for line in verdicts.markdown_of(results).splitlines() if "| 9a |" in line)
+    cells = re.split("<br>|[|]", row)
+    marked = [cell for cell in cells if "*not above 0*" in cell]
+    assert len(marked) == 2 and all("SF - IS" in cell for cell in marked)
+
+
 def test_every_claim_has_its_picture(figures, tmp_path):
     without = {"12", "15"}  # nothing to show; pictures of its own page
-    assert PICTURES.keys() == verdicts.CLAIMS.keys() - without
+    numbers = {*map(verdicts.number_of, verdicts.CLAIMS)}
+    assert PICTURES.keys() == numbers - without
     for number, draw in PICTURES.items():
         draw(SEEDS).savefig(tmp_path / f"{number}.png")
         assert os.path.getsize(tmp_path / f"{number}.png") > 3000
@@ -442,11 +491,26 @@ def test_a_model_whose_run_was_made_again_is_left_out(places, capsys):
         {model: {"Four roses": of} for model in ("base", "a", "b")},
         count=16,
     )
-    (claim_runs.RUNS / "a").mkdir()
-    (claim_runs.RUNS / "a" / FILE_NAME).write_bytes(b"another LoRA")
+    folder = claim_runs.RUNS / "claims-some/a"
+    folder.mkdir(parents=True)
+    (folder / FILE_NAME).write_bytes(b"another LoRA")
     claim_runs.collect()
     assert [*claim_runs.stored()["evaluations"]["roses"]] == ["base", "b"]
     assert "roses/a is left out" in capsys.readouterr().out
+
+
+def test_a_model_without_its_runs_name_is_left_out(places, capsys):
+    """evaluate.py names the stops of one run alone after_45 and so on, whatever the run."""
+    of = {"success": 0.5, "distance": 1.0, "std": 1.0, "rewards": {claim_runs.REWARD: 0.0}}
+    folder, stops = claim_runs.EVALUATIONS / "over", ("after_45", "after_90")
+    write_results(folder, {model: {"A red cat": of} for model in ("base", *stops)}, count=16)
+    results = json.loads((folder / "results.json").read_text())
+    for stop in stops:
+        results["models"][stop]["path"] = f"runs/claims-over/ddpo__0/{stop}"
+    (folder / "results.json").write_text(json.dumps(results))
+    claim_runs.collect()
+    assert [*claim_runs.stored()["evaluations"]["over"]] == ["base"]
+    assert capsys.readouterr().out.count("has not the name of ddpo__0") == 2
 
 
 def test_a_claim_holds_if_all_of_its_parts_do():

@@ -1,5 +1,6 @@
 # Judges the runs of this folder: of a prompt that a run has to itself 128 pictures, of one that is
-# like it 64, of many prompts fewer of each.
+# like it 64, of many prompts fewer of each. Of over.sh two seeds must be there: evaluate.py names the
+# stops of one run alone after_45 and so on, and such names are not collected.
 #
 # python -m benchmarks.run benchmarks/claims/evaluate.sh --jobs 2
 

@@ -1,4 +1,4 @@
-# Claims 1, 2, 3, 6 and 8 of benchmarks/claims/README.md: DPOK, without its KL, without its value
+# Claims 1a, 2a, 3, 6 and 8 of benchmarks/claims/README.md: DPOK, without its KL, without its value
 # function, and SFT, each with 960 samples of each of the paper's four prompts.
 #
 # python -m benchmarks.run benchmarks/claims/single.sh --seeds 0 1 2 --jobs 2
