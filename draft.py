@@ -110,12 +110,13 @@ PRESETS = {
         learning_rate=3e-4,
         lora_rank=4,
     ),
-    "alignprop": Args(  # its released code's setting for the aesthetic score
+    # AlignProp's released code for the aesthetic score: two updates in each of seven epochs.
+    "alignprop": Args(
         model="stable-diffusion-v1-5/stable-diffusion-v1-5",
         prompts_file=Path("prompts/animals.txt"),
         reward="aesthetic",
-        num_iterations=200,
-        samples_per_iteration=8,
+        num_iterations=14,
+        samples_per_iteration=128,
         guidance_scale=7.5,
         truncate=50,
         random_truncate=True,

@@ -228,3 +228,4 @@ def test_presets_are_those_of_the_papers():
     assert (args.num_inference_steps, args.guidance_scale) == (50, 7)
     args = draft.PRESETS["alignprop"]
     assert (args.truncate, args.random_truncate, args.num_noise) == (50, True, 0)
+    assert (args.num_iterations, args.samples_per_iteration) == (7 * 2, 128)
