@@ -68,7 +68,7 @@ class Args(RunArgs):
     reward: str = "jpeg_compressibility"
     """Reward, as in docs/rewards.md: a name, name:WEIGHTS, or path/to/file.py:function."""
     num_iterations: int = 200
-    """Rollouts; with 256 samples each this gives the 50 000 reward queries of Fig. 4."""
+    """Rollouts; with 256 samples each this gives the 50 000 reward queries of A.5."""
     samples_per_iteration: int = 256
     """m: samples of an iteration, all ranks together (A.1)."""
     num_inference_steps: int = 50

@@ -77,11 +77,12 @@ class Args(RunArgs):
     samples_per_iteration: int = 10
     """m: samples of an iteration, all ranks together (App. B)."""
     num_inference_steps: int = 50
-    """T: DDIM steps of a sample."""
+    """T: DDIM steps of a sample (released code)."""
     guidance_scale: float = 7.5
-    """w of classifier-free guidance, part of the policy (section 3); 1 or less switches it off."""
+    """w of classifier-free guidance, part of the policy (section 3); 7.5 is the released code's; 1
+    or less switches it off."""
     eta: float = 1.0
-    """Noise of the DDIM step: 1 is the DDPM."""
+    """Noise of the DDIM step: 1 is the DDPM (released code)."""
     alpha: float = 10.0
     """Weight of the reward (Eq. 8; App. B)."""
     beta: float = 0.01
@@ -125,7 +126,7 @@ class Args(RunArgs):
 
 PRESETS = {
     "single-prompt": Args(),
-    "multi-prompt": Args(  # E.3, whose prompts are not listed
+    "multi-prompt": Args(  # E.3; the prompts that 5.5 takes from MS-CoCo are not listed
         prompts_file=Path("prompts/dpok.txt"),
         samples_per_iteration=45,
         num_iterations=1112,

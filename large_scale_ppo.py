@@ -108,7 +108,7 @@ class Args(RunArgs):
     max_grad_norm: float = 1.0
     """Gradient norm above which an update is scaled down (not in the paper; DDPO's)."""
     lora_rank: int = 0
-    """Rank of a LoRA on the attention layers; 0 trains all weights, as the paper does (App. A)."""
+    """Rank of a LoRA on the attention layers; 0 trains all weights, as we read the paper."""
     monitor_kl: bool = True
     """Measure the KL to the pretrained model, which nothing here learns from; with --lora-rank 0 a
     frozen copy of the UNet is kept for it."""

@@ -107,7 +107,7 @@ class Args(RunArgs):
     max_grad_norm: float = 1.0
     """Gradient norm above which an update is scaled down (LMFlow's notebook)."""
     lora_rank: int = 0
-    """Rank of a LoRA on the attention layers; 0 trains all weights, as Zhang et al. do."""
+    """Rank of a LoRA on the attention layers; 0 trains all weights, as we read Zhang et al."""
     monitor_kl: bool = True
     """Measure the KL to the pretrained model, which nothing here learns from; with --lora-rank 0 a
     frozen copy of the UNet is kept for it."""

@@ -75,7 +75,7 @@ class Args(RunArgs):
     """Reward with a gradient, as in docs/rewards.md: a name, name:WEIGHTS, or
     path/to/file.py:function."""
     num_iterations: int = 1000
-    """Iterations, of two updates each; the papers train until the reward no longer rises."""
+    """Iterations, of two updates each (Zhang et al. train until convergence, App. A)."""
     samples_per_iteration: int = 1536
     """m: samples of an update, all ranks together: 12 on each of 128 GPUs (Zhang et al., Table
     6)."""
@@ -114,7 +114,7 @@ class Args(RunArgs):
     max_grad_norm: float = 1.0
     """Gradient norm above which an update is scaled down (released code)."""
     lora_rank: int = 0
-    """Rank of a LoRA on the attention layers; 0 trains all weights, as the paper does."""
+    """Rank of a LoRA on the attention layers; 0 trains all weights, as the released code does."""
     monitor_kl: bool = True
     """Measure the KL to the pretrained model, which nothing here learns from; with --lora-rank 0 a
     frozen copy of the UNet is kept for it."""

@@ -69,7 +69,7 @@ class Args(RunArgs):
     reward: str = "image_reward"
     """Reward, as in docs/rewards.md: a name, name:WEIGHTS, or path/to/file.py:function."""
     num_iterations: int = 1000
-    """Iterations (the papers train until the reward no longer rises)."""
+    """Iterations (Zhang et al. train until convergence, App. A)."""
     samples_per_iteration: int = 2048
     """m: samples of the original model, all ranks together: 16 on each of 128 GPUs (Table 6)."""
     images_per_prompt: int = 16
@@ -104,8 +104,8 @@ class Args(RunArgs):
     max_grad_norm: float = 1.0
     """Gradient norm above which an update is scaled down (not in the papers; DDPO's)."""
     lora_rank: int = 0
-    """Rank of a LoRA on the attention layers; 0 trains all weights, as Zhang et al. do, beside a
-    frozen copy of the original UNet."""
+    """Rank of a LoRA on the attention layers; 0 trains all weights, as we read Zhang et al., beside
+    a frozen copy of the original UNet."""
 
 
 PRESETS = {

@@ -3,7 +3,7 @@
 Denoising is taken as one step: the action is x_0, and the model is trained as diffusion models are,
 on its own samples, weighted by their reward. Each round:
 
-    sample c ~ p(c) and x_0 ~ p_theta(x_0 | c), 10 240 times, and keep them                   (A.6)
+    sample c ~ p(c) and x_0 ~ p_theta(x_0 | c), 10 240 times, and keep them              (A.6: 10k)
     w_RWR = exp(beta r) / Z, the softmax over the samples of each prompt                 (4.2, A.3)
     w_sparse = 1 where r >= C, a percentile of the rewards of each prompt, else 0   (4.2, A.2, A.3)
     theta <- theta - lr grad E w |eps - eps_theta(x_t, t, c)|^2, 400 times                   (Eq. 1)

@@ -82,18 +82,20 @@ class Args(RunArgs):
     dataset_size: int = 20_000
     """M: samples of the pretrained model (App. B)."""
     shard_size: int = 200
-    """Samples, all ranks together, that are drawn, scored and written to disk at a time."""
+    """Samples, all ranks together, that are drawn, scored and written to disk at a time (not in the
+    paper)."""
     num_iterations: int = 80
     """Iterations; with 100 updates each this gives the 8000 of App. B."""
     samples_per_iteration: int = 16
     """m: samples of the model after an iteration, all ranks together, to see its reward. Nothing
-    learns from them."""
+    learns from them (not in the paper)."""
     num_inference_steps: int = 50
-    """T: DDIM steps of a sample."""
+    """T: DDIM steps of a sample (as in dpok.py)."""
     guidance_scale: float = 7.5
-    """w of classifier-free guidance, part of the policy (section 3); 1 or less switches it off."""
+    """w of classifier-free guidance, part of the policy (section 3; 7.5 as in dpok.py); 1 or less
+    switches it off."""
     eta: float = 1.0
-    """Noise of the DDIM step: 1 is the DDPM."""
+    """Noise of the DDIM step: 1 is the DDPM (as in dpok.py)."""
     cfg_training: bool = True
     """Train the guided prediction, which samples are drawn with. Off: the conditional one alone."""
     regularization: Literal["kl-o", "kl-d", "none"] = "kl-o"
@@ -105,11 +107,11 @@ class Args(RunArgs):
     square of x_0's factor in the posterior's mean, as in Eq. 11 and 12. "simple": that of the usual
     loss, the squared error of what the UNet predicts (docs/sft_kl.md)."""
     filter: Literal["floor", "drop"] = "floor"
-    """What becomes of samples with r + gamma < 0 (App. B). "floor": the sum is set to 0, as the
-    paper writes; with KL-O their loss is then linear in f and has no minimum. "drop": they take no
+    """What becomes of samples with r + gamma < 0 (App. B). "floor": the sum is set to 0, as we read
+    the paper; with KL-O their loss is then linear in f and has no minimum. "drop": they take no
     part in the loss. The two differ for KL-O alone (docs/sft_kl.md)."""
     gradient_steps: int = 100
-    """Updates of an iteration."""
+    """Updates of an iteration; the paper has no iterations."""
     batch_size: int = 128
     """n: samples of an update, all ranks together (App. B)."""
     learning_rate: float = 2e-5

@@ -1,4 +1,7 @@
-"""LAION's aesthetic predictor: an MLP on CLIP's normalised embedding (Black et al. 2023, 5.2)."""
+"""LAION's aesthetic predictor on CLIP's normalised embedding (Black et al. 2023, 5.2).
+
+The paper calls it a linear model; the released file is an MLP of linear layers.
+"""
 
 from pathlib import Path
 
