@@ -45,6 +45,8 @@ def draw_and_score(
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # torch's own default rounds the factors of a GPU's convolutions.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     pipeline = load_pipeline(settings.model)
     check_steps(settings.num_inference_steps, pipeline.scheduler.config, settings.model)
     base = pipeline.unet.to(device, DTYPES[settings.dtype], memory_format=torch.channels_last)

@@ -381,6 +381,7 @@ def test_the_zoo_has_its_judge(tmp_path, monkeypatch):
     words = ["zoo", "--prompts-file", tmp_path / "prompts.txt"]
     words += ["--images-per-prompt", 6, "--num-inference-steps", 6]
     run_here(monkeypatch, *words, "--lora", folder, "--output-dir", tmp_path / "out")
+    assert not (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
     judge = judging.load_judge(ROOT / "zoo/judge")
     vae = StableDiffusionPipeline.from_pretrained(ROOT / "zoo/sd").vae
     for name, found in read(tmp_path / "out").items():
