@@ -21,7 +21,7 @@ from evaluation.models import read_run_args
 from evaluation.places import write_whole
 from harness.args import RunArgs, fail, read_words
 from harness.card import EVALUATION, describe_run
-from harness.export import EXPORTED
+from harness.export import EXPORTED, shared_reward
 from harness.folder import read_metrics
 from harness.guard import command
 from harness.hub import check_push, push_or_end
@@ -34,6 +34,10 @@ FLAG = re.compile(r"^    (\w+): .* = ", re.MULTILINE)
 """Of a script's Args, in its text."""
 
 
+REWARD = re.compile(r"`([^`]+)`")
+"""In the head of such a table."""
+
+
 @dataclass
 class Args:
     run: tyro.conf.Positional[Path]
@@ -42,6 +46,12 @@ class Args:
     """Folder of an evaluation by evaluate.py, whose table the card takes up."""
     push_to_hub: str | None = None
     """Repository of the Hugging Face Hub to upload it to, OWNER/NAME."""
+
+
+def shared_column(reward: re.Match) -> str:
+    """The head of a reward's column, as `shared_reward` has it."""
+    spec = reward[1].replace("\\|", "|")  # a table has escaped it
+    return f"`{shared_reward(spec)}`"
 
 
 def script_of(run: Path, stored: dict) -> Path | None:
@@ -83,7 +93,8 @@ def main() -> None:
     count = len(read_text(metrics, "give the folder of a run").splitlines())
     if args.evaluation:
         table = read_text(args.evaluation / "table.md", "give the folder of a finished evaluation")
-        write_whole(run / EVALUATION, table.partition(IN_ALL[0])[2].partition(IN_ALL[1])[0])
+        in_all = table.partition(IN_ALL[0])[2].partition(IN_ALL[1])[0]
+        write_whole(run / EVALUATION, REWARD.sub(shared_column, in_all))
     if args.push_to_hub:
         stored["push_to_hub"] = args.push_to_hub  # the card says from where to load it
     try:

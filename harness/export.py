@@ -34,9 +34,11 @@ def exported_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def shared_path(model: str) -> str:
-    """A hub id or a folder of this project as it is, of other folders no more than the name."""
+    """A hub id or a folder of the zoo as it is, of other folders no more than the name."""
     path = Path(model)
-    return path.name if path.is_absolute() or ".." in path.parts else model
+    is_of_zoo = path.parts[:1] == ("zoo",) and ".." not in path.parts
+    is_folder = path.is_absolute() or ".." in path.parts or path.exists()
+    return path.name if is_folder and not is_of_zoo else model
 
 
 def rewards_of(args: dict) -> list[str]:

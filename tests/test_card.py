@@ -183,7 +183,8 @@ def test_what_cannot_be_pushed_is_refused(finished, token, repo, monkeypatch, ca
 def test_card_of_an_older_run_and_its_evaluation(finished, tmp_path, monkeypatch):
     evaluation = tmp_path / "evaluation"
     evaluation.mkdir()
-    table = "| model | reward |\n|---|---|\n| base | 0.1 |\n"
+    table = "| model | `image_reward:zoo/image_reward` (held out) |\n|---|---|\n| base | 0.1 |\n"
+    table += "| model | `https://me:word@host/score?timeout=5` (trained on) |\n"
     text = f"# About\n\n## In all\n\n{table}\n## Prompt by prompt\n\nmore\n"
     (evaluation / "table.md").write_text(text)
     monkeypatch.setattr(sys, "argv", ["export.py", str(finished), "--evaluation", str(evaluation)])
@@ -193,7 +194,8 @@ def test_card_of_an_older_run_and_its_evaluation(finished, tmp_path, monkeypatch
     assert card.data.library_name == "diffusers" and "ddpo" in card.data.tags
     assert "lora" not in card.data.tags and "base_model" not in card.data.to_dict()
     assert "arXiv:2305.13301" in text and "reward -0.5 -> 0.25" in text and "2.0 minutes" in text
-    assert table in text and "more" not in text and "/home/me" not in text
+    shown = table.replace("https://me:word@host/score?timeout=5", "reward server")
+    assert shown in text and "more" not in text and "/home/me" not in text
     assert "| `--prompts-file` | animals.txt |" in text and EXPORTED not in text
 
 

@@ -16,7 +16,7 @@ from scripts import SCRIPTS
 
 from common.lora import FILE_NAME, add_lora, load_lora, lora_state_dict
 from evaluation.export import main, script_of
-from harness.export import EXPORTED, description, exported_names, shared_reward
+from harness.export import EXPORTED, description, exported_names, shared_path, shared_reward
 
 # The attention layers of SD 1.5 and 2.1, whose unet/config.json differ in the last three.
 SD = {"sample_size": 64, "block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2}
@@ -220,3 +220,18 @@ def test_export_refuses_what_it_cannot_read(tmp_path, monkeypatch, capsys):
 )
 def test_nothing_private_is_in_it(spec, shared):
     assert shared_reward(spec) == shared
+
+
+def test_a_folder_is_shown_by_its_name(tmp_path, monkeypatch):
+    """Of this project's zoo and of the hub the whole name, of other folders the last part."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clients/acme").mkdir(parents=True)
+    for model, shown in (
+        ("clients/acme", "acme"),
+        ("../clients/acme", "acme"),
+        ("/home/me/acme", "acme"),
+        ("someone/model", "someone/model"),
+        ("zoo/sd", "zoo/sd"),
+    ):
+        assert shared_path(model) == shown
+    assert shared_reward("pick_score:clients/acme") == "pick_score"
