@@ -52,7 +52,7 @@ def test_the_package_has_what_the_commands_need(site):
     inside = site / "clean_diffusion_rl"
     named = ["common", "harness", "evaluation", "zoo"]
     files = [path for folder in named for path in (ROOT / folder).rglob("*") if path.is_file()]
-    files += [*ROOT.glob("*.py"), *ROOT.glob("prompts/*.txt")]
+    files += [*ROOT.glob("*.py"), *ROOT.glob("prompts/*.txt"), ROOT / "prompts/composition.py"]
     for path in files:
         name = path.relative_to(ROOT)
         if "__pycache__" not in name.parts and "build" not in name.parts:
