@@ -1,6 +1,7 @@
 """The tables and pictures of docs/comparison.md: five ways of learning from a reward, on the zoo.
 
 python -m benchmarks.run benchmarks/commands/comparison.sh --jobs 2
+python -m benchmarks.run benchmarks/commands/comparison_any_reward.sh --jobs 2
 python -m benchmarks.run benchmarks/commands/comparison_evaluate.sh
 python -m benchmarks.comparison     benchmarks/results/comparison.json, the tables, the pictures
 

@@ -2,7 +2,7 @@
 
 python -m benchmarks.gpu              writes benchmarks/results/gpu.json after every part
 python -m benchmarks.gpu --tiny       the same way on a CPU, with tiny networks, for the test; with
-                                      bf16 in place of fp16, for which a CPU has no kernels
+                                      bf16 in place of fp16, for which a CPU has no fast kernels
 
 All scripts run at SD v1.5's shape with random weights (benchmarks/throughput.py) in fp16, one of
 them in bf16 and fp32, compiled and with all weights, and one finds its micro-batch. A prediction

@@ -23,7 +23,7 @@ from common.scheduler import ddim_step_with_logprob
 from common.stable_diffusion import DTYPES, ddim_scheduler
 
 STEPS = (25, 48)
-"""Of 50: the middle one, and the last but one, where sigma_t is smallest."""
+"""Of 50: the middle one, and the last but one, whose gradient is by far the largest."""
 MOVE = 1e-3
 """Standard deviation of the LoRA's B after an update: the largest ratio is off by some 1e-3."""
 

@@ -1,6 +1,7 @@
 # The tables of docs/comparison.md: five ways of learning from a reward, on the zoo.
 #
 # python -m benchmarks.run benchmarks/commands/comparison.sh --seeds 0 1 2 --jobs 2
+# python -m benchmarks.run benchmarks/commands/comparison_any_reward.sh --seeds 0 1 2 --jobs 2
 # python -m benchmarks.run benchmarks/commands/comparison_evaluate.sh --jobs 2
 # python -m benchmarks.comparison
 #

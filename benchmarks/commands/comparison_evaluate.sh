@@ -1,4 +1,4 @@
-# Judges the runs of comparison.sh on prompts that they have not seen.
+# Judges the runs of comparison.sh and comparison_any_reward.sh on prompts that they have not seen.
 #
 # python -m benchmarks.run benchmarks/commands/comparison_evaluate.sh --jobs 2
 

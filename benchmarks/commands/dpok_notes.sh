@@ -1,4 +1,4 @@
-# The figures of docs/notes/dpok.md, whose seconds are of a run alone.
+# The figures of docs/notes/dpok.md, whose seconds are of a run alone, but for those in bfloat16.
 #
 # python -m benchmarks.run benchmarks/commands/dpok_notes.sh --seeds 0 1 2
 # python -m benchmarks.report NAME     what follows "benchmark-" in --output-dir
